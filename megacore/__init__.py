@@ -1,0 +1,55 @@
+"""megacore: take a published language model through tokenizing, converting, verifying, splitting, training and export.
+
+The names below are the public Python API. They are imported on first use, so that ``import megacore`` needs neither
+torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megacore.checkpoint import Checkpoint as Checkpoint
+    from megacore.checkpoint import inspect as inspect
+    from megacore.checkpoint import split as split
+    from megacore.config import ModelConfig as ModelConfig
+    from megacore.data import tokenize as tokenize
+    from megacore.errors import MegacoreError as MegacoreError
+    from megacore.hookspecs import ModelFamily as ModelFamily
+    from megacore.hookspecs import hookimpl as hookimpl
+    from megacore.plugins import get_family as get_family
+    from megacore.plugins import list_families as list_families
+    from megacore.training import train as train
+    from megacore.verification import verify as verify
+    from megacore.weights import convert as convert
+    from megacore.weights import export as export
+
+_HOME = {
+    "Checkpoint": "megacore.checkpoint",
+    "MegacoreError": "megacore.errors",
+    "ModelConfig": "megacore.config",
+    "ModelFamily": "megacore.hookspecs",
+    "convert": "megacore.weights",
+    "export": "megacore.weights",
+    "get_family": "megacore.plugins",
+    "hookimpl": "megacore.hookspecs",
+    "inspect": "megacore.checkpoint",
+    "list_families": "megacore.plugins",
+    "split": "megacore.checkpoint",
+    "tokenize": "megacore.data",
+    "train": "megacore.training",
+    "verify": "megacore.verification",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

@@ -1,0 +1,21 @@
+"""The native checkpoint format: writing it whole or not at all, reading any slice of it, cutting it for other layouts."""
+
+from megacore.checkpoint.history import history_entry
+from megacore.checkpoint.inspection import inspect
+from megacore.checkpoint.layout import Layout
+from megacore.checkpoint.manifest import Manifest, read_manifest
+from megacore.checkpoint.reading import Checkpoint
+from megacore.checkpoint.splitting import split
+from megacore.checkpoint.writing import Parameter, write_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "Layout",
+    "Manifest",
+    "Parameter",
+    "history_entry",
+    "inspect",
+    "read_manifest",
+    "split",
+    "write_checkpoint",
+]

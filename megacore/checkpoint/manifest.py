@@ -1,0 +1,186 @@
+"""``megacore.json``: what a native checkpoint says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megacore.checkpoint.layout import Layout
+from megacore.checkpoint.safetensors_file import FileRecord
+from megacore.errors import CheckpointError, CorruptCheckpointError
+from megacore.parallel import ParameterSpec
+
+MANIFEST_NAME = "megacore.json"
+TOKENIZER_DIRECTORY = "tokenizer"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ParameterEntry:
+    """A parameter of the whole model: its shape and cut, and the dtype it is stored in (a safetensors name)."""
+
+    spec: ParameterSpec
+    dtype: str
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file: whose rank's it is, what is in it, and the digest of its bytes."""
+
+    tp_rank: int
+    stage: int
+    tensors: tuple[str, ...]
+    record: FileRecord
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a checkpoint knows of itself.
+
+    Attributes:
+        family: the model family, whose plugin builds the layers.
+        config: the fields of its :class:`~megacore.config.ModelConfig`.
+        layout: how it is cut.
+        parameters: by native name, in the order of the model.
+        files: the weight files, by name.
+        tokenizer: the SHA-256 of each of the tokenizer's files, by name.
+        origin: where the weights came from: ``source`` (the format), ``config`` (the published configuration) and
+            whatever else an export must give back.
+        history: one entry a command that made this checkpoint, the oldest first.
+        rotary_layout: how the rotary pairs lie in a head.
+    """
+
+    family: str
+    config: dict[str, Any]
+    layout: Layout
+    parameters: dict[str, ParameterEntry]
+    files: dict[str, WeightFile]
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
+    rotary_layout: str = "half"
+
+    @property
+    def specs(self) -> dict[str, ParameterSpec]:
+        return {name: entry.spec for name, entry in self.parameters.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "megacore",
+            "version": FORMAT_VERSION,
+            "family": self.family,
+            "config": self.config,
+            "rotary_layout": self.rotary_layout,
+            "tp": self.layout.tp,
+            "pp": self.layout.pp,
+            "stages": [list(stage) for stage in self.layout.stages],
+            "parameters": {
+                name: {
+                    "shape": list(entry.spec.shape),
+                    "dtype": entry.dtype,
+                    "shard_dim": entry.spec.shard_dim,
+                    "row_dims": entry.spec.row_dims,
+                }
+                for name, entry in self.parameters.items()
+            },
+            "files": {
+                name: {
+                    "tp_rank": file.tp_rank,
+                    "stage": file.stage,
+                    "bytes": file.record.num_bytes,
+                    "sha256": file.record.sha256,
+                    "tensors": list(file.tensors),
+                }
+                for name, file in self.files.items()
+            },
+            "tokenizer": self.tokenizer,
+            "origin": self.origin,
+            "history": list(self.history),
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Manifest:
+        return cls(
+            family=document["family"],
+            config=document["config"],
+            rotary_layout=document["rotary_layout"],
+            layout=Layout(tp=document["tp"], stages=tuple((start, stop) for start, stop in document["stages"])),
+            parameters={
+                name: ParameterEntry(
+                    spec=ParameterSpec(tuple(entry["shape"]), entry["shard_dim"], entry["row_dims"]),
+                    dtype=entry["dtype"],
+                )
+                for name, entry in document["parameters"].items()
+            },
+            files={
+                _plain_file_name(name): WeightFile(
+                    tp_rank=file["tp_rank"],
+                    stage=file["stage"],
+                    tensors=tuple(file["tensors"]),
+                    record=FileRecord(num_bytes=file["bytes"], sha256=file["sha256"]),
+                )
+                for name, file in document["files"].items()
+            },
+            tokenizer={_plain_file_name(name): digest for name, digest in document["tokenizer"].items()},
+            origin=document["origin"],
+            history=tuple(document["history"]),
+        )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of the checkpoint in ``directory``.
+
+    Raises:
+        CheckpointError: when there is none, or a newer megacore wrote it.
+        CorruptCheckpointError: when it cannot be read.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    if not path.is_file():
+        hint = ""
+        if (directory / "config.json").is_file():
+            hint = ". It looks like a published checkpoint: turn it into one with `megacore convert --from`"
+        raise CheckpointError(f"{directory} is not a megacore checkpoint: it has no {MANIFEST_NAME}{hint}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version, digest = document["version"], document.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this megacore reads {FORMAT_VERSION}: install the megacore that wrote it"
+        )
+    if digest != _digest(document):
+        raise CorruptCheckpointError(f"{path} is damaged: it was changed after it was written")
+    try:
+        return Manifest.from_json(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest, with a digest of itself, as the last file of a checkpoint."""
+    document = manifest.to_json()
+    document["sha256"] = _digest(document)
+    with (directory / MANIFEST_NAME).open("x", encoding="utf-8") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """The SHA-256 of the document, whatever its white space and the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain_file_name(name: str) -> str:
+    """Refuse a name that would lead out of the checkpoint's directory."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file in the checkpoint")
+    return name

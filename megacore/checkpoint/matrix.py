@@ -1,0 +1,153 @@
+"""Matrices that are read piece by piece.
+
+Converting, splitting, merging, loading and exporting are all the same act: rows and columns of stored matrices end up in
+other matrices. A :class:`LazyMatrix` says which, without holding any of it; reading a block touches only the bytes of
+that block. Stored tensors are memory-mapped, so a block of one is a view.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megacore.parallel import Rows
+
+
+class LazyMatrix(ABC):
+    """A matrix of ``rows`` × ``columns`` elements of ``dtype`` that exists only while a block of it is read."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.dtype = dtype
+
+    @abstractmethod
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        """Return block ``[rows, columns]``. Slices have explicit bounds and step 1; the result may be a view."""
+
+
+class StoredMatrix(LazyMatrix):
+    """A tensor in a file; ``load`` maps it, as a whole and without reading it, the first time it is needed."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, load: Callable[[], Tensor]) -> None:
+        super().__init__(rows, columns, dtype)
+        self._load = load
+
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        block = self._load().view(self.rows, self.columns)[:, columns]
+        return block[rows] if isinstance(rows, slice) else block.index_select(0, rows)
+
+
+class RowsOf(LazyMatrix):
+    """Some rows of another matrix, in some order."""
+
+    def __init__(self, base: LazyMatrix, chosen: Rows) -> None:
+        super().__init__(count(chosen), base.columns, base.dtype)
+        self._base = base
+        self._chosen = chosen
+
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        return self._base.read(compose(self._chosen, rows), columns)
+
+
+class ColumnsOf(LazyMatrix):
+    """A range of columns of another matrix."""
+
+    def __init__(self, base: LazyMatrix, chosen: slice) -> None:
+        super().__init__(base.rows, chosen.stop - chosen.start, base.dtype)
+        self._base = base
+        self._first = chosen.start
+
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        return self._base.read(rows, slice(self._first + columns.start, self._first + columns.stop))
+
+
+class Cast(LazyMatrix):
+    """Another matrix in another dtype."""
+
+    def __init__(self, base: LazyMatrix, dtype: torch.dtype) -> None:
+        super().__init__(base.rows, base.columns, dtype)
+        self._base = base
+
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        return self._base.read(rows, columns).to(self.dtype)
+
+
+class ConcatenatedRows(LazyMatrix):
+    """Matrices of equal width, one below the other."""
+
+    def __init__(self, parts: Sequence[LazyMatrix]) -> None:
+        super().__init__(sum(part.rows for part in parts), parts[0].columns, parts[0].dtype)
+        assert all(part.columns == self.columns and part.dtype == self.dtype for part in parts)
+        self._parts = parts
+        self._firsts = _starts(part.rows for part in parts)
+
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        if isinstance(rows, slice):
+            pieces = [
+                part.read(overlap, columns)
+                for part, first in zip(self._parts, self._firsts, strict=True)
+                if (overlap := _overlap(rows, first, part.rows)) is not None
+            ]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        result = torch.empty(len(rows), columns.stop - columns.start, dtype=self.dtype)
+        for part, first in zip(self._parts, self._firsts, strict=True):
+            here = ((rows >= first) & (rows < first + part.rows)).nonzero().flatten()
+            if len(here):
+                result.index_copy_(0, here, part.read(rows[here] - first, columns))
+        return result
+
+
+class ConcatenatedColumns(LazyMatrix):
+    """Matrices of equal height, side by side."""
+
+    def __init__(self, parts: Sequence[LazyMatrix]) -> None:
+        super().__init__(parts[0].rows, sum(part.columns for part in parts), parts[0].dtype)
+        assert all(part.rows == self.rows and part.dtype == self.dtype for part in parts)
+        self._parts = parts
+        self._firsts = _starts(part.columns for part in parts)
+
+    def read(self, rows: Rows, columns: slice) -> Tensor:
+        pieces = [
+            part.read(rows, overlap)
+            for part, first in zip(self._parts, self._firsts, strict=True)
+            if (overlap := _overlap(columns, first, part.columns)) is not None
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def count(rows: Rows) -> int:
+    """How many rows an index chooses."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def compose(chosen: Rows, rows: Rows) -> Rows:
+    """The rows that ``rows`` chooses among those that ``chosen`` chose."""
+    if isinstance(chosen, torch.Tensor):
+        return chosen[rows]
+    if isinstance(rows, slice):
+        return slice(chosen.start + rows.start, chosen.start + rows.stop)
+    return rows + chosen.start
+
+
+def block_of(matrix: LazyMatrix, rows: Rows, columns: slice) -> LazyMatrix:
+    """Block ``[rows, columns]`` of ``matrix``, itself unread."""
+    if columns != slice(0, matrix.columns):
+        matrix = ColumnsOf(matrix, columns)
+    if isinstance(rows, slice) and rows == slice(0, matrix.rows):
+        return matrix
+    return RowsOf(matrix, rows)
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    return list(accumulate(sizes, initial=0))[:-1]
+
+
+def _overlap(wanted: slice, first: int, size: int) -> slice | None:
+    """The part of ``wanted`` that falls into ``size`` rows from ``first``, counted from ``first``."""
+    start, stop = max(wanted.start - first, 0), min(wanted.stop - first, size)
+    return slice(start, stop) if start < stop else None

@@ -1,0 +1,160 @@
+"""Reading a native checkpoint: any rank of any layout takes the rows and columns it needs, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
+from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, RowsOf, block_of, count
+from megacore.checkpoint.safetensors_file import DTYPES, SafetensorsFile, file_sha256
+from megacore.errors import CheckpointError, CorruptCheckpointError
+from megacore.parallel import ParameterSpec, Rows, check_tensor_parallel
+
+
+class Checkpoint:
+    """A native checkpoint on disk.
+
+    Opening it reads the manifest and checks that every file is there with its length; :meth:`check` reads them all.
+
+    Raises:
+        CheckpointError: when the directory holds no checkpoint.
+        CorruptCheckpointError: when a file is missing or has another length than was written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        self._opened: dict[str, SafetensorsFile] = {}
+        for name, file in self.manifest.files.items():
+            found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
+            if found != file.record.num_bytes:
+                state = "is missing" if found is None else f"has {found} bytes instead of {file.record.num_bytes}"
+                raise CorruptCheckpointError(f"{self.path / name} {state}: the checkpoint is incomplete, make it again")
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Where the tokenizer's own files are; ``None`` where the checkpoint came without."""
+        return self.path / TOKENIZER_DIRECTORY if self.manifest.tokenizer else None
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The tokenizer's own files, by name; empty where the checkpoint came without."""
+        return {name: self.path / TOKENIZER_DIRECTORY / name for name in self.manifest.tokenizer}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the weight files."""
+        return sum(file.record.num_bytes for file in self.manifest.files.values())
+
+    def matrix(self, name: str) -> LazyMatrix:
+        """Parameter ``name`` as one matrix, however many ranks it is cut over; nothing is read yet.
+
+        Raises:
+            CheckpointError: when there is no such parameter.
+        """
+        if name not in self.manifest.parameters:
+            raise CheckpointError(f"{self.path} has no parameter {name}")
+        entry = self.manifest.parameters[name]
+        spec, tp = entry.spec, self.manifest.layout.tp
+        if spec.shard_dim is None or tp == 1:
+            return self._part(name, 0, *spec.matrix_shape)
+        blocks = [spec.block(tp, rank) for rank in range(tp)]
+        parts = [
+            self._part(name, rank, count(rows), columns.stop - columns.start)
+            for rank, (rows, columns) in enumerate(blocks)
+        ]
+        if spec.shard_dim >= spec.row_dims:
+            return ConcatenatedColumns(parts)
+        merged = ConcatenatedRows(parts)
+        order = _merging_order([rows for rows, _ in blocks])
+        return merged if order is None else RowsOf(merged, order)
+
+    def read_local(self, name: str, spec: ParameterSpec, *, tp_size: int, tp_rank: int) -> Tensor:
+        """The part of parameter ``name`` that rank ``tp_rank`` of ``tp_size`` holds, in memory of its own.
+
+        Raises:
+            CheckpointError: when the parameter is missing or has another shape than ``spec`` says.
+        """
+        matrix = self.matrix(name)
+        stored = self.manifest.parameters[name].spec
+        if stored.shape != spec.shape:
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {list(stored.shape)}, and the model wants {list(spec.shape)}"
+            )
+        rows, columns = spec.block(tp_size, tp_rank)
+        block = block_of(matrix, rows, columns)
+        local = block.read(slice(0, block.rows), slice(0, block.columns))
+        return local.reshape(spec.local_shape(tp_size, tp_rank)).clone()
+
+    def check_layout(self, tp: int) -> None:
+        """Raises :class:`~megacore.errors.LayoutError` when the model cannot be cut over ``tp`` ranks."""
+        check_tensor_parallel(self.manifest.specs, tp)
+
+    def check(self, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Read every file and compare it with the digest taken when it was written.
+
+        Raises:
+            CorruptCheckpointError: names every file that differs.
+        """
+        expected = {self.path / name: file.record.sha256 for name, file in self.manifest.files.items()}
+        for name, digest in self.manifest.tokenizer.items():
+            expected[self.path / TOKENIZER_DIRECTORY / name] = digest
+        damaged = [
+            str(path)
+            for path, digest in expected.items()
+            if not path.is_file() or file_sha256(path, advance=advance) != digest
+        ]
+        if damaged:
+            raise CorruptCheckpointError(f"damaged since written: {', '.join(damaged)}. Make the checkpoint again")
+
+    @cached_property
+    def _file_of(self) -> dict[tuple[str, int], str]:
+        return {
+            (tensor, file.tp_rank): name for name, file in self.manifest.files.items() for tensor in file.tensors
+        }
+
+    def _part(self, name: str, tp_rank: int, rows: int, columns: int) -> LazyMatrix:
+        """What the file of ``tp_rank`` holds of ``name``; a parameter that is not cut is in the file of rank 0."""
+        file_name = self._file_of.get((name, tp_rank))
+        if file_name is None:
+            raise CorruptCheckpointError(f"{self.path}: no file holds {name} of tp rank {tp_rank}; make it again")
+        if file_name not in self._opened:
+            self._opened[file_name] = SafetensorsFile(self.path / file_name)
+        part = self._opened[file_name].matrix(name, rows, columns)
+        assert part.dtype == DTYPES[self.manifest.parameters[name].dtype], f"{name}: the manifest has another dtype"
+        return part
+
+
+def _merging_order(blocks: list[Rows]) -> Tensor | None:
+    """For ranks whose rows lie one below the other, the order that sorts them into the whole; ``None`` if sorted."""
+    if all(isinstance(rows, slice) for rows in blocks):
+        return None
+    return torch.cat([rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop) for rows in blocks]).argsort()
+
+
+@contextmanager
+def checked_meanwhile(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
+    """Check the digests of ``checkpoint`` in another thread while the block works on it.
+
+    Yields a function that waits for the verdict and raises :class:`CorruptCheckpointError` if it is bad; to be called
+    before the results of the block are made visible.
+    """
+    abandoned = False
+
+    def stop_if_abandoned(num_bytes: int) -> None:
+        if abandoned:
+            raise InterruptedError
+
+    with ThreadPoolExecutor(1) as pool:
+        verdict = pool.submit(checkpoint.check, advance=stop_if_abandoned)
+        try:
+            yield verdict.result
+        except BaseException:
+            abandoned = True
+            raise

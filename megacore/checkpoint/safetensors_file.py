@@ -1,0 +1,196 @@
+"""safetensors files, written front to back from matrices that need not fit into memory.
+
+The format (https://huggingface.co/docs/safetensors): the length of the header as a little-endian uint64, the header as
+JSON (name to dtype, shape and byte offsets), then the tensors back to back. Sizes are known beforehand, so the header
+comes first and the file is never seeked: it is hashed while it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megacore.checkpoint.matrix import LazyMatrix, StoredMatrix
+from megacore.errors import CheckpointError, CorruptCheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The names that safetensors gives to the dtypes a parameter may have."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_FILE_BYTES = 5_000_000_000
+"""No file is larger, unless a single tensor is."""
+
+_CHUNK_BYTES = 16 << 20
+_CHUNKS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: its name and shape in the file, and the matrix with its elements, row by row."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    matrix: LazyMatrix
+
+    @property
+    def num_bytes(self) -> int:
+        return self.matrix.rows * self.matrix.columns * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written: the length of a file in bytes and its SHA-256, in hexadecimal."""
+
+    num_bytes: int
+    sha256: str
+
+
+def split_by_size(tensors: Sequence[OutputTensor], limit: int = MAX_FILE_BYTES) -> list[list[OutputTensor]]:
+    """Distribute ``tensors``, in order, over files of at most ``limit`` bytes."""
+    files: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if files[-1] and size + tensor.num_bytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += tensor.num_bytes
+    return files
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[OutputTensor], *, advance: Callable[[int], None] = lambda num_bytes: None
+) -> FileRecord:
+    """Write ``tensors`` to ``path`` and flush it to the disk. ``advance`` is told of every few bytes written.
+
+    Reading and converting, hashing, and writing overlap in three threads; a few chunks of 16 MiB exist at a time.
+    """
+    digest = hashlib.sha256()
+    header = _header(tensors)
+    digest.update(header)
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        file.write(header)
+        pending: deque[tuple[Future[None], Future[None], int]] = deque()
+
+        def finish_oldest() -> None:
+            hashed, written, num_bytes = pending.popleft()
+            hashed.result()
+            written.result()
+            advance(num_bytes)
+
+        for tensor in tensors:
+            for chunk in _chunks(tensor):
+                if len(pending) == _CHUNKS_IN_FLIGHT:
+                    finish_oldest()
+                pending.append((hasher.submit(digest.update, chunk), writer.submit(_write_all, file.fileno(), chunk), len(chunk)))
+        while pending:
+            finish_oldest()
+        os.fsync(file.fileno())
+        return FileRecord(num_bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def file_sha256(path: Path, *, advance: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(buffer):
+            digest.update(view[:num_bytes])
+            advance(num_bytes)
+    return digest.hexdigest()
+
+
+class SafetensorsFile:
+    """A safetensors file opened for reading: its header is checked, its tensors are mapped when they are read.
+
+    Raises:
+        CheckpointError: when the file is missing.
+        CorruptCheckpointError: when it is truncated or is no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpointError(
+                f"{path} is damaged or incomplete ({path.stat().st_size} bytes): {error}. Fetch it again"
+            ) from error
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises :class:`CheckpointError` for a dtype that no parameter has (quantized weights, for example)."""
+        found = self._file.get_slice(name).get_dtype()
+        if found not in DTYPES:
+            raise CheckpointError(f"{self.path}: {name} has dtype {found}; parameters may be {', '.join(DTYPES)}")
+        return DTYPES[found]
+
+    def matrix(self, name: str, rows: int, columns: int) -> StoredMatrix:
+        """Tensor ``name``, seen as ``rows`` × ``columns``."""
+        return StoredMatrix(rows, columns, self.dtype(name), lambda: self._file.get_tensor(name))
+
+
+def _header(tensors: Sequence[OutputTensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.num_bytes
+        entries[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header
+
+
+def _chunks(tensor: OutputTensor) -> Iterator[memoryview]:
+    matrix = tensor.matrix
+    step = max(1, _CHUNK_BYTES // max(1, matrix.columns * max(tensor.dtype.itemsize, matrix.dtype.itemsize)))
+    for start in range(0, matrix.rows, step):
+        block = matrix.read(slice(start, min(start + step, matrix.rows)), slice(0, matrix.columns))
+        yield _bytes_of(block.to(tensor.dtype))
+
+
+def _bytes_of(block: Tensor) -> memoryview:
+    array: numpy.ndarray = block.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _write_all(descriptor: int, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[os.write(descriptor, chunk) :]

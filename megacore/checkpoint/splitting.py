@@ -1,0 +1,51 @@
+"""Cutting a checkpoint for other tensor and pipeline parallel sizes, in either direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megacore.checkpoint.history import history_entry
+from megacore.checkpoint.layout import Layout
+from megacore.checkpoint.manifest import Manifest
+from megacore.checkpoint.reading import Checkpoint, checked_meanwhile
+from megacore.checkpoint.safetensors_file import DTYPES
+from megacore.checkpoint.writing import Parameter, write_checkpoint
+
+
+def split(
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Manifest:
+    """Write ``checkpoint`` to ``out``, cut over ``tp`` × ``pp`` ranks; 1 × 1 merges it. Tensors keep their bytes.
+
+    The digests of ``checkpoint`` are checked on the way: damaged weights are not passed on.
+
+    Raises:
+        LayoutError: when the model cannot be cut so; the message names sizes that work.
+        CheckpointError, CorruptCheckpointError: for the checkpoint that is read.
+        OutputError, DiskFullError: for the one that is written.
+    """
+    source = Checkpoint(checkpoint)
+    manifest = source.manifest
+    num_layers = manifest.layout.num_layers
+    with checked_meanwhile(source) as wait_for_check:
+        return write_checkpoint(
+            Path(out),
+            {
+                name: Parameter(entry.spec, source.matrix(name), DTYPES[entry.dtype])
+                for name, entry in manifest.parameters.items()
+            },
+            family=manifest.family,
+            config=manifest.config,
+            layout=Layout.even(tp=tp, pp=pp, num_layers=num_layers),
+            tokenizer_files=source.tokenizer_files(),
+            origin=manifest.origin,
+            history=(*manifest.history, history_entry("split", source=str(source.path), tp=tp, pp=pp)),
+            before_commit=wait_for_check,
+            advance=advance,
+        )

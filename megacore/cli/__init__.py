@@ -1,0 +1,50 @@
+"""The command line: one file a command. Parsing and printing are here, the work is in the library.
+
+Command modules import click and nothing heavy; torch and transformers are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+import click
+
+from megacore.cli.plugins import plugins
+from megacore.cli.tokenize import tokenize
+from megacore.errors import MegacoreError
+
+
+class CommandGroup(click.Group):
+    """Prints a :class:`~megacore.errors.MegacoreError` as one message and exits with its code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MegacoreError as error:
+            message = click.ClickException(str(error))
+            message.exit_code = error.exit_code
+            raise message from error
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(version("megacore"), prog_name="megacore")
+def cli() -> None:
+    """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
+
+
+for command in (tokenize, plugins):
+    cli.add_command(command)
+
+
+def _leave_cleanly(signal_number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signal_number)
+
+
+def main() -> None:
+    """The ``megacore`` program. SIGTERM unwinds the stack, so that half-written output is removed."""
+    signal.signal(signal.SIGTERM, _leave_cleanly)
+    cli()

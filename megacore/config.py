@@ -1,0 +1,146 @@
+"""What every decoder-only transformer has: sizes, heads, norm, activation, rotary embedding, biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from megacore.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """Stretches the rotary embedding to contexts longer than the model was trained on. One subclass a method."""
+
+    method: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling(RotaryScaling):
+    """Positions are divided by ``factor`` (kaiokendev, 2023)."""
+
+    method = "linear"
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicNtkScaling(RotaryScaling):
+    """The rotary base grows with the sequence once it is longer than ``max_position_embeddings`` (bloc97, emozilla, 2023)."""
+
+    method = "dynamic_ntk"
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling(RotaryScaling):
+    """NTK-by-parts interpolation and a softer attention (Peng et al., 2023, arXiv:2309.00071)."""
+
+    method = "yarn"
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequencyBandScaling(RotaryScaling):
+    """Low frequencies are divided by ``factor``, high ones kept, those between blended (Grattafiori et al., 2024, arXiv:2407.21783)."""
+
+    method = "frequency_band"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+SCALING_METHODS: dict[str, type[RotaryScaling]] = {
+    scaling.method: scaling for scaling in (LinearScaling, DynamicNtkScaling, YarnScaling, FrequencyBandScaling)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one model. A family that needs more subclasses it in its plugin.
+
+    ``head_dim`` need not be ``hidden_size / num_attention_heads``. ``num_kv_heads`` key-value heads each serve
+    ``num_attention_heads / num_kv_heads`` query heads: equal numbers are multi-head attention, 1 is multi-query.
+
+    Raises:
+        ConfigError: for sizes that no decoder can have.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    norm: str = "rmsnorm"
+    activation: str = "silu"
+    rope_theta: float = 10000.0
+    rope_scaling: RotaryScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads",
+                     "head_dim", "vocab_size", "max_position_embeddings"):  # fmt: skip
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, not {size!r}")
+        if self.num_attention_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even, since the rotary embedding turns pairs; it is {self.head_dim}")
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_attention_heads // self.num_kv_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; :meth:`from_dict` is the inverse."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = self.rope_scaling.to_dict()
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Rebuild what :meth:`to_dict` wrote. Raises :class:`ConfigError` for a field this class does not have."""
+        fields = dict(fields)
+        scaling = fields.get("rope_scaling")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(
+                f"{cls.__name__} has no {', '.join(unknown)}: was this written by a newer version of the plugin?"
+            )
+        if missing := sorted(
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING and field.name not in fields
+        ):
+            raise ConfigError(f"the model configuration lacks {', '.join(missing)}")
+        if scaling is not None:
+            scaling = dict(scaling)
+            method = scaling.pop("method", None)
+            if method not in SCALING_METHODS:
+                raise ConfigError(f"unknown rope_scaling method {method!r}; known: {', '.join(SCALING_METHODS)}")
+            fields["rope_scaling"] = SCALING_METHODS[method](**scaling)
+        return cls(**fields)

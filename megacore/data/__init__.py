@@ -1,0 +1,20 @@
+"""Data: tokenizing text, the indexed dataset that holds the ids, and the samples that training takes from it."""
+
+from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megacore.data.tokenization import DatasetDescription, TokenizeSummary, tokenize
+from megacore.data.tokenizer import Tokenizer, load_tokenizer
+from megacore.data.windows import KeyedPermutation, SampleOrder, TokenWindows
+
+__all__ = [
+    "DatasetDescription",
+    "IndexedDataset",
+    "IndexedDatasetWriter",
+    "KeyedPermutation",
+    "SampleOrder",
+    "TokenWindows",
+    "TokenizeSummary",
+    "Tokenizer",
+    "load_tokenizer",
+    "token_dtype",
+    "tokenize",
+]

@@ -1,0 +1,317 @@
+"""The indexed dataset: token ids in ``PREFIX.bin``, and where each document begins in ``PREFIX.idx``.
+
+The format is Megatron-LM's memory-mapped one (``MMapIndexedDataset``), byte for byte, so that datasets go both ways.
+Everything is little endian. ``.bin`` is the ids of all sequences back to back. ``.idx`` is
+
+====================  =================  ===========================================================================
+magic                 9 bytes            ``MMIDIDX\\0\\0``
+version               uint64             1
+dtype code            uint8              how an id is stored, see :data:`DTYPE_CODES`
+num_sequences         uint64
+num_boundaries        uint64             number of documents + 1
+sizes                 int32[sequences]   ids in each sequence
+pointers              int64[sequences]   where each sequence begins in ``.bin``, in bytes
+document indices      int64[boundaries]  document ``d`` is the sequences ``[indices[d], indices[d + 1])``
+====================  =================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import uuid
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megacore.errors import DataError, DiskFullError, OutputError
+
+DTYPE_CODES: dict[np.dtype[Any], int] = {
+    np.dtype("<u1"): 1,
+    np.dtype("<i1"): 2,
+    np.dtype("<i2"): 3,
+    np.dtype("<i4"): 4,
+    np.dtype("<i8"): 5,
+    np.dtype("<u2"): 8,
+}
+"""The format's codes of integer types. 6 and 7 are its floating point types, which hold no token ids."""
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_OLD_MAGIC = b"TNTIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_LONGEST_SEQUENCE = 2**31 - 1
+_CHECKED_AT_ONCE = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """How the ids of a vocabulary are stored: uint16 where Megatron-LM takes it (below 65500), else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDatasetWriter:
+    """Writes an indexed dataset as its documents come; used as a context manager.
+
+    >>> with IndexedDatasetWriter("data/train", token_dtype(vocab_size=32000)) as writer:  # doctest: +SKIP
+    ...     writer.add_document([5, 6, 7])
+
+    Memory holds no ids, only 12 bytes a document. The files carry temporary names (``PREFIX.bin.….partial``) until the
+    block ends without an exception; then they are synced to disk and renamed, ``.idx`` last. An exception removes them;
+    a killed process leaves partial files that nothing reads, and that may be deleted.
+
+    Raises:
+        DataError: ``dtype`` is none of the format's integer types, or ids do not fit it.
+        OutputError: an output file exists or cannot be written (:class:`DiskFullError` when there is no room).
+    """
+
+    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in DTYPE_CODES:
+            names = ", ".join(known.name for known in DTYPE_CODES)
+            raise DataError(f"{prefix}: token ids are stored as one of {names}, not {self.dtype.name}")
+        self._sizes = array("i")
+        self._document_indices = array("q", [0])
+        self._description: str | None = None
+        self._partial_suffix = f".{uuid.uuid4().hex[:8]}.partial"
+        self._bin: BinaryIO
+
+    def __enter__(self) -> Self:
+        self._refuse_existing()
+        with _output_errors(self.prefix):
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._partial(".bin").open("xb", buffering=1 << 20)
+        return self
+
+    def add_document(self, *sequences: ArrayLike) -> None:
+        """Append one document: as a rule one sequence of ids, ``[length]``; several where they are to be told apart.
+
+        A document without ids is kept, so that documents have the numbers that the caller counts; it adds no token to
+        the stream. (:func:`megacore.tokenize` skips such documents before they get here.)
+        """
+        arrays = [self._stored(sequence) for sequence in sequences]
+        with _output_errors(self.prefix):
+            for ids in arrays:
+                self._bin.write(ids.data)
+                self._sizes.append(len(ids))
+        self._document_indices.append(len(self._sizes))
+
+    def describe(self, text: str) -> None:
+        """Have ``PREFIX.json`` written with this text; it is in place before the dataset is."""
+        self._description = text
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _output_errors(self.prefix):
+                    self._finish()
+        finally:
+            # What is still buffered cannot be flushed to a full disk, and is thrown away here anyway.
+            with suppress(OSError):
+                self._bin.close()
+            for suffix in (".bin", ".json", ".idx"):
+                self._partial(suffix).unlink(missing_ok=True)
+
+    def _stored(self, sequence: ArrayLike) -> NDArray[Any]:
+        ids = np.asarray(sequence)
+        if ids.size == 0:
+            return np.empty(0, self.dtype)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise DataError(f"{self.prefix}: a sequence is a list of integers, not {ids.dtype} of shape {ids.shape}")
+        if len(ids) > _LONGEST_SEQUENCE:
+            raise DataError(f"{self.prefix}: a sequence of {len(ids)} ids; the format ends at {_LONGEST_SEQUENCE}")
+        limits = np.iinfo(self.dtype)
+        for extreme in (int(ids.min()), int(ids.max())):
+            if not limits.min <= extreme <= limits.max:
+                raise DataError(
+                    f"{self.prefix}: token id {extreme} does not fit {self.dtype.name} ({limits.min} to {limits.max}); "
+                    f"choose the dtype by the vocabulary's size, with token_dtype"
+                )
+        return np.ascontiguousarray(ids, self.dtype)
+
+    def _finish(self) -> None:
+        _sync(self._bin)
+        self._bin.close()
+        if self._description is not None:
+            with self._partial(".json").open("xb") as file:
+                file.write(self._description.encode())
+                _sync(file)
+        with self._partial(".idx").open("xb") as file:
+            self._write_index(file)
+            _sync(file)
+        # Another process may have written the same dataset in the meantime; renaming would replace its files.
+        self._refuse_existing()
+        for suffix in (".bin", ".json", ".idx"):
+            if self._partial(suffix).exists():
+                self._partial(suffix).rename(_with_suffix(self.prefix, suffix))
+        _sync_directory(self.prefix.parent)
+
+    def _write_index(self, file: BinaryIO) -> None:
+        sizes = np.frombuffer(self._sizes, np.int32)
+        # In 64 bits from the start: a sum of int32 wraps around once the file passes 2 GiB.
+        ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
+        boundaries = np.frombuffer(self._document_indices, np.int64)
+        file.write(_HEADER.pack(_MAGIC, _VERSION, DTYPE_CODES[self.dtype], len(sizes), len(boundaries)))
+        file.write(sizes.astype("<i4").data)
+        file.write((ends - sizes * np.int64(self.dtype.itemsize)).astype("<i8").data)
+        file.write(boundaries.astype("<i8").data)
+
+    def _partial(self, suffix: str) -> Path:
+        return _with_suffix(self.prefix, suffix + self._partial_suffix)
+
+    def _refuse_existing(self) -> None:
+        # A description (.json) left behind by another dataset would be taken for this one's.
+        existing = [str(path) for s in (".bin", ".idx", ".json") if (path := _with_suffix(self.prefix, s)).exists()]
+        if existing:
+            raise OutputError(
+                f"{' and '.join(existing)} exist{'s' if len(existing) == 1 else ''}: "
+                f"delete what is not needed, or choose another output prefix"
+            )
+
+
+class IndexedDataset:
+    """An indexed dataset, read by memory map: opening is quick, and memory does not grow with its size.
+
+    ``dataset[i]`` is the ids of sequence ``i``, ``[sizes[i]]``, a read-only view of the file; so is
+    ``dataset.tokens(start, stop)``. What ``tokenize`` writes has one sequence a document.
+
+    Attributes:
+        dtype: how ids are stored, little endian.
+        sizes: int32, ``[num_sequences]``, ids in each sequence. Zero is allowed: other programs write empty documents.
+        document_indices: int64, ``[num_documents + 1]``, document ``d`` is the sequences
+            ``[document_indices[d], document_indices[d + 1])``. Some programs mark no boundaries: then it is ``[0]``.
+        num_tokens: ids in all sequences together.
+
+    Raises:
+        DataError: a file is missing, truncated, of another format, or the two files do not belong together.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        index_path, bin_path = _with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")
+        for path in (index_path, bin_path):
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; give a dataset's path without its .bin or .idx")
+        self.dtype, num_sequences, num_boundaries = _read_header(index_path)
+
+        index = np.memmap(index_path, np.uint8, "r")
+        sizes_end = _HEADER.size + 4 * num_sequences
+        self.sizes = np.frombuffer(index, "<i4", num_sequences, _HEADER.size)
+        self._pointers = np.frombuffer(index, "<i8", num_sequences, sizes_end)
+        self.document_indices = np.frombuffer(index, "<i8", num_boundaries, sizes_end + 8 * num_sequences)
+
+        num_bytes = self._check_index(index_path)
+        if bin_path.stat().st_size != num_bytes:
+            raise DataError(
+                f"{bin_path}: {bin_path.stat().st_size} bytes, but {index_path.name} describes {num_bytes}: "
+                f"it is truncated, or belongs to another dataset"
+            )
+        self.num_tokens = num_bytes // self.dtype.itemsize
+        # An empty file cannot be mapped.
+        stream = np.memmap(bin_path, self.dtype, "r") if num_bytes else np.empty(0, self.dtype)
+        # A plain array over the same memory: each slice of a np.memmap pays for a subclass that nothing here needs.
+        self._stream = np.asarray(stream).view(np.ndarray)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        start = int(self._pointers[index]) // self.dtype.itemsize
+        return self._stream[start : start + int(self.sizes[index])]
+
+    def tokens(self, start: int, stop: int) -> NDArray[Any]:
+        """The ids ``[stop - start]`` at these positions of the stream that all sequences form, one after the other."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.prefix}, which has {self.num_tokens}")
+        return self._stream[start:stop]
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
+        # A worker process maps the files itself instead of receiving their content.
+        return IndexedDataset, (self.prefix,)
+
+    def _check_index(self, path: Path) -> int:
+        """Refuse an index that contradicts itself; the number of bytes in ``.bin`` that it describes."""
+        end = 0
+        for first in range(0, len(self), _CHECKED_AT_ONCE):
+            block = slice(first, first + _CHECKED_AT_ONCE)
+            num_bytes = self.sizes[block].astype(np.int64) * self.dtype.itemsize
+            if num_bytes.min() < 0:
+                raise DataError(f"{path}: is damaged: sequence {first + int(num_bytes.argmin())} has a negative size")
+            ends = end + np.cumsum(num_bytes)
+            wrong = self._pointers[block] != ends - num_bytes
+            if wrong.any():
+                number = first + int(wrong.argmax())
+                raise DataError(f"{path}: is damaged: sequence {number} does not begin where the one before ends")
+            end = int(ends[-1])
+        boundaries = self.document_indices
+        if len(boundaries) == 0 or boundaries[0] != 0 or (boundaries[1:] < boundaries[:-1]).any():
+            raise DataError(f"{path}: is damaged: the document boundaries do not ascend from 0")
+        if boundaries[-1] > len(self):
+            raise DataError(f"{path}: is damaged: a document ends at sequence {boundaries[-1]} of {len(self)}")
+        return end
+
+
+def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
+    """The dtype, the number of sequences and of document boundaries, in an index whose length agrees with them."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if header.startswith(_OLD_MAGIC):
+        raise DataError(f"{path}: an index of the old 'lazy' or 'cached' kind; write the dataset as the 'mmap' kind")
+    if not header.startswith(_MAGIC):
+        raise DataError(f"{path}: is not the index of an indexed dataset (it begins with {header[:9]!r})")
+    if len(header) < _HEADER.size:
+        raise DataError(f"{path}: is truncated: its header has {len(header)} of {_HEADER.size} bytes")
+    _, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
+    if version != _VERSION:
+        raise DataError(f"{path}: version {version} of the index format; only version {_VERSION} is known")
+    dtypes = {known_code: dtype for dtype, known_code in DTYPE_CODES.items()}
+    if code not in dtypes:
+        what = "floating point numbers, not token ids" if code in (6, 7) else "an unknown type"
+        raise DataError(f"{path}: its dtype code {code} means {what}")
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    actual = path.stat().st_size
+    if actual != expected:
+        state = "is truncated" if actual < expected else "is damaged"
+        raise DataError(
+            f"{path}: {state}: {actual} bytes, but {num_sequences} sequences and {num_boundaries} "
+            f"document boundaries take {expected}"
+        )
+    return dtypes[code], num_sequences, num_boundaries
+
+
+def _with_suffix(prefix: str | Path, suffix: str) -> Path:
+    # Not Path.with_suffix, which would take away what follows the last dot of the prefix.
+    return Path(f"{prefix}{suffix}")
+
+
+@contextmanager
+def _output_errors(prefix: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFullError if full else OutputError)(
+            f"{error.filename or prefix}: cannot be written: {error.strerror}. No dataset was left behind"
+        ) from error
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,23 @@
+"""The kit that plugins build layers from, and the decoder that stacks them."""
+
+from megacore.model.attention import Positions, SelfAttention
+from megacore.model.decoder import DecoderModel, model_specs
+from megacore.model.mlp import ACTIVATIONS, GatedMLP, activation_function
+from megacore.model.norms import LayerNorm, RMSNorm, build_norm
+from megacore.model.rotary import apply_rotary, inverse_frequencies, rotary_table
+
+__all__ = [
+    "ACTIVATIONS",
+    "DecoderModel",
+    "GatedMLP",
+    "LayerNorm",
+    "Positions",
+    "RMSNorm",
+    "SelfAttention",
+    "activation_function",
+    "apply_rotary",
+    "build_norm",
+    "inverse_frequencies",
+    "model_specs",
+    "rotary_table",
+]

@@ -1,0 +1,55 @@
+"""Grouped-query self-attention with rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from megacore.config import ModelConfig
+from megacore.model.rotary import apply_rotary
+from megacore.parallel import ColumnParallelLinear, ParallelContext, RowParallelLinear
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention needs to know of the positions: the rotary table of the sequence, each ``[sequence, head_dim]``."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention; each key-value head serves ``queries_per_kv`` query heads (Ainslie et al., 2023, arXiv:2305.13245).
+
+    ``linear_qkv`` is ``[kv_groups, (queries_per_kv + 2) * head_dim, hidden_size]``: of each group the query heads, the
+    key, the value. ``linear_proj`` is ``[hidden_size, kv_groups, queries_per_kv * head_dim]``. Tensor parallelism cuts
+    both between groups.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        groups, queries, head_dim = config.num_kv_heads, config.queries_per_kv, config.head_dim
+        self.queries_per_kv = queries
+        self.head_dim = head_dim
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size, (groups, (queries + 2) * head_dim), shard_dim=0, bias=config.qkv_bias, parallel=parallel
+        )
+        self.linear_proj = RowParallelLinear(
+            (groups, queries * head_dim), config.hidden_size, bias=config.attention_output_bias, parallel=parallel
+        )
+
+    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+        query, key, value = self.split_heads(self.linear_qkv(hidden))
+        query = apply_rotary(query, positions.cos, positions.sin)
+        key = apply_rotary(key, positions.cos, positions.sin)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
+        return self.linear_proj(attended.transpose(1, 2).flatten(2))
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take ``[batch, sequence, local_rows]`` apart into query, key and value, ``[batch, sequence, heads, head_dim]``."""
+        groups = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
+        return groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]

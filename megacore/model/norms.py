@@ -1,0 +1,47 @@
+"""Normalization over the hidden axis; every rank holds the whole weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from megacore.config import ModelConfig
+from megacore.errors import ConfigError
+from megacore.parallel import ParallelContext, ReplicatedModule
+
+
+class RMSNorm(ReplicatedModule):
+    """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich, 2019, arXiv:1910.07467), computed in float32 or wider."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+        super().__init__(parallel)
+        self.eps = config.norm_eps
+        self.declare("weight", (config.hidden_size,))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float() if hidden.dtype.itemsize < 4 else hidden
+        normed = F.rms_norm(wide, (hidden.shape[-1],), eps=self.eps)
+        return self.replicated("weight") * normed.to(hidden.dtype)
+
+
+class LayerNorm(ReplicatedModule):
+    """``(x - mean) / sqrt(variance + eps) * weight + bias`` (Ba et al., 2016, arXiv:1607.06450)."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+        super().__init__(parallel)
+        self.eps = config.norm_eps
+        self.declare("weight", (config.hidden_size,))
+        self.declare("bias", (config.hidden_size,))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.layer_norm(
+            hidden, (hidden.shape[-1],), self.replicated("weight"), self.replicated("bias"), eps=self.eps
+        )
+
+
+def build_norm(config: ModelConfig, parallel: ParallelContext) -> RMSNorm | LayerNorm:
+    """The norm that ``config.norm`` names. Raises :class:`ConfigError` for one that is not implemented."""
+    norms = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+    if config.norm not in norms:
+        raise ConfigError(f"norm {config.norm!r} is not implemented; implemented: {', '.join(norms)}")
+    return norms[config.norm](config, parallel)

@@ -1,0 +1,79 @@
+"""Modules whose parameters know how they are cut.
+
+A parameter is declared once, with its whole shape and the axis that tensor parallelism cuts. Everything else (convert,
+split, load, save, train) reads the cut from that declaration. Modules are built on the meta device, so that a model of
+any size can be planned without memory; :func:`materialize` then gives each parameter its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megacore.parallel.context import ParallelContext
+from megacore.parallel.cuts import ParameterSpec
+
+
+class ParallelModule(nn.Module):
+    """A module that declares its parameters by their whole shape."""
+
+    def __init__(self, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.specs: dict[str, ParameterSpec] = {}
+
+    def declare(self, name: str, shape: tuple[int, ...], *, shard_dim: int | None = None, row_dims: int = 1) -> None:
+        """Create parameter ``name``, without values, of this rank's part of ``shape``. See :class:`ParameterSpec`."""
+        spec = ParameterSpec(shape=shape, shard_dim=shard_dim, row_dims=row_dims)
+        self.specs[name] = spec
+        local_shape = spec.local_shape(self.parallel.tp_size, self.parallel.tp_rank)
+        self.register_parameter(name, nn.Parameter(torch.empty(local_shape, device="meta")))
+
+    def local(self, name: str) -> Tensor:
+        """This rank's part of parameter ``name`` as a plain tensor; gradients flow back to the parameter."""
+        parameter = getattr(self, name)
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
+    """The specs of all parameters of ``model``, by their full names, in the order of the modules.
+
+    A parameter that was not declared (of a plain ``torch.nn`` module in a plugin's layer) is not cut.
+    """
+    specs = {}
+    for prefix, module in model.named_modules():
+        declared = module.specs if isinstance(module, ParallelModule) else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = ParameterSpec(shape=tuple(parameter.shape), shard_dim=None, row_dims=1)
+            specs[f"{prefix}.{name}" if prefix else name] = declared.get(name, whole)
+    return specs
+
+
+def materialize(
+    model: nn.Module, parallel: ParallelContext, values: Callable[[str, ParameterSpec], Tensor]
+) -> None:
+    """Replace every parameter of ``model`` by the local part that ``values(name, spec)`` returns, one at a time.
+
+    With tensor parallelism the new parameters are DTensors, cut as declared, so that gradient clipping, optimizer
+    state and distributed checkpoints know what each rank holds.
+    """
+    specs = parameter_specs(model)
+    for name, spec in specs.items():
+        prefix, _, last = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        value = values(name, spec)
+        expected = spec.local_shape(parallel.tp_size, parallel.tp_rank)
+        assert tuple(value.shape) == expected, f"{name}: {tuple(value.shape)} is not {expected}"
+        if parallel.tp_mesh is not None:
+            value = DTensor.from_local(
+                value,
+                parallel.tp_mesh,
+                [Replicate() if spec.shard_dim is None else Shard(spec.shard_dim)],
+                run_check=False,
+                shape=torch.Size(spec.shape),
+                stride=torch.empty(spec.shape, device="meta").stride(),
+            )
+        setattr(module, last, nn.Parameter(value))

@@ -1,0 +1,421 @@
+"""Finding model plugins, surviving the broken ones, and asking the one that owns a family.
+
+Plugins are loaded on first use, never when a module is imported. One that cannot be used is remembered with the reason,
+which is told to whoever asks for its family; nobody else is disturbed by it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import Distribution, EntryPoint, entry_points, version
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from megacore import hookspecs
+from megacore.errors import ConfigError, PluginError
+from megacore.hookspecs import FAMILY_HOOKS, PROJECT, ModelFamily
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from megacore.config import ModelConfig
+    from megacore.hookspecs import ReferenceModel
+    from megacore.parallel import ParallelContext
+    from megacore.weights import WeightMap
+
+log = logging.getLogger(__name__)
+
+DISABLE_VARIABLE = "MEGACORE_DISABLE_PLUGINS"
+"""The environment variable that names the distributions whose plugins are left alone, separated by commas."""
+
+HOOKS = ("model_families", *FAMILY_HOOKS)
+
+
+@dataclass(kw_only=True)
+class LoadedPlugin:
+    """What is known about one plugin, usable or not.
+
+    Attributes:
+        distribution: the name of the distribution that provides it.
+        version: the version of that distribution.
+        entry_point: the name of its entry point, by convention that of its family.
+        plugin: the module or object that holds the hooks; ``None`` if it cannot be used.
+        hooks: the hooks that it implements or wraps.
+        families: what it declared; empty for a plugin that only wraps the hooks of others, or that is unusable.
+        error: why it cannot be used, as the end of a sentence that begins with :attr:`label`; ``None`` if it can.
+        disabled: whether the user switched it off.
+    """
+
+    distribution: str
+    version: str
+    entry_point: str
+    plugin: object | None = None
+    hooks: tuple[str, ...] = ()
+    families: tuple[ModelFamily, ...] = ()
+    error: PluginError | None = None
+    disabled: bool = False
+
+    @property
+    def label(self) -> str:
+        """How messages call it: distribution and version."""
+        return f"{self.distribution} {self.version}"
+
+    @property
+    def status(self) -> str:
+        """``"active"``, ``"failed"`` or ``"disabled"``."""
+        if self.disabled:
+            return "disabled"
+        return "failed" if self.error else "active"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family and the plugin that owns it: the hooks of :mod:`megacore.hookspecs`, asked of that plugin alone.
+
+    Each of the four raises :class:`~megacore.errors.PluginError` when the answer is ``None``, and lets through what
+    the plugin raises.
+    """
+
+    family: ModelFamily
+    plugin: LoadedPlugin
+    registry: PluginRegistry = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.family.name
+
+    @property
+    def label(self) -> str:
+        """The owner's distribution and version."""
+        return self.plugin.label
+
+    def weight_map(self, config: ModelConfig, source: str) -> WeightMap:
+        """See :func:`megacore.hookspecs.weight_map`."""
+        return self._ask("weight_map", config=config, source=source)
+
+    def qkv_permutation(self, config: ModelConfig, source: str) -> Sequence[int]:
+        """See :func:`megacore.hookspecs.qkv_permutation`."""
+        return self._ask("qkv_permutation", config=config, source=source)
+
+    def load_reference(
+        self, config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device
+    ) -> ReferenceModel:
+        """See :func:`megacore.hookspecs.load_reference`."""
+        return self._ask("load_reference", config=config, path=path, dtype=dtype, device=device)
+
+    def build_layer(self, config: ModelConfig, layer_index: int, parallel: ParallelContext) -> nn.Module:
+        """See :func:`megacore.hookspecs.build_layer`."""
+        return self._ask("build_layer", config=config, layer_index=layer_index, parallel=parallel)
+
+    def preset(self, size: str) -> ModelConfig:
+        """Return the configuration of a published ``size``. Raises :class:`ConfigError`, listing the known sizes."""
+        presets = self.family.presets
+        if size not in presets:
+            raise ConfigError(
+                f"model family {self.name!r} has no size {size!r}. Known sizes: {', '.join(presets) or 'none'}."
+            )
+        return self.family.config_class(family=self.name, **presets[size])
+
+    def _ask(self, hook: str, **arguments: Any) -> Any:
+        answer = self.registry._ask_owner(self.plugin, hook, arguments)
+        if answer is None:
+            wrappers = self.registry._wrappers_of(hook)
+            hint = f" It is wrapped by {', '.join(wrappers)}: does each wrapper return its result?" if wrappers else ""
+            raise PluginError(f"{hook} of model family {self.name!r} returned None, from {self.label}.{hint}")
+        return answer
+
+
+class PluginRegistry:
+    """The plugins of one process, in the order of their entry points' names.
+
+    A new registry is empty: fill it with :meth:`load_entry_points` or :meth:`register`. The rest of megacore uses
+    :func:`default_registry`.
+    """
+
+    def __init__(self) -> None:
+        self.plugins: list[LoadedPlugin] = []
+        self._manager = _PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+
+    def load_entry_points(self) -> None:
+        """Load every installed plugin. A defect of one is kept in its :attr:`LoadedPlugin.error` and stops no other."""
+        disabled = _disabled_distributions()
+        for entry_point, distribution in _sorted_entry_points():
+            record = LoadedPlugin(
+                distribution=distribution.name, version=distribution.version, entry_point=entry_point.name
+            )
+            self.plugins.append(record)
+            if _normalized(record.distribution) in disabled:
+                record.disabled = True
+                record.error = PluginError(f"is disabled by {DISABLE_VARIABLE}")
+                continue
+            try:
+                _check_pin(distribution)
+                with _blame("could not be imported"):
+                    plugin = entry_point.load()
+                self._register(record, plugin)
+            except PluginError as error:
+                record.error = error
+                log.debug("plugin %s %s", record.label, error, exc_info=True)
+
+    def register(
+        self, plugin: object, *, distribution: str, version: str = "0", entry_point: str | None = None
+    ) -> LoadedPlugin:
+        """Add a plugin that is in memory, under the name of a distribution.
+
+        Raises:
+            PluginError: the plugin cannot be used; the registry is as it was.
+        """
+        record = LoadedPlugin(distribution=distribution, version=version, entry_point=entry_point or distribution)
+        try:
+            self._register(record, plugin)
+        except PluginError as error:
+            raise PluginError(f"{record.label} {error}") from error.__cause__
+        self.plugins.append(record)
+        return record
+
+    def list_families(self) -> list[str]:
+        """The names that :meth:`get_family` knows, sorted."""
+        return sorted({family.name for record in self.plugins for family in record.families})
+
+    def families_for_architecture(self, architecture: str) -> list[str]:
+        """The families that read an entry of ``architectures`` in a Hugging Face ``config.json``, sorted."""
+        return sorted(
+            {
+                family.name
+                for record in self.plugins
+                for family in record.families
+                if architecture in family.architectures
+            }
+        )
+
+    def get_family(self, name: str) -> Family:
+        """Return the family called ``name``, bound to the one plugin that owns it.
+
+        Raises:
+            PluginError: no plugin, or more than one, declares the family, or the plugin that should is unusable.
+        """
+        owners = [(record, family) for record in self.plugins for family in record.families if family.name == name]
+        if not owners:
+            raise PluginError(self._why_missing(name))
+        if len(owners) > 1:
+            lines = "".join(f"  - {record.label}\n" for record, _ in owners)
+            raise PluginError(
+                f"model family {name!r} is provided by {len(owners)} plugins:\n{lines}"
+                f"Uninstall all but one, or set {DISABLE_VARIABLE}=<distribution>[,<distribution>]."
+            )
+        [(owner, family)] = owners
+        return Family(family=family, plugin=owner, registry=self)
+
+    def _why_missing(self, name: str) -> str:
+        unusable = [record for record in self.plugins if record.error]
+        # What a broken plugin would have declared is unknown; by convention its entry point has the family's name.
+        if culprits := [record for record in unusable if record.entry_point == name]:
+            reasons = "; ".join(f"{record.label} {record.error}" for record in culprits)
+            return f"model family {name!r} is not available: {reasons}"
+
+        families = self.list_families()
+        nearest = _nearest(name, [*families, *(record.entry_point for record in unusable)])
+        message = f"unknown model family {name!r}."
+        if nearest:
+            message += f" Did you mean {nearest!r}?"
+        message += f" Installed: {', '.join(families) or 'none'}."
+        if not nearest and re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            message += f" If there is a plugin for it: pip install {PROJECT}-{_normalized(name)}"
+        if unusable:
+            message += f"\nNot loaded: {', '.join(record.label for record in unusable)}; `megacore plugins` says why."
+        return message
+
+    def _register(self, record: LoadedPlugin, plugin: object) -> None:
+        """Check ``plugin``, hand it to pluggy and let it declare its families; on failure leave no trace of it."""
+        with _blame("could not be examined"):
+            hooks = self._manager.implementations(plugin)
+            faults = list(_faults(plugin, hooks))
+        if faults:
+            raise PluginError("; ".join(faults))
+        for other in self.plugins:
+            if other.plugin is plugin:
+                raise PluginError(f"is loaded already, by entry point {other.entry_point!r} of {other.label}")
+
+        name = f"{record.distribution}:{record.entry_point}"  # two distributions may use one entry-point name
+        try:
+            with _blame("was refused"):
+                self._manager.register(plugin, name)
+            families = self._declared_families(plugin) if "model_families" in hooks else ()
+        except PluginError:
+            # Its hooks would answer for other families. Even one that pluggy rejected is half registered before 1.7.
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            raise
+        record.plugin, record.hooks, record.families = plugin, tuple(hooks), families
+
+    def _declared_families(self, plugin: object) -> tuple[ModelFamily, ...]:
+        with _blame("could not declare its families"):
+            # A generator runs here, so that what it raises is blamed on the plugin too.
+            families = tuple(family for answer in self._only(plugin, "model_families")() for family in answer)
+        if not families:
+            raise PluginError("returned no family from model_families")
+        if strangers := [family for family in families if not isinstance(family, ModelFamily)]:
+            raise PluginError(f"returned {strangers[0]!r} from model_families, which is not a ModelFamily")
+        names = [family.name for family in families]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise PluginError(f"declares more than once: {', '.join(repeated)}")
+        return families
+
+    def _ask_owner(self, owner: LoadedPlugin, hook: str, arguments: Mapping[str, Any]) -> Any:
+        assert owner.plugin is not None
+        return self._only(owner.plugin, hook)(**arguments)
+
+    def _only(self, plugin: object, hook: str) -> pluggy.HookCaller:
+        """The caller of ``hook`` on ``plugin`` without the other families' plugins. Those that only wrap stay."""
+        others = [record.plugin for record in self.plugins if record.families and record.plugin is not plugin]
+        return self._manager.subset_hook_caller(hook, others)
+
+    def _wrappers_of(self, hook: str) -> list[str]:
+        return [record.label for record in self.plugins if hook in record.hooks and not record.families]
+
+
+class _PluginManager(pluggy.PluginManager):
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        # pluggy < 1.7 reads every attribute, which runs properties and a lazy module's __getattr__: that could import
+        # torch. What is not plainly a function is no hook, in any version.
+        attribute = inspect.getattr_static(plugin, name, None)
+        if not isinstance(attribute, FunctionType | MethodType | staticmethod | classmethod):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+    def implementations(self, plugin: object) -> dict[str, pluggy.HookimplOpts]:
+        """The options of each function of ``plugin`` that is marked as a hook, by the function's name."""
+        options = {name: self.parse_hookimpl_opts(plugin, name) for name in dir(plugin)}
+        return {name: found for name, found in options.items() if found is not None}
+
+
+@cache
+def default_registry() -> PluginRegistry:
+    """The registry of the installed plugins, which are loaded by the first call."""
+    registry = PluginRegistry()
+    registry.load_entry_points()
+    return registry
+
+
+def get_family(name: str) -> Family:
+    """Return an installed model family. Raises :class:`~megacore.errors.PluginError`; see :class:`PluginRegistry`."""
+    return default_registry().get_family(name)
+
+
+def list_families() -> list[str]:
+    """The names of the installed model families, sorted."""
+    return default_registry().list_families()
+
+
+def _sorted_entry_points() -> list[tuple[EntryPoint, Distribution]]:
+    # An uninstallation that was cut off can leave entry points of a distribution without a name; it is not installed.
+    found = [(point, point.dist) for point in entry_points(group=PROJECT) if point.dist and point.dist.name]
+    # They come in the order of directories on the disk, which differs between machines.
+    return sorted(found, key=lambda pair: (pair[0].name, pair[1].name))
+
+
+def _disabled_distributions() -> set[str]:
+    names = os.environ.get(DISABLE_VARIABLE, "").split(",")
+    return {_normalized(name.strip()) for name in names if name.strip()}
+
+
+def _normalized(name: str) -> str:
+    from packaging.utils import canonicalize_name
+
+    return canonicalize_name(name)
+
+
+def _check_pin(distribution: Distribution) -> None:
+    """Raise PluginError if ``distribution`` needs another megacore: pip installs it with no more than a warning."""
+    from packaging.requirements import Requirement
+
+    installed = version(PROJECT)
+    with _blame("has unreadable requirements"):
+        needs = [Requirement(requirement) for requirement in distribution.requires or ()]
+    for need in needs:
+        applies = _normalized(need.name) == PROJECT and (need.marker is None or need.marker.evaluate())
+        if applies and not need.specifier.contains(installed, prereleases=True):
+            raise PluginError(f"needs {PROJECT} {need.specifier}, installed is {installed}")
+
+
+def _faults(plugin: object, hooks: Mapping[str, pluggy.HookimplOpts]) -> Iterator[str]:
+    """Say what is wrong with a plugin, each as the end of a sentence about it.
+
+    pluggy would raise for some of it, in terms that differ between its versions, and passes over the rest in silence.
+    """
+    if inspect.isclass(plugin):
+        yield f"registers the class {plugin.__name__}, not an instance of it"
+        return
+    if not isinstance(plugin, Hashable):  # pluggy keeps plugins in sets: one such would break the calls of all others
+        yield f"registers an unhashable {type(plugin).__name__} object"
+    if not hooks:
+        yield "implements no hook; are its functions marked with @hookimpl?"
+        return
+
+    for name, options in hooks.items():
+        if options["specname"]:
+            # pluggy < 1.7 calls these on plugins that it was told to leave out.
+            yield f"implements {options['specname']} as {name}: name the function after the hook, without specname"
+        elif name in HOOKS:
+            yield from _signature_faults(getattr(plugin, name), name, wraps=_wraps(options))
+        elif not options["optionalhook"]:
+            nearest = _nearest(name, HOOKS)
+            yield f"implements an unknown hook {name!r}" + (f" (did you mean {nearest!r}?)" if nearest else "")
+
+    own = [name for name in HOOKS if name in hooks and not _wraps(hooks[name])]
+    missing = [name for name in FAMILY_HOOKS if name not in own]
+    if "model_families" in own and missing:
+        yield f"lacks the hooks {', '.join(missing)}"
+    elif "model_families" in hooks and "model_families" not in own:
+        yield "wraps model_families, which a plugin answers for itself only"
+    elif own and "model_families" not in own:
+        yield f"implements {', '.join(own)} without declaring a family in model_families"
+
+
+def _signature_faults(function: Any, hook: str, *, wraps: bool) -> Iterator[str]:
+    known = inspect.signature(getattr(hookspecs, hook)).parameters
+    for parameter in inspect.signature(function).parameters.values():
+        # pluggy < 1.7 never passes an argument that has a default; no version passes a keyword-only one.
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            bare = parameter.replace(annotation=parameter.empty, default=parameter.empty)
+            yield f"takes {bare} in {hook}, which is never passed: name the arguments it uses, without * or **"
+        elif parameter.default is not parameter.empty:
+            yield f"gives {parameter.name!r} a default in {hook}, which would replace the value: remove it"
+        elif parameter.name not in known:
+            accepted = f"it has {', '.join(known)}" if known else "it has none"
+            yield f"takes an unknown argument {parameter.name!r} in {hook}; {accepted}"
+    if hook in FAMILY_HOOKS and inspect.isgeneratorfunction(function) and not wraps:
+        yield f"yields in {hook}: return the result, or wrap with @hookimpl(wrapper=True)"
+
+
+def _wraps(options: pluggy.HookimplOpts) -> bool:
+    return options["wrapper"] or options["hookwrapper"]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    return next(iter(get_close_matches(name.lower(), known, n=1)), None)
+
+
+@contextmanager
+def _blame(what: str) -> Iterator[None]:
+    """Turn whatever a plugin raises into a PluginError that begins with ``what``. Ctrl-C stays itself."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise PluginError(f"{what}: {' '.join(reason.split())}") from error

@@ -1,0 +1,162 @@
+"""Weight maps: which tensors of a published checkpoint make up which parameter, as a table of rules.
+
+A rule names one native parameter and the source tensors that it is made of, and can be run in both directions. It
+moves rows about and never looks at the numbers; everything is lazy (:mod:`megacore.checkpoint.matrix`). ``*`` stands for
+the number of the layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+from megacore.checkpoint.matrix import ConcatenatedRows, LazyMatrix, RowsOf
+from megacore.config import ModelConfig
+from megacore.errors import PluginError
+
+
+@dataclass(frozen=True)
+class QKVOrder:
+    """The row order of the fused QKV projection, and how many rows query, key and value have in the source."""
+
+    native_from_source: torch.Tensor
+    source_from_native: torch.Tensor
+    part_rows: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, config: ModelConfig, permutation: Sequence[int]) -> QKVOrder:
+        """Check what the ``qkv_permutation`` hook returned and prepare it for both directions.
+
+        Raises:
+            PluginError: when it is no permutation of the projection's rows.
+        """
+        query_rows = config.num_attention_heads * config.head_dim
+        key_rows = config.num_kv_heads * config.head_dim
+        expected = query_rows + 2 * key_rows
+        order = torch.tensor(list(permutation), dtype=torch.int64)
+        if len(order) != expected or not torch.equal(order.sort().values, torch.arange(expected)):
+            raise PluginError(
+                f"the plugin for {config.family} returned a qkv_permutation of {len(order)} entries that is not a "
+                f"permutation of the {expected} rows of the QKV projection"
+            )
+        return cls(order, order.argsort(), (query_rows, key_rows, key_rows))
+
+
+class Rule(ABC):
+    """How one native parameter is made of source tensors, and how they are had back from it."""
+
+    def __init__(self, native: str, sources: tuple[str, ...]) -> None:
+        self.native = native
+        self.sources = sources
+
+    @abstractmethod
+    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
+        """How many rows each source tensor has, when the native matrix has ``native_rows``."""
+
+    def to_native(self, parts: Sequence[LazyMatrix], order: QKVOrder) -> LazyMatrix:
+        """The native matrix, made of the sources' matrices."""
+        return parts[0] if len(parts) == 1 else ConcatenatedRows(parts)
+
+    def to_source(self, native: LazyMatrix, order: QKVOrder) -> list[LazyMatrix]:
+        """The sources' matrices, taken out of the native one."""
+        if len(self.sources) == 1:
+            return [native]
+        bounds = accumulate(self.source_rows(native.rows, order), initial=0)
+        return [RowsOf(native, slice(start, stop)) for start, stop in pairwise(bounds)]
+
+    def for_layer(self, layer: int) -> Rule:
+        """The same rule with ``*`` replaced by ``layer``."""
+        rule = object.__new__(type(self))
+        Rule.__init__(
+            rule, self.native.replace("*", str(layer)), tuple(name.replace("*", str(layer)) for name in self.sources)
+        )
+        return rule
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.native!r} ↔ {', '.join(map(repr, self.sources))})"
+
+
+class Copy(Rule):
+    """One source tensor, as it is."""
+
+    def __init__(self, native: str, source: str) -> None:
+        super().__init__(native, (source,))
+
+    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
+        return [native_rows]
+
+
+class Stacked(Rule):
+    """Source tensors of equal height on top of one another, in the order they are given: ``gate=…, up=…``."""
+
+    def __init__(self, native: str, **parts: str) -> None:
+        super().__init__(native, tuple(parts.values()))
+
+    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
+        return [native_rows // len(self.sources)] * len(self.sources)
+
+
+class FusedQKV(Rule):
+    """The fused QKV projection, its rows in the order of the ``qkv_permutation`` hook; weights and biases alike.
+
+    The source has either ``q``, ``k`` and ``v`` or one tensor ``qkv``.
+    """
+
+    def __init__(
+        self, native: str, *, q: str | None = None, k: str | None = None, v: str | None = None, qkv: str | None = None
+    ) -> None:
+        separate = tuple(name for name in (q, k, v) if name is not None)
+        if (len(separate), qkv is not None) not in ((3, False), (0, True)):
+            raise PluginError(f"FusedQKV({native!r}) takes either q, k and v or qkv")
+        super().__init__(native, separate if qkv is None else (qkv,))
+
+    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
+        return list(order.part_rows) if len(self.sources) == 3 else [native_rows]
+
+    def to_native(self, parts: Sequence[LazyMatrix], order: QKVOrder) -> LazyMatrix:
+        return RowsOf(super().to_native(parts, order), order.native_from_source)
+
+    def to_source(self, native: LazyMatrix, order: QKVOrder) -> list[LazyMatrix]:
+        return super().to_source(RowsOf(native, order.source_from_native), order)
+
+
+class WeightMap:
+    """A table of rules that covers a whole model.
+
+    Args:
+        rules: one for every native parameter.
+        ignored: names of source tensors that carry nothing to learn (rotary tables, say); ``*`` matches anything.
+        aliases: source tensors that may repeat another one, by name: a tied head that was saved nevertheless. They are
+            compared on the way in and not written on the way out.
+    """
+
+    def __init__(self, *rules: Rule, ignored: Sequence[str] = (), aliases: Mapping[str, str] | None = None) -> None:
+        self.rules = rules
+        self.ignored = tuple(ignored)
+        self.aliases = dict(aliases or {})
+
+    def expand(self, num_layers: int) -> list[Rule]:
+        """The rules with every ``*`` replaced, for each of ``num_layers`` layers."""
+        once = [rule for rule in self.rules if "*" not in rule.native]
+        per_layer = [rule for rule in self.rules if "*" in rule.native]
+        return once + [rule.for_layer(layer) for layer in range(num_layers) for rule in per_layer]
+
+
+def grouped_qkv_rows(config: ModelConfig) -> list[int]:
+    """The ``qkv_permutation`` of a source with separate query, key and value and rotary halves.
+
+    Gathers, for each key-value head, the query heads that share it, the key and the value.
+    """
+    head_dim, queries = config.head_dim, config.queries_per_kv
+    first_key = config.num_attention_heads * head_dim
+    first_value = first_key + config.num_kv_heads * head_dim
+    rows: list[int] = []
+    for group in range(config.num_kv_heads):
+        rows += range(group * queries * head_dim, (group + 1) * queries * head_dim)
+        rows += range(first_key + group * head_dim, first_key + (group + 1) * head_dim)
+        rows += range(first_value + group * head_dim, first_value + (group + 1) * head_dim)
+    return rows
