@@ -33,7 +33,9 @@ class Layout:
         if tp < 1 or pp < 1:
             raise LayoutError(f"tensor and pipeline parallel sizes start at 1; asked for tp {tp}, pp {pp}")
         if pp > num_layers:
-            raise LayoutError(f"pp {pp} is more than the model's {num_layers} layers; pp sizes that work: 1 to {num_layers}")
+            raise LayoutError(
+                f"pp {pp} is more than the model's {num_layers} layers; pp sizes that work: 1 to {num_layers}"
+            )
         small, larger_stages = divmod(num_layers, pp)
         ends = [stage * small + min(stage, larger_stages) for stage in range(pp + 1)]
         return cls(tp=tp, stages=tuple(zip(ends, ends[1:], strict=False)))

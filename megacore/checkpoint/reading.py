@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +15,7 @@ from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, read_man
 from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, RowsOf, block_of, count
 from megacore.checkpoint.safetensors_file import DTYPES, SafetensorsFile, file_sha256
 from megacore.errors import CheckpointError, CorruptCheckpointError
-from megacore.parallel import ParameterSpec, Rows, check_tensor_parallel
+from megacore.parallel import ParameterSpec, Rows
 
 
 class Checkpoint:
@@ -79,22 +79,26 @@ class Checkpoint:
         """The part of parameter ``name`` that rank ``tp_rank`` of ``tp_size`` holds, in memory of its own.
 
         Raises:
-            CheckpointError: when the parameter is missing or has another shape than ``spec`` says.
+            CheckpointError: when there is no such parameter.
         """
-        matrix = self.matrix(name)
-        stored = self.manifest.parameters[name].spec
-        if stored.shape != spec.shape:
-            raise CheckpointError(
-                f"{self.path}: {name} has shape {list(stored.shape)}, and the model wants {list(spec.shape)}"
-            )
-        rows, columns = spec.block(tp_size, tp_rank)
-        block = block_of(matrix, rows, columns)
+        block = block_of(self.matrix(name), *spec.block(tp_size, tp_rank))
         local = block.read(slice(0, block.rows), slice(0, block.columns))
         return local.reshape(spec.local_shape(tp_size, tp_rank)).clone()
 
-    def check_layout(self, tp: int) -> None:
-        """Raises :class:`~megacore.errors.LayoutError` when the model cannot be cut over ``tp`` ranks."""
-        check_tensor_parallel(self.manifest.specs, tp)
+    def check_parameters(self, specs: Mapping[str, ParameterSpec]) -> None:
+        """Refuse a checkpoint that does not hold exactly the parameters that a model has.
+
+        Raises:
+            CheckpointError: names the parameters that differ.
+        """
+        stored = self.manifest.specs
+        differing = [name for name in sorted(stored.keys() | specs.keys()) if stored.get(name) != specs.get(name)]
+        if differing:
+            listed = ", ".join(differing[:8]) + (" and more" if len(differing) > 8 else "")
+            raise CheckpointError(
+                f"{self.path} does not hold the parameters of its model: {listed} differ. "
+                f"Was it made with another version of the plugin for {self.manifest.family}?"
+            )
 
     def check(self, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Read every file and compare it with the digest taken when it was written.
@@ -115,9 +119,7 @@ class Checkpoint:
 
     @cached_property
     def _file_of(self) -> dict[tuple[str, int], str]:
-        return {
-            (tensor, file.tp_rank): name for name, file in self.manifest.files.items() for tensor in file.tensors
-        }
+        return {(tensor, file.tp_rank): name for name, file in self.manifest.files.items() for tensor in file.tensors}
 
     def _part(self, name: str, tp_rank: int, rows: int, columns: int) -> LazyMatrix:
         """What the file of ``tp_rank`` holds of ``name``; a parameter that is not cut is in the file of rank 0."""
@@ -135,7 +137,9 @@ def _merging_order(blocks: list[Rows]) -> Tensor | None:
     """For ranks whose rows lie one below the other, the order that sorts them into the whole; ``None`` if sorted."""
     if all(isinstance(rows, slice) for rows in blocks):
         return None
-    return torch.cat([rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop) for rows in blocks]).argsort()
+    return torch.cat(
+        [rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop) for rows in blocks]
+    ).argsort()
 
 
 @contextmanager

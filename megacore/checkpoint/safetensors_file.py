@@ -105,7 +105,9 @@ def write_safetensors(
             for chunk in _chunks(tensor):
                 if len(pending) == _CHUNKS_IN_FLIGHT:
                     finish_oldest()
-                pending.append((hasher.submit(digest.update, chunk), writer.submit(_write_all, file.fileno(), chunk), len(chunk)))
+                pending.append(
+                    (hasher.submit(digest.update, chunk), writer.submit(_write_all, file.fileno(), chunk), len(chunk))
+                )
         while pending:
             finish_oldest()
         os.fsync(file.fileno())

@@ -28,11 +28,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
         OutputError: when ``out`` exists, or its parent does not or cannot be written to.
         DiskFullError: when the block, or the flush after it, runs out of space.
     """
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out} exists already. Nothing is overwritten: name another --out, or remove it first")
+    require_absent(out)
     parent = out.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent}, which {out.name} is to be written into, is not a directory: create it first")
     prefix = f".{out.name}.incomplete-"
     _remove_abandoned(parent, prefix)
     with reported_as_output_error(out):
@@ -49,6 +46,15 @@ def staged_directory(out: Path) -> Iterator[Path]:
             _flush(parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_absent(out: Path) -> None:
+    """Refuse an output that exists, or whose parent does not."""
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out} exists already. Nothing is overwritten: name another output, or remove it first")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent}, which {out.name} is to be written into, is not a directory: create it first")
 
 
 def require_space(directory: Path, needed: int, out: Path) -> None:

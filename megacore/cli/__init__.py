@@ -13,8 +13,14 @@ from typing import Any
 
 import click
 
+from megacore.cli.convert import convert
+from megacore.cli.export import export
+from megacore.cli.inspect import inspect
 from megacore.cli.plugins import plugins
+from megacore.cli.split import split
 from megacore.cli.tokenize import tokenize
+from megacore.cli.train import train
+from megacore.cli.verify import verify
 from megacore.errors import MegacoreError
 
 
@@ -36,7 +42,7 @@ def cli() -> None:
     """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
 
 
-for command in (tokenize, plugins):
+for command in (tokenize, convert, verify, split, train, export, inspect, plugins):
     cli.add_command(command)
 
 

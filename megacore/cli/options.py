@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -10,7 +12,11 @@ from click.shell_completion import CompletionItem
 from megacore.errors import PluginError
 
 if TYPE_CHECKING:
+    import torch
+
     from megacore.plugins import Family
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class FamilyType(click.ParamType):
@@ -36,3 +42,41 @@ class FamilyType(click.ParamType):
         from megacore.plugins import list_families
 
         return [CompletionItem(name) for name in list_families() if name.startswith(incomplete)]
+
+
+class DtypeType(click.ParamType):
+    """``fp64``, ``fp32``, ``bf16`` or ``fp16``, converted to a torch dtype."""
+
+    name = "dtype"
+    names: ClassVar[dict[str, str]] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> torch.dtype:
+        import torch
+
+        if isinstance(value, torch.dtype):
+            return value
+        if value not in self.names:
+            self.fail(f"{value!r} is none of {', '.join(self.names)}", param, ctx)
+        return getattr(torch, self.names[value])
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.names)}]"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
+
+
+checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+"""A native checkpoint that a command reads."""
+
+out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
+"""Where a command writes to."""
+
+
+def parallel_size_option(name: str, help: str, default: int | None = 1) -> Callable[[Command], Command]:
+    """An option for a number of ranks."""
+    return click.option(name, type=click.IntRange(min=1), default=default, help=help, show_default=default is not None)
+
+
+tp_option = parallel_size_option("--tp", "Tensor-parallel size to cut for.")
+pp_option = parallel_size_option("--pp", "Pipeline-parallel size to cut for.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
+
+from megacore.cli.progress import bytes_progress
 
 
 class ManyInputs(click.Command):
@@ -62,31 +62,25 @@ def tokenize(inputs: tuple[Path, ...], tokenizer: Path, out: Path, json_key: str
     """Turn text into a dataset of token ids for training and verification.
 
     Documents keep their order; those without a token are skipped and counted.
+
+    \b
+    megacore tokenize --input data/*.jsonl --tokenizer published/ --out data/train --append-eod
     """
     import megacore.data
 
-    with _progress_bar(inputs) as on_progress:
+    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    with bytes_progress("tokenizing", total) as advance:
         summary = megacore.data.tokenize(
-            inputs, tokenizer=tokenizer, out=out, json_key=json_key, append_eod=append_eod, on_progress=on_progress
+            inputs, tokenizer=tokenizer, out=out, json_key=json_key, append_eod=append_eod, advance=advance
         )
-    skipped = f", {summary.num_empty_documents:,} empty documents skipped" if summary.num_empty_documents else ""
+    skipped = (
+        f"; skipped {_count(summary.num_empty_documents, 'empty document')}" if summary.num_empty_documents else ""
+    )
     click.echo(
-        f"{out}: {summary.num_documents:,} documents, {summary.num_tokens:,} tokens, "
+        f"{out}: {_count(summary.num_documents, 'document')}, {_count(summary.num_tokens, 'token')}, "
         f"{summary.num_text_bytes / summary.num_tokens:.2f} bytes a token{skipped}"
     )
 
 
-@contextmanager
-def _progress_bar(inputs: tuple[Path, ...]) -> Iterator[Callable[[int], None] | None]:
-    """What to call with the number of input bytes done; None when nobody watches the terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        total = sum(path.stat().st_size for path in inputs if path.is_file())
-        task = progress.add_task("tokenize", total=total)
-        yield lambda bytes_done: progress.update(task, completed=bytes_done)
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

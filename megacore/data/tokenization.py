@@ -93,7 +93,7 @@ def tokenize(
     out: str | Path,
     json_key: str = "text",
     append_eod: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> TokenizeSummary:
     """Tokenize text files into the dataset ``out`` (``out.bin``, ``out.idx``) and its description (``out.json``).
 
@@ -106,7 +106,7 @@ def tokenize(
         tokenizer: a tokenizer's file or directory, see :func:`~megacore.data.load_tokenizer`, which also says what
             becomes of text that spells a special token. No begin token is added.
         append_eod: end every document with the tokenizer's end-of-document token.
-        on_progress: called now and then with the number of input bytes that are done.
+        advance: is told of every few input bytes done.
 
     Raises:
         DataError: an input or the tokenizer is missing or malformed (the message has file and line), or holds no text.
@@ -124,11 +124,10 @@ def tokenize(
         )
     ending = [encoder.eod_id] if append_eod else []
 
-    num_documents = num_tokens = num_text_bytes = num_empty_documents = num_input_bytes = 0
+    num_documents = num_tokens = num_text_bytes = num_empty_documents = 0
     with IndexedDatasetWriter(out, token_dtype(encoder.vocab_size)) as writer:
         for batch in _batches(chain.from_iterable(_read_documents(path, json_key) for path in paths)):
             for document, ids in zip(batch, encoder.encode_batch([document.text for document in batch]), strict=True):
-                num_input_bytes += document.num_input_bytes
                 if not ids:
                     num_empty_documents += 1
                     continue
@@ -136,8 +135,7 @@ def tokenize(
                 num_documents += 1
                 num_tokens += len(ids) + len(ending)
                 num_text_bytes += document.num_text_bytes
-            if on_progress is not None:
-                on_progress(num_input_bytes)
+            advance(sum(document.num_input_bytes for document in batch))
         if num_documents == 0:
             raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no text to tokenize")
         description = DatasetDescription(
@@ -176,7 +174,7 @@ def _read_documents(path: Path, json_key: str) -> Iterator[_Document]:
             if line.isspace():
                 continue
             where = f"{path}:{number}"
-            text = _text_in(_decode(line, where=where), json_key, where=where)
+            text = _text_in(_decode(line.rstrip(), where=where), json_key, where=where)
             try:
                 num_text_bytes = len(text.encode())
             except UnicodeEncodeError as error:

@@ -2,6 +2,7 @@
 
 from megacore.model.attention import Positions, SelfAttention
 from megacore.model.decoder import DecoderModel, model_specs
+from megacore.model.loading import load_model, read_config
 from megacore.model.mlp import ACTIVATIONS, GatedMLP, activation_function
 from megacore.model.norms import LayerNorm, RMSNorm, build_norm
 from megacore.model.rotary import apply_rotary, inverse_frequencies, rotary_table
@@ -18,6 +19,8 @@ __all__ = [
     "apply_rotary",
     "build_norm",
     "inverse_frequencies",
+    "load_model",
     "model_specs",
+    "read_config",
     "rotary_table",
 ]

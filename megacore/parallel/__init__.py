@@ -8,6 +8,7 @@ from megacore.parallel.cuts import (
     chunk_bounds,
     describe_imbalance,
 )
+from megacore.parallel.launch import on_ranks
 from megacore.parallel.layers import (
     ColumnParallelLinear,
     ReplicatedModule,
@@ -34,6 +35,7 @@ __all__ = [
     "describe_imbalance",
     "local_device",
     "materialize",
+    "on_ranks",
     "parameter_specs",
     "process_group",
     "vocab_parallel_cross_entropy",

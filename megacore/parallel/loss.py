@@ -13,7 +13,9 @@ from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import chunk_bounds
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, *, vocab_size: int, parallel: ParallelContext) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, *, vocab_size: int, parallel: ParallelContext
+) -> Tensor:
     """The negative log-likelihood of each target, ``[batch, sequence]``, equal on all ranks.
 
     The full logits never exist: the ranks exchange one maximum, one sum and one target logit a token.

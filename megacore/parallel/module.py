@@ -52,9 +52,7 @@ def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
     return specs
 
 
-def materialize(
-    model: nn.Module, parallel: ParallelContext, values: Callable[[str, ParameterSpec], Tensor]
-) -> None:
+def materialize(model: nn.Module, parallel: ParallelContext, values: Callable[[str, ParameterSpec], Tensor]) -> None:
     """Replace every parameter of ``model`` by the local part that ``values(name, spec)`` returns, one at a time.
 
     With tensor parallelism the new parameters are DTensors, cut as declared, so that gradient clipping, optimizer

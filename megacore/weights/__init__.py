@@ -1,7 +1,7 @@
 """Weight maps, and the engine that runs them in both directions."""
 
 from megacore.weights.conversion import convert
-from megacore.weights.exporting import export, read_native_config
+from megacore.weights.exporting import export
 from megacore.weights.hf import ROTARY_METHODS, HuggingFaceSource, rotary_from_hf, rotary_to_hf
 from megacore.weights.rules import Copy, FusedQKV, Rule, Stacked, WeightMap, grouped_qkv_rows
 
@@ -16,7 +16,6 @@ __all__ = [
     "convert",
     "export",
     "grouped_qkv_rows",
-    "read_native_config",
     "rotary_from_hf",
     "rotary_to_hf",
 ]

@@ -52,7 +52,7 @@ def convert(
             f"{family.name} reads the formats {', '.join(family.family.sources)}, not {source!r}"
         )
     opened = HuggingFaceSource(Path(source_directory))
-    config = read_config(family, opened)
+    config = read_published_config(family, opened)
     bound = bind(family, config, source)
     bound.check_sources(opened.shapes, str(opened.directory))
     _check_aliases(bound, opened)
@@ -69,7 +69,7 @@ def convert(
     )
 
 
-def read_config(family: Family, source: HuggingFaceSource) -> ModelConfig:
+def read_published_config(family: Family, source: HuggingFaceSource) -> ModelConfig:
     """The model configuration of ``source``, as ``family`` reads it.
 
     Raises:
@@ -101,9 +101,7 @@ def _parameter(bound: BoundMap, name: str, source: HuggingFaceSource, dtype: tor
             raise WeightMapError(
                 f"{', '.join(rule.sources)} become one parameter but have different dtypes; choose one with --dtype"
             )
-        return Parameter(
-            bound.specs[name], rule.to_native([Cast(part, dtype) for part in parts], bound.order), dtype
-        )
+        return Parameter(bound.specs[name], rule.to_native([Cast(part, dtype) for part in parts], bound.order), dtype)
     return Parameter(bound.specs[name], rule.to_native(parts, bound.order), dtype or dtypes.pop())
 
 

@@ -21,7 +21,8 @@ from megacore.checkpoint.safetensors_file import (
 )
 from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.config import ModelConfig
-from megacore.errors import UnsupportedSourceError, WeightMapError
+from megacore.errors import UnsupportedSourceError
+from megacore.model import read_config
 from megacore.plugins import Family, get_family
 from megacore.weights.binding import BoundMap, bind
 from megacore.weights.hf import INDEX_FILE, SINGLE_FILE
@@ -55,7 +56,7 @@ def export(
         raise UnsupportedSourceError(
             f"{family.name} is written in the formats {', '.join(family.family.sources)}, not {format!r}"
         )
-    config = read_native_config(family, source)
+    config = read_config(family, source)
     bound = bind(family, config, format)
     tensors = _source_tensors(bound, source, dtype)
     out = Path(out)
@@ -70,19 +71,8 @@ def export(
         wait_for_check()
 
 
-def read_native_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
-    """The model configuration of a native checkpoint, in the class of its family."""
-    return family.family.config_class.from_dict(checkpoint.manifest.config)
-
-
 def _source_tensors(bound: BoundMap, checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[OutputTensor]:
-    stored = checkpoint.manifest.specs
-    if stored != bound.specs:
-        names = [name for name in sorted(stored.keys() | bound.specs.keys()) if stored.get(name) != bound.specs.get(name)]
-        raise WeightMapError(
-            f"{checkpoint.path} does not hold the parameters of its model: {', '.join(names[:8])} differ. "
-            "Was it made with another version of the plugin?"
-        )
+    checkpoint.check_parameters(bound.specs)
     shapes = bound.source_shapes()
     tensors = []
     for native, rule in bound.rules.items():

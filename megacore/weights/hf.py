@@ -165,9 +165,7 @@ def rotary_from_hf(
         raise ConfigError(f"rope_type {rope_type!r} is incomplete in config.json: {error}") from error
 
 
-def rotary_to_hf(
-    config: ModelConfig, methods: Mapping[str, type[RotaryScaling]] = ROTARY_METHODS
-) -> dict[str, Any]:
+def rotary_to_hf(config: ModelConfig, methods: Mapping[str, type[RotaryScaling]] = ROTARY_METHODS) -> dict[str, Any]:
     """The inverse of :func:`rotary_from_hf`, in both spellings, which agree, so that any reader finds its own."""
     scaling: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:

@@ -48,9 +48,7 @@ def qkv_permutation(config: ModelConfig, source: str) -> Sequence[int]:
 
 
 @hookimpl
-def load_reference(
-    config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device
-) -> ReferenceModel:
+def load_reference(config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device) -> ReferenceModel:
     from megacore_llama.reference import load_transformers_model
 
     return load_transformers_model(config, path, dtype, device)

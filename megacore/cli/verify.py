@@ -1,0 +1,93 @@
+"""``megacore verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from megacore.cli.options import DtypeType, checkpoint_argument, parallel_size_option
+
+if TYPE_CHECKING:
+    import torch
+
+    from megacore.verification import Iteration
+
+
+@click.command()
+@checkpoint_argument
+@click.option(
+    "--reference", type=click.Path(path_type=Path), required=True, help="The published checkpoint to compare with."
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="PREFIX", help="Take token ids from this dataset.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Take them from this text.")
+@click.option("--random-ids", is_flag=True, help="Take random ones.")
+@click.option("--iters", type=click.IntRange(min=1), default=10, show_default=True, help="Number of comparisons.")
+@click.option(
+    "--seq-length",
+    type=click.IntRange(min=1),
+    help="Tokens a comparison.  [default: 512, or the model's context length where that is shorter]",
+)
+@click.option("--dtype", type=DtypeType(), default="fp32", show_default=True, help="What our model computes in.")
+@parallel_size_option("--tp", "Tensor-parallel size to compare at.  [default: the checkpoint's]", default=None)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Allowed largest logit error (the mean: a tenth of it); in 16 bit, allowed mean logit error.  "
+    "[default: 0.001; in 16 bit 0.1]",
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures here."
+)
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    checkpoint: Path,
+    reference: Path,
+    data: Path | None,
+    text: Path | None,
+    random_ids: bool,
+    iters: int,
+    seq_length: int | None,
+    dtype: torch.dtype,
+    tp: int | None,
+    tolerance: float | None,
+    json_file: Path | None,
+) -> None:
+    """Compare the model of CKPT with the implementation it came from, logit by logit. Exit code 1 if they differ.
+
+    \b
+    megacore verify ckpt/ --reference published/ --data data/text
+    """
+    if (data is not None) + (text is not None) + random_ids != 1:
+        raise click.UsageError("Give one of --data, --text and --random-ids.")
+    from megacore.checkpoint import Checkpoint
+    from megacore.verification import dataset_samples, random_samples, text_samples, verify
+
+    opened = Checkpoint(checkpoint)
+    seq_length = seq_length or min(512, opened.manifest.config["max_position_embeddings"])
+    if data is not None:
+        samples = dataset_samples(data, opened, iterations=iters, seq_length=seq_length)
+    elif text is not None:
+        samples = text_samples(text, opened, iterations=iters, seq_length=seq_length)
+    else:
+        samples = random_samples(opened, iterations=iters, seq_length=seq_length)
+    report = verify(
+        checkpoint, reference, samples, dtype=dtype, tp=tp, tolerance=tolerance, on_iteration=print_iteration
+    )  # fmt: skip
+    click.echo(report.verdict)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    ctx.exit(0 if report.passed else 1)
+
+
+def print_iteration(iteration: Iteration) -> None:
+    """The lines that tell of one comparison."""
+    click.echo(
+        f"Iteration {iteration.index}...\n"
+        f"Max absolute error in the logits: {iteration.max_error:.6f}\n"
+        f"Abs loss error: {iteration.loss_error:.6f} "
+        f"Our loss: {iteration.our_loss:.3f}, theirs: {iteration.their_loss:.3f}"
+    )

@@ -1,0 +1,14 @@
+"""Proving a conversion right: our model against an independent implementation."""
+
+from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
+from megacore.verification.samples import dataset_samples, random_samples, text_samples
+
+__all__ = [
+    "Iteration",
+    "Tolerance",
+    "VerificationReport",
+    "dataset_samples",
+    "random_samples",
+    "text_samples",
+    "verify",
+]
