@@ -4,8 +4,8 @@
     python examples/smollm2_to_hf.py OUT
 
 A real pretrained model (Llama architecture, 30 layers, 9 heads, 3 key-value heads, tied embeddings, a vocabulary of
-49152) that needs no account and no download from a hub. The package carries it quantized, as GGUF; transformers expands it to
-float32.
+49152) that needs no account and no download from a hub. The package carries it quantized, as GGUF; transformers
+expands it to float32.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _HOME = {
     "verify": "megacore.verification",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

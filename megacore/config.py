@@ -9,11 +9,22 @@ from typing import Any, ClassVar, Self
 from megacore.errors import ConfigError
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
     """Stretches the rotary embedding to contexts longer than the model was trained on. One subclass a method."""
 
     method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not _is_number(value) and not isinstance(value, bool):
+                raise ConfigError(f"{name} of {self.method} rotary scaling must be a number, not {value!r}")
+            if name == "factor" and not value > 0:
+                raise ConfigError(f"factor of {self.method} rotary scaling must be above 0; it is {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **dataclasses.asdict(self)}
@@ -29,7 +40,7 @@ class LinearScaling(RotaryScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicNtkScaling(RotaryScaling):
-    """The rotary base grows with the sequence once it is longer than ``max_position_embeddings`` (bloc97, emozilla, 2023)."""
+    """The rotary base grows with a sequence longer than ``max_position_embeddings`` (bloc97, emozilla, 2023)."""
 
     method = "dynamic_ntk"
     factor: float
@@ -52,7 +63,10 @@ class YarnScaling(RotaryScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class FrequencyBandScaling(RotaryScaling):
-    """Low frequencies are divided by ``factor``, high ones kept, those between blended (Grattafiori et al., 2024, arXiv:2407.21783)."""
+    """Low frequencies are divided by ``factor``, high ones kept, those between blended.
+
+    From Grattafiori et al., 2024, arXiv:2407.21783.
+    """
 
     method = "frequency_band"
     factor: float
@@ -102,9 +116,14 @@ class ModelConfig:
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} must be a whole number above 0, not {size!r}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not _is_number(value) or not value > 0:
+                raise ConfigError(f"{name} must be a number above 0, not {value!r}")
         if self.num_attention_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even, since the rotary embedding turns pairs; it is {self.head_dim}")

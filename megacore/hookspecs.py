@@ -130,7 +130,7 @@ def weight_map(config: ModelConfig, source: str) -> WeightMap:  # type: ignore[e
         ...             k="blocks.*.k.weight",
         ...             v="blocks.*.v.weight",
         ...         ),
-        ...         Stacked("decoder.layers.*.mlp.linear_fc1.weight", gate="blocks.*.w1.weight", up="blocks.*.w3.weight"),
+        ...         Stacked("decoder.layers.*.mlp.linear_fc1.weight", gate="blocks.*.w1", up="blocks.*.w3"),
         ...     )
         >>> [rule.native for rule in weight_map(config=None).rules]  # doctest: +NORMALIZE_WHITESPACE
         ['embedding.word_embeddings.weight',

@@ -1,4 +1,4 @@
-"""The native checkpoint format: writing it whole or not at all, reading any slice of it, cutting it for other layouts."""
+"""The native checkpoint format: written whole or not at all, read slice by slice, cut for any layout."""
 
 from megacore.checkpoint.history import history_entry
 from megacore.checkpoint.inspection import inspect

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megacore.errors import LayoutError
 
@@ -38,7 +39,7 @@ class Layout:
             )
         small, larger_stages = divmod(num_layers, pp)
         ends = [stage * small + min(stage, larger_stages) for stage in range(pp + 1)]
-        return cls(tp=tp, stages=tuple(zip(ends, ends[1:], strict=False)))
+        return cls(tp=tp, stages=tuple(pairwise(ends)))
 
     @property
     def pp(self) -> int:
@@ -49,7 +50,7 @@ class Layout:
         return self.stages[-1][1]
 
     def stage_of(self, name: str) -> int:
-        """The pipeline stage of parameter ``name``: the embedding is on the first, the final norm and the head on the last."""
+        """The pipeline stage of parameter ``name``; the embedding is on the first, final norm and head on the last."""
         if match := _LAYER.match(name):
             layer = int(match.group(1))
             return next(stage for stage, (start, stop) in enumerate(self.stages) if start <= layer < stop)

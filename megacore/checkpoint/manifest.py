@@ -153,7 +153,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}, this megacore reads {FORMAT_VERSION}: install the megacore that wrote it"
+            f"{path} has format version {version}, and this megacore reads {FORMAT_VERSION}: "
+            "install the megacore that wrote it"
         )
     if digest != _digest(document):
         raise CorruptCheckpointError(f"{path} is damaged: it was changed after it was written")

@@ -1,8 +1,8 @@
 """Matrices that are read piece by piece.
 
-Converting, splitting, merging, loading and exporting are all the same act: rows and columns of stored matrices end up in
-other matrices. A :class:`LazyMatrix` says which, without holding any of it; reading a block touches only the bytes of
-that block. Stored tensors are memory-mapped, so a block of one is a view.
+Converting, splitting, merging, loading and exporting are all the same act: rows and columns of stored matrices end up
+in other matrices. A :class:`LazyMatrix` says which, without holding any of it; reading a block touches only the bytes
+of that block. Stored tensors are memory-mapped, so a block of one is a view.
 """
 
 from __future__ import annotations

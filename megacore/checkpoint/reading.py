@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
-from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, RowsOf, block_of, count
+from megacore.checkpoint.matrix import (
+    ConcatenatedColumns,
+    ConcatenatedRows,
+    LazyMatrix,
+    RowsOf,
+    StoredMatrix,
+    block_of,
+    count,
+)
 from megacore.checkpoint.safetensors_file import DTYPES, SafetensorsFile, file_sha256
 from megacore.errors import CheckpointError, CorruptCheckpointError
 from megacore.parallel import ParameterSpec, Rows
@@ -126,11 +134,21 @@ class Checkpoint:
         file_name = self._file_of.get((name, tp_rank))
         if file_name is None:
             raise CorruptCheckpointError(f"{self.path}: no file holds {name} of tp rank {tp_rank}; make it again")
+        entry = self.manifest.parameters[name]
+        shape = entry.spec.local_shape(self.manifest.layout.tp, tp_rank)
+        dtype = DTYPES[entry.dtype]
+        return StoredMatrix(rows, columns, dtype, lambda: self._load(file_name, name, shape, dtype))
+
+    def _load(self, file_name: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Map a tensor of a weight file, opening the file if this is the first, and compare it with the manifest."""
         if file_name not in self._opened:
             self._opened[file_name] = SafetensorsFile(self.path / file_name)
-        part = self._opened[file_name].matrix(name, rows, columns)
-        assert part.dtype == DTYPES[self.manifest.parameters[name].dtype], f"{name}: the manifest has another dtype"
-        return part
+        file = self._opened[file_name]
+        if name not in file.names or (file.shape(name), file.dtype(name)) != (shape, dtype):
+            raise CorruptCheckpointError(
+                f"{file.path} is damaged: its header does not say of {name} what the manifest does. Make it again"
+            )
+        return file.tensor(name)
 
 
 def _merging_order(blocks: list[Rows]) -> Tensor | None:

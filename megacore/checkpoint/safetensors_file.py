@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -159,9 +158,13 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {name} has dtype {found}; parameters may be {', '.join(DTYPES)}")
         return DTYPES[found]
 
+    def tensor(self, name: str) -> Tensor:
+        """Tensor ``name``, mapped and not yet read."""
+        return self._file.get_tensor(name)
+
     def matrix(self, name: str, rows: int, columns: int) -> StoredMatrix:
         """Tensor ``name``, seen as ``rows`` × ``columns``."""
-        return StoredMatrix(rows, columns, self.dtype(name), lambda: self._file.get_tensor(name))
+        return StoredMatrix(rows, columns, self.dtype(name), lambda: self.tensor(name))
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
@@ -189,8 +192,7 @@ def _chunks(tensor: OutputTensor) -> Iterator[memoryview]:
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    array: numpy.ndarray = block.contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(array)
+    return block.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _write_all(descriptor: int, chunk: memoryview) -> None:

@@ -31,9 +31,8 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except MegacoreError as error:
-            message = click.ClickException(str(error))
-            message.exit_code = error.exit_code
-            raise message from error
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

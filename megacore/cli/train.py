@@ -23,13 +23,15 @@ def train(run_file: Path, overrides: tuple[str, ...], tp: int | None) -> None:
     \b
     megacore train run.toml --tp 2 --set optimizer.lr=1e-4
     """
+    from megacore.parallel import is_first_process
     from megacore.training import read_run_config, train
 
     if tp is not None:
         overrides = (*overrides, f"parallel.tensor_parallel={tp}")
     run = read_run_config(run_file, overrides)
     train(run, on_note=print_note, on_step=print_step)
-    click.echo(f"Saved {run.output.checkpoint}.")
+    if is_first_process():
+        click.echo(f"Saved {run.output.checkpoint}.")
 
 
 def print_note(note: str) -> None:

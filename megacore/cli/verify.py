@@ -64,6 +64,7 @@ def verify(
     if (data is not None) + (text is not None) + random_ids != 1:
         raise click.UsageError("Give one of --data, --text and --random-ids.")
     from megacore.checkpoint import Checkpoint
+    from megacore.parallel import is_first_process
     from megacore.verification import dataset_samples, random_samples, text_samples, verify
 
     opened = Checkpoint(checkpoint)
@@ -77,8 +78,9 @@ def verify(
     report = verify(
         checkpoint, reference, samples, dtype=dtype, tp=tp, tolerance=tolerance, on_iteration=print_iteration
     )  # fmt: skip
-    click.echo(report.verdict)
-    if json_file is not None:
+    if is_first_process():
+        click.echo(report.verdict)
+    if json_file is not None and is_first_process():
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     ctx.exit(0 if report.passed else 1)
 

@@ -14,14 +14,16 @@ from megacore.parallel import ColumnParallelLinear, ParallelContext, RowParallel
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of the positions: the rotary table of the sequence, each ``[sequence, head_dim]``."""
+    """What attention needs to know of the positions: the rotary table, each ``[sequence, head_dim]``."""
 
     cos: Tensor
     sin: Tensor
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention; each key-value head serves ``queries_per_kv`` query heads (Ainslie et al., 2023, arXiv:2305.13245).
+    """Causal self-attention in which ``queries_per_kv`` query heads share one key-value head.
+
+    Grouped-query attention is from Ainslie et al., 2023, arXiv:2305.13245.
 
     ``linear_qkv`` is ``[kv_groups, (queries_per_kv + 2) * head_dim, hidden_size]``: of each group the query heads, the
     key, the value. ``linear_proj`` is ``[hidden_size, kv_groups, queries_per_kv * head_dim]``. Tensor parallelism cuts
@@ -50,6 +52,6 @@ class SelfAttention(nn.Module):
         return self.linear_proj(attended.transpose(1, 2).flatten(2))
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take ``[batch, sequence, local_rows]`` apart into query, key and value, ``[batch, sequence, heads, head_dim]``."""
+        """Take ``[batch, sequence, local_rows]`` apart: query, key, value, ``[batch, sequence, heads, head_dim]``."""
         groups = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
         return groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]

@@ -11,7 +11,7 @@ from megacore.parallel import ParallelContext, ReplicatedModule
 
 
 class RMSNorm(ReplicatedModule):
-    """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich, 2019, arXiv:1910.07467), computed in float32 or wider."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, in float32 or wider (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__(parallel)
@@ -41,7 +41,7 @@ class LayerNorm(ReplicatedModule):
 
 def build_norm(config: ModelConfig, parallel: ParallelContext) -> RMSNorm | LayerNorm:
     """The norm that ``config.norm`` names. Raises :class:`ConfigError` for one that is not implemented."""
-    norms = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+    norms: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
     if config.norm not in norms:
         raise ConfigError(f"norm {config.norm!r} is not implemented; implemented: {', '.join(norms)}")
     return norms[config.norm](config, parallel)

@@ -12,7 +12,8 @@ arXiv:2205.05198):
     scatter_sequence    reduce-scatter       all-gather
     ==================  ===================  ====================
 
-Activations are ``[batch, sequence, ...]``; a rank's slice of the sequence is the ``tp_rank``-th of ``tp_size`` equal ones.
+Activations are ``[batch, sequence, ...]``; a rank's slice of the sequence is the ``tp_rank``-th of ``tp_size`` equal
+ones.
 """
 
 from __future__ import annotations

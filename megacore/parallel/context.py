@@ -1,4 +1,4 @@
-"""Where this process stands among the others. A :class:`ParallelContext` is passed to whoever needs it, never looked up."""
+"""Where this process stands among the others: a value that is passed to whoever needs it, never looked up."""
 
 from __future__ import annotations
 

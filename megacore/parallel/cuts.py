@@ -22,7 +22,7 @@ Rows = slice | torch.Tensor
 def chunk_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
     """Return the half-open range that part ``index`` of ``torch.chunk(range(size), parts)`` covers.
 
-    ``torch.chunk`` gives every part ``ceil(size / parts)`` until nothing is left, so late parts may be smaller or empty.
+    Every part is ``ceil(size / parts)`` until nothing is left, so late parts may be smaller or empty.
     """
     step = -(-size // parts)
     start = min(index * step, size)
@@ -51,7 +51,7 @@ class ParameterSpec:
 
     @property
     def flat_shape(self) -> tuple[int, ...]:
-        """The shape with rows and columns flattened, as published checkpoints have it: ``[rows, columns]`` or ``[rows]``."""
+        """The shape that published checkpoints have: ``[rows, columns]``, or ``[rows]`` for a vector."""
         return self.matrix_shape if self.row_dims < len(self.shape) else self.matrix_shape[:1]
 
     def local_shape(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
@@ -93,19 +93,20 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
     """
     if tp_size >= 1 and is_divisible(specs, tp_size):
         return
-    cut = {name: spec for name, spec in specs.items() if spec.shard_dim is not None}
-    smallest = min(cut, key=lambda name: cut[name].shape[cut[name].shard_dim or 0])
-    size = cut[smallest].shape[cut[smallest].shard_dim or 0]
-    working = [str(tp) for tp in range(1, size + 1) if is_divisible(specs, tp)]
+    units = {name: spec.shape[spec.shard_dim] for name, spec in specs.items() if spec.shard_dim is not None}
+    failing = [name for name in units if tp_size < 1 or not is_divisible({name: specs[name]}, tp_size)]
+    smallest = min(failing, key=lambda name: units[name])
+    size = units[smallest]
+    working = [str(tp) for tp in range(1, min(units.values()) + 1) if is_divisible(specs, tp)]
     raise LayoutError(
-        f"this model cannot be cut over tp {tp_size}: {smallest} {list(cut[smallest].shape)} is cut into {size} units "
+        f"this model cannot be cut over tp {tp_size}: {smallest} {list(specs[smallest].shape)} is cut into {size} units "
         f"at most, and a rank would be left with none. tp sizes that work: {', '.join(working)}"
     )
 
 
 def describe_imbalance(specs: Mapping[str, ParameterSpec], tp_size: int) -> str | None:
-    """Say how unequal the ranks' parts are: ``None`` where tp divides everything, else one line for a person to read."""
-    uneven = {}
+    """Say in a line how unequal the ranks' parts are; ``None`` where tp divides everything."""
+    uneven: dict[str, str] = {}
     for name, spec in specs.items():
         if spec.shard_dim is not None and (size := spec.shape[spec.shard_dim]) % tp_size:
             parts = [stop - start for start, stop in (chunk_bounds(size, tp_size, rank) for rank in range(tp_size))]

@@ -1,7 +1,7 @@
-"""Column- and row-parallel linear layers and the vocabulary-parallel embedding (Shoeybi et al., 2019, arXiv:1909.08053).
+"""Column- and row-parallel linear layers and the vocabulary-parallel embedding.
 
-A column-parallel layer splits its outputs over the ranks, a row-parallel layer its inputs: one after the other they
-need a single sum over the ranks.
+From Shoeybi et al., 2019, arXiv:1909.08053. A column-parallel layer splits its outputs over the ranks, a row-parallel
+layer its inputs: one after the other they need a single sum over the ranks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megacore.parallel.module import ParallelModule
 
 
 def enter_parallel_region(hidden: Tensor, parallel: ParallelContext) -> Tensor:
-    """From what lies between the parallel layers to what each rank needs: all of the sequence, ``[batch, sequence, hidden]``."""
+    """From what lies between the parallel layers to what each rank needs in one: ``[batch, sequence, hidden]``."""
     return gather_sequence(hidden, parallel) if parallel.sequence_parallel else sum_gradients(hidden, parallel)
 
 
 def leave_parallel_region(partial: Tensor, parallel: ParallelContext) -> Tensor:
-    """Sum the ranks' partial results, ``[batch, sequence, hidden]``; under sequence parallelism each keeps its slice."""
+    """Sum the ranks' partial ``[batch, sequence, hidden]``; under sequence parallelism each keeps its slice."""
     return scatter_sequence(partial, parallel) if parallel.sequence_parallel else all_reduce(partial, parallel)
 
 
@@ -97,7 +97,7 @@ class VocabParallelEmbedding(ParallelModule):
 
 
 class VocabParallelHead(ParallelModule):
-    """Logits over this rank's part of the vocabulary: ``[batch, sequence, hidden]`` to ``[batch, sequence, local_vocab]``."""
+    """Logits over this rank's part of the vocabulary, ``[batch, sequence, local_vocab]``."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, parallel: ParallelContext) -> None:
         super().__init__(parallel)

@@ -19,6 +19,7 @@ from megacore.parallel import (
     ParallelContext,
     check_tensor_parallel,
     describe_imbalance,
+    is_first_process,
     on_ranks,
     vocab_parallel_cross_entropy,
 )
@@ -70,7 +71,8 @@ def train(
     check_tensor_parallel(checkpoint.manifest.specs, run.parallel.tensor_parallel)
     require_absent(run.output.checkpoint)
     TokenWindows(_dataset(run, checkpoint), run.data.seq_length)
-    if on_note and (imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel)):
+    imbalance = describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel)
+    if imbalance and on_note and is_first_process():
         on_note(imbalance)
     return on_ranks(
         _train_on_rank,
@@ -160,6 +162,6 @@ def _dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
 
 def _beyond_vocabulary(prefix: Path, largest: int, vocab_size: int) -> DataError:
     return DataError(
-        f"the dataset {prefix} has token ids up to {largest}, and the checkpoint's vocabulary ends at {vocab_size - 1}: "
-        "tokenize with the checkpoint's own tokenizer"
+        f"the dataset {prefix} has token ids up to {largest}, and the checkpoint's vocabulary ends at "
+        f"{vocab_size - 1}: tokenize with the checkpoint's own tokenizer"
     )

@@ -29,6 +29,6 @@ def build_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients so that their norm, over all ranks, is at most ``max_norm`` (0: do not); return it unscaled."""
+    """Scale the gradients down to a norm, over all ranks, of ``max_norm`` (0: do not); return the norm they had."""
     norm: Tensor = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else float("inf"))
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

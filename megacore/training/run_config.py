@@ -79,7 +79,7 @@ class RunConfig(Section):
 
     model: ModelSection
     data: DataSection
-    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection
     training: TrainingSection
     output: OutputSection

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
 from megacore.checkpoint.manifest import ParameterEntry, WeightFile, write_manifest
 from megacore.checkpoint.matrix import StoredMatrix, count
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
-from megacore.checkpoint.staging import staged_directory
+from megacore.checkpoint.staging import reported_as_output_error, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, is_stored_by, write_weight_files
 from megacore.model import DecoderModel
 from megacore.parallel import ParallelContext, parameter_specs
@@ -40,7 +39,7 @@ def save_model(
             matrix = StoredMatrix(height, width, local.dtype, lambda local=local: local.cpu())  # type: ignore[misc]
             tensors.append(OutputTensor(name, tuple(local.shape), local.dtype, matrix))
     is_first = parallel.tp_rank == 0
-    with staged_directory(out) if is_first else nullcontext() as created:
+    with staged_directory(out) if is_first else reported_as_output_error(out) as created:
         staging = Path(_broadcast(str(created), parallel))
         files = write_weight_files(staging, tensors, tp_rank=parallel.tp_rank, stage=0)
         all_files = _gather(files, parallel)

@@ -98,9 +98,9 @@ class VerificationReport:
         allowed_max = "" if math.isinf(self.tolerance.max_error) else f" (allowed {self.tolerance.max_error:g})"
         return (
             f"{'Verified' if self.passed else 'NOT VERIFIED'} in {self.dtype}, tp {self.tp}: over "
-            f"{len(self.iterations)} iterations, logit error at most {self.max_error:.3g}{allowed_max}, on average at most "
-            f"{self.mean_error:.3g} (allowed {self.tolerance.mean_error:g}), loss error at most {loss_error:.3g}, "
-            f"same most likely token at {agreement:.2%} of positions"
+            f"{len(self.iterations)} iterations, logit error at most {self.max_error:.3g}{allowed_max}, "
+            f"on average at most {self.mean_error:.3g} (allowed {self.tolerance.mean_error:g}), "
+            f"loss error at most {loss_error:.3g}, same most likely token at {agreement:.2%} of positions"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _compare_on_rank(
 
 
 def whole_logits(logits: Tensor, vocab_size: int, parallel: ParallelContext) -> Tensor:
-    """Join the ranks' parts of the vocabulary: ``[batch, sequence, local_vocab]`` to ``[batch, sequence, vocab_size]``."""
+    """Join the ranks' parts of the vocabulary into ``[batch, sequence, vocab_size]``."""
     if parallel.tp_mesh is None:
         return logits
     shape = torch.Size((*logits.shape[:-1], vocab_size))

@@ -77,6 +77,8 @@ def read_published_config(family: Family, source: HuggingFaceSource) -> ModelCon
     """
     published = source.config
     architectures = published.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ConfigError(f"{source.directory / 'config.json'}: architectures is {architectures!r}, not a list")
     if not set(architectures) & set(family.family.architectures):
         others = sorted({name for arch in architectures for name in default_registry().families_for_architecture(arch)})
         hint = f"; use --model {others[0]}" if others else ""
@@ -90,6 +92,8 @@ def read_published_config(family: Family, source: HuggingFaceSource) -> ModelCon
         return family.family.config_from_source(published, "hf")
     except KeyError as error:
         raise ConfigError(f"{source.directory / 'config.json'} lacks {error.args[0]!r}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value that is of no use where it stands
+        raise ConfigError(f"{source.directory / 'config.json'} does not describe a model: {error}") from error
 
 
 def _parameter(bound: BoundMap, name: str, source: HuggingFaceSource, dtype: torch.dtype | None) -> Parameter:

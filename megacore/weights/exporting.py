@@ -90,7 +90,7 @@ def _write_weights(
     if len(files) == 1:
         write_safetensors(directory / SINGLE_FILE, files[0], advance=advance)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         write_safetensors(directory / name, file, advance=advance)

@@ -95,13 +95,12 @@ class HuggingFaceSource:
             index = self._read_json(INDEX_FILE).get("weight_map")
             if not isinstance(index, dict):
                 raise CorruptCheckpointError(f"{self.directory / INDEX_FILE} has no weight_map")
-            names = sorted(set(index.values()))
-            for name in names:
-                if Path(name).name != name:
+            for name in index.values():
+                if not isinstance(name, str) or Path(name).name != name:
                     raise CorruptCheckpointError(
                         f"{self.directory / INDEX_FILE} names {name!r}, which is not a file of its own directory"
                     )
-            return names
+            return sorted(set(index.values()))
         if (self.directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
         others = sorted(path.name for path in self.directory.glob("*.bin"))

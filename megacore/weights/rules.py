@@ -1,8 +1,8 @@
 """Weight maps: which tensors of a published checkpoint make up which parameter, as a table of rules.
 
 A rule names one native parameter and the source tensors that it is made of, and can be run in both directions. It
-moves rows about and never looks at the numbers; everything is lazy (:mod:`megacore.checkpoint.matrix`). ``*`` stands for
-the number of the layer.
+moves rows about and never looks at the numbers; everything is lazy (:mod:`megacore.checkpoint.matrix`). ``*`` stands
+for the number of the layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Llama family for megacore: RMSNorm, rotary positions, grouped-query attention, gated MLP, sequential residuals."""
+"""The Llama family for megacore: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
 
 from __future__ import annotations
 

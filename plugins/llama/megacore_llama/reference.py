@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def load_transformers_model(
         )
     else:
         try:
-            model, loading = LlamaForCausalLM.from_pretrained(
+            loaded: Any = LlamaForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation="eager",
@@ -42,6 +43,7 @@ def load_transformers_model(
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load the reference {path}: {error}") from error
+        model, loading = loaded
         if loading["missing_keys"]:  # transformers would have filled them with random numbers
             raise CheckpointError(f"the reference {path} lacks {', '.join(sorted(loading['missing_keys'])[:8])}")
     return TransformersReference(model.to(device).eval())

