@@ -103,6 +103,7 @@ class ModelConfig:
     norm_eps: float
     norm: str = "rmsnorm"
     activation: str = "silu"
+    position_embedding: str = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RotaryScaling | None = None
     tie_embeddings: bool = False

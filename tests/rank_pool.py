@@ -1,48 +1,51 @@
-"""Two processes joined in a gloo group, for the tests to run functions on.
+"""Two processes joined in a gloo group, for tests to run functions on.
 
-Starting them takes seconds, so there is one :class:`RankPool` for the whole session, started when it is first needed;
-:func:`shared_pool` returns it, to the fixture ``ranks`` in ``conftest.py`` and to whoever tests a plugin. Functions are
-pickled by reference: pytest's own import mode makes a test module unknown elsewhere, so functions for ranks live in
-modules that lie in ``tests`` (which is on ``sys.path``) or in the library.
+Starting them takes seconds, so there is one :class:`RankPool` for the whole session, started when it is first needed.
+The fixture ``ranks`` is that pool; the tests of a plugin get it by importing :func:`ranks` into a ``conftest.py`` of
+their own. Functions are pickled by reference, and under pytest's import mode a test module has a name that no other
+process knows: functions for ranks live in the library, or in modules of their own in ``tests``, which is on
+``sys.path``.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import os
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 TIMEOUT = 60.0
-"""Seconds that a function may take on the ranks; a deadlock lasts that long."""
+"""Seconds that a function may take; a deadlock lasts that long."""
 
-GRACE = 5.0
-"""Seconds that a rank has to end by itself once another one has failed, before it counts as waiting for that one."""
+GRACE = 2.0
+"""Seconds that the other ranks have to end once one has failed; then they are taken to wait for it in a collective."""
 
 
 class RankError(Exception):
-    """A function failed on a rank. The message has the kind and the traceback of what it raised there."""
+    """A function failed on a rank. The message has the traceback of what it raised there."""
 
 
-class RankTimeout(RankError):
-    """A function took too long on the ranks. The message says where each rank was."""
+class RankTimeoutError(RankError):
+    """A function took too long. The message has the stack of each rank that gave no answer."""
 
 
 class RankPool:
-    """Processes that wait for functions to run. They are started again when one died or hangs."""
+    """Processes that wait for functions to run. When one dies or hangs, the next run starts them anew."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._processes: list[Any] = []
+        self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
 
     def run(
@@ -52,50 +55,50 @@ class RankPool:
 
         Raises:
             RankError: when it raises on one of them.
-            RankTimeout: when it takes longer than ``timeout`` seconds.
+            RankTimeoutError: when it takes longer than ``timeout`` seconds.
         """
         if not self._processes:
             self._start()
         for connection in self._connections:
             connection.send((function, arguments, sequence_parallel))
-        answers: dict[int, tuple[bool, Any]] = {}
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
-        while len(answers) < self.size and (left := deadline - time.monotonic()) > 0:
-            waiting = {self._connections[rank]: rank for rank in range(self.size) if rank not in answers}
-            for connection in multiprocessing.connection.wait(list(waiting), left):
-                rank = waiting[connection]
-                answers[rank] = self._receive(rank)
-                if not answers[rank][0]:
+        while pending := [rank for rank in range(self.size) if rank not in results and rank not in failures]:
+            ready = wait([self._connections[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank in (rank for rank in pending if self._connections[rank] in ready):
+                succeeded, answer = self._receive(rank)
+                (results if succeeded else failures)[rank] = answer
+                if not succeeded:
                     deadline = min(deadline, time.monotonic() + GRACE)
-        silent = [rank for rank in range(self.size) if rank not in answers]
-        positions = {rank: self._where_it_is(rank) for rank in silent}
-        if silent or not all(process.is_alive() for process in self._processes):
+        stacks = [f"rank {rank} gave no answer in {timeout:g} s:\n{self._stack(rank)}" for rank in pending]
+        if pending or not all(process.is_alive() for process in self._processes):
             self.close()
-        failures = [f"rank {rank}:\n{what}" for rank, (succeeded, what) in sorted(answers.items()) if not succeeded]
         if failures:
-            raise RankError("\n".join(failures))
-        if silent:
-            raise RankTimeout(
-                "\n".join(f"rank {rank} gave no answer within {timeout:g} s; it was at\n{positions[rank]}" for rank in silent)
-            )
-        return [answers[rank][1] for rank in range(self.size)]
+            raise RankError("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
+        if stacks:
+            raise RankTimeoutError("\n".join(stacks))
+        return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:
-        """End the processes; the next :meth:`run` starts new ones."""
+        """End the processes."""
         for process in self._processes:
             process.kill()
-        for process in self._processes:
             process.join()
         for connection in self._connections:
             connection.close()
+        if self._processes:
+            self._directory.cleanup()
         self._processes, self._connections = [], []
 
     def _start(self) -> None:
         spawning = multiprocessing.get_context("spawn")
-        self._directory = Path(tempfile.mkdtemp(prefix="rank-pool-"))
+        self._directory = tempfile.TemporaryDirectory(prefix="rank-pool-")
         for rank in range(self.size):
             ours, theirs = spawning.Pipe()
-            process = spawning.Process(target=_serve, args=(theirs, rank, self.size, self._directory), daemon=True)
+            process = spawning.Process(target=_serve, args=(theirs, rank, self.size, self._directory.name), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -108,16 +111,14 @@ class RankPool:
             self._processes[rank].join()
             return False, f"the process ended with exit code {self._processes[rank].exitcode}"
 
-    def _where_it_is(self, rank: int) -> str:
-        """The stack of a rank that gives no answer."""
-        stack = self._directory / f"stack-{rank}"
-        process = self._processes[rank]
-        if not stack.exists():
-            return "its start"
-        signal.pidfd_send_signal(process_fd := _pidfd(process.pid), signal.SIGUSR1)
-        del process_fd
+    def _stack(self, rank: int) -> str:
+        file = _stack_file(self._directory.name, rank)
+        pid = self._processes[rank].pid
+        if pid is None or not file.exists():
+            return "not even started"
+        os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
-        return stack.read_text()
+        return file.read_text()
 
 
 @cache
@@ -126,29 +127,38 @@ def shared_pool() -> RankPool:
     return RankPool(2)
 
 
-def _serve(connection: Connection, rank: int, size: int, directory: Path) -> None:
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Two ranks to run functions on."""
+    yield shared_pool()
+    shared_pool().close()
+
+
+def _serve(connection: Connection, rank: int, size: int, directory: str) -> None:
+    """What a process of the pool does until it is killed."""
     import torch
     import torch.distributed as dist
 
     from megacore.parallel import ParallelContext
 
-    with (directory / f"stack-{rank}").open("w") as stack:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory) / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    with _stack_file(directory, rank).open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), size), rank=rank, world_size=size)
         while True:
             try:
                 function, arguments, sequence_parallel = connection.recv()
-            except EOFError:  # the session is over
-                return
-            try:
                 parallel = ParallelContext.of_world(
                     tp=size, device=torch.device("cpu"), sequence_parallel=sequence_parallel
                 )
                 answer = True, function(parallel, *arguments)
+            except EOFError:  # the session is over
+                return
             except Exception:
                 answer = False, traceback.format_exc()
-            try:
-                connection.send(answer)
-            except Exception:
-                connection.send((False, f"the result cannot be sent: {traceback.format_exc()}"))
+            connection.send(answer)
+
+
+def _stack_file(directory: str, rank: int) -> Path:
+    return Path(directory) / f"stack-{rank}"

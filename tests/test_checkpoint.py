@@ -406,7 +406,7 @@ def test_a_rank_opens_its_own_file_and_that_of_rank_0_at_most(stored, files_open
 
 
 def test_a_parameter_that_there_is_not_is_refused(whole_path):
-    with pytest.raises(CheckpointError, match="has no parameter decoder.layers.5.input_layernorm.weight"):
+    with pytest.raises(CheckpointError, match=r"has no parameter decoder\.layers\.5\.input_layernorm\.weight"):
         Checkpoint(whole_path).matrix("decoder.layers.5.input_layernorm.weight")
 
 
@@ -476,7 +476,9 @@ def test_a_manifest_that_lacks_something_is_refused(copy, missing):
 
 
 def test_a_published_checkpoint_is_not_taken_for_a_native_one(source, tmp_path):
-    with pytest.raises(CheckpointError, match="has no megacore.json. It looks like a published checkpoint: .*convert"):
+    with pytest.raises(
+        CheckpointError, match=r"has no megacore\.json\. It looks like a published checkpoint: .*convert"
+    ):
         Checkpoint(source)
     with pytest.raises(CheckpointError, match="is not a directory"):
         Checkpoint(tmp_path / "absent")
@@ -507,7 +509,7 @@ def test_an_output_that_exists_is_left_alone(whole_path, source, tmp_path):
         partial(megacore.export, whole_path),
     ):
         for out in (tmp_path, tmp_path / "kept"):
-            with pytest.raises(OutputError, match="exists already. Nothing is overwritten"):
+            with pytest.raises(OutputError, match=r"exists already\. Nothing is overwritten"):
                 write(out)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept").read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_parts_lie_one_behind_the_other_and_cover_everything(size, parts):
 
     assert bounds[0][0] == 0
     assert bounds[-1][1] == size
-    assert all(stop == start for (_, stop), (start, _) in zip(bounds, bounds[1:], strict=False))
+    assert all(stop == start for (_, stop), (start, _) in pairwise(bounds))
 
 
 # --- parameters

@@ -28,7 +28,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
         OutputError: when ``out`` exists, or its parent does not or cannot be written to.
         DiskFullError: when the block, or the flush after it, runs out of space.
     """
-    require_absent(out)
+    with reported_as_output_error(out):
+        require_absent(out)
     parent = out.absolute().parent
     prefix = f".{out.name}.incomplete-"
     _remove_abandoned(parent, prefix)
@@ -73,9 +74,11 @@ def reported_as_output_error(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"the disk is full: {out} was not written, and what was begun was removed") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(
+                f"there is no room for {out} ({error.strerror}): what was begun of it was removed"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
             raise OutputError(f"{out} could not be written: {error.strerror} ({error.filename or out})") from error
         raise
 

@@ -45,11 +45,20 @@ for command in (tokenize, convert, verify, split, train, export, inspect, plugin
     cli.add_command(command)
 
 
-def _leave_cleanly(signal_number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signal_number)
-
-
 def main() -> None:
     """The ``megacore`` program. SIGTERM unwinds the stack, so that half-written output is removed."""
-    signal.signal(signal.SIGTERM, _leave_cleanly)
-    cli()
+    received: list[int] = []
+
+    def unwind(signal_number: int, frame: FrameType | None) -> None:
+        received.append(signal_number)
+        sys.exit(128 + signal_number)
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        cli()
+    except BaseException:
+        if received:  # a library that is interrupted may have turned the exit into an error of its own
+            sys.exit(128 + received[0])
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends

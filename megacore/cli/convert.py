@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megacore.cli.notes import print_note
 from megacore.cli.options import DtypeType, FamilyType, out_option, pp_option, tp_option
 from megacore.cli.progress import bytes_progress
 
@@ -34,11 +35,12 @@ def convert(
     \b
     megacore convert --model mpt --from published/ --out ckpt/
     """
+    from megacore.parallel import describe_imbalance
     from megacore.weights import convert
 
     total = sum(path.stat().st_size for path in source_directory.glob("*.safetensors"))
     with bytes_progress("converting", total) as advance:
-        manifest = convert(
-            model, source_directory, out, source=source, dtype=dtype, tp=tp, pp=pp, advance=advance
-        )  # fmt: skip
+        manifest = convert(model, source_directory, out, source=source, dtype=dtype, tp=tp, pp=pp, advance=advance)
+    if imbalance := describe_imbalance(manifest.specs, tp):
+        print_note(imbalance)
     click.echo(f"Converted {len(manifest.parameters)} parameters of {model.name} to {out} (tp {tp}, pp {pp}).")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from megacore.cli.notes import print_note
 from megacore.cli.options import checkpoint_argument, out_option, parallel_size_option
 from megacore.cli.progress import bytes_progress
 
@@ -27,5 +28,5 @@ def split(checkpoint: Path, out: Path, tp: int, pp: int) -> None:
     with bytes_progress("splitting", Checkpoint(checkpoint).num_bytes) as advance:
         manifest = split(checkpoint, out, tp=tp, pp=pp, advance=advance)
     if imbalance := describe_imbalance(manifest.specs, tp):
-        click.echo(f"Note: {imbalance}.", err=True)
+        print_note(imbalance)
     click.echo(f"Wrote {len(manifest.files)} files to {out} (tp {tp}, pp {pp}).")

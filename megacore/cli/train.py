@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megacore.cli.notes import print_note
 from megacore.cli.options import parallel_size_option
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ def train(run_file: Path, overrides: tuple[str, ...], tp: int | None) -> None:
     train(run, on_note=print_note, on_step=print_step)
     if is_first_process():
         click.echo(f"Saved {run.output.checkpoint}.")
-
-
-def print_note(note: str) -> None:
-    click.echo(f"Note: {note}.", err=True)
 
 
 def print_step(step: Step) -> None:

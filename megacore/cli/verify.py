@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     "[default: 0.001; in 16 bit 0.1]",
 )
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures here."
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the figures here.",
 )
 @click.pass_context
 def verify(
@@ -63,6 +67,8 @@ def verify(
     """
     if (data is not None) + (text is not None) + random_ids != 1:
         raise click.UsageError("Give one of --data, --text and --random-ids.")
+    if json_file is not None and not json_file.absolute().parent.is_dir():  # said before the work, not after it
+        raise click.UsageError(f"{json_file.absolute().parent}, for --json, is not a directory: create it first.")
     from megacore.checkpoint import Checkpoint
     from megacore.parallel import is_first_process
     from megacore.verification import dataset_samples, random_samples, text_samples, verify

@@ -3,12 +3,13 @@
 from megacore.model.attention import Positions, SelfAttention
 from megacore.model.decoder import DecoderModel, model_specs
 from megacore.model.loading import load_model, read_config
-from megacore.model.mlp import ACTIVATIONS, GatedMLP, activation_function
+from megacore.model.mlp import ACTIVATIONS, MLP, GatedMLP, activation_function
 from megacore.model.norms import LayerNorm, RMSNorm, build_norm
 from megacore.model.rotary import apply_rotary, inverse_frequencies, rotary_table
 
 __all__ = [
     "ACTIVATIONS",
+    "MLP",
     "DecoderModel",
     "GatedMLP",
     "LayerNorm",

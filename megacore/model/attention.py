@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from megacore.config import ModelConfig
-from megacore.model.rotary import apply_rotary
-from megacore.parallel import ColumnParallelLinear, ParallelContext, RowParallelLinear
+from megacore.model.alibi import alibi_mask, alibi_slopes
+from megacore.model.rotary import apply_rotary, rotary_table
+from megacore.parallel import ColumnParallelLinear, ParallelContext, RowParallelLinear, chunk_bounds
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of the positions: the rotary table, each ``[sequence, head_dim]``."""
+    """What attention needs to know of the positions.
 
-    cos: Tensor
-    sin: Tensor
+    Attributes:
+        cos: of the rotary angles, ``[sequence, head_dim]``; ``None`` for a model without rotary embedding.
+        sin: likewise.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, sequence_length: int, *, device: torch.device, dtype: torch.dtype) -> Positions:
+        """The positions 0 to ``sequence_length - 1``."""
+        if config.position_embedding == "alibi":
+            return cls(None, None)
+        return cls(*rotary_table(config, sequence_length, device=device, dtype=dtype))
 
 
 class SelfAttention(nn.Module):
@@ -35,6 +49,10 @@ class SelfAttention(nn.Module):
         groups, queries, head_dim = config.num_kv_heads, config.queries_per_kv, config.head_dim
         self.queries_per_kv = queries
         self.head_dim = head_dim
+        self.slopes = None
+        if config.position_embedding == "alibi":
+            first, last = chunk_bounds(groups, parallel.tp_size, parallel.tp_rank)
+            self.slopes = alibi_slopes(config.num_attention_heads)[first * queries : last * queries]
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size, (groups, (queries + 2) * head_dim), shard_dim=0, bias=config.qkv_bias, parallel=parallel
         )
@@ -44,10 +62,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         query, key, value = self.split_heads(self.linear_qkv(hidden))
-        query = apply_rotary(query, positions.cos, positions.sin)
-        key = apply_rotary(key, positions.cos, positions.sin)
+        mask = None
+        if positions.cos is not None and positions.sin is not None:
+            query = apply_rotary(query, positions.cos, positions.sin)
+            key = apply_rotary(key, positions.cos, positions.sin)
+        if self.slopes is not None:
+            scale = self.head_dim**-0.5
+            mask = alibi_mask(self.slopes, query.shape[1], scale, device=query.device, dtype=query.dtype)
         attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=True
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=True,
         )
         return self.linear_proj(attended.transpose(1, 2).flatten(2))
 

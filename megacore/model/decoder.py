@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from megacore.config import ModelConfig
 from megacore.model.attention import Positions
 from megacore.model.norms import build_norm
-from megacore.model.rotary import rotary_table
 from megacore.parallel import (
     ParallelContext,
     ParameterSpec,
@@ -64,8 +63,8 @@ class DecoderModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """``[batch, sequence]`` token ids to this rank's logits, ``[batch, sequence, local_vocab]``."""
         hidden = self.embedding(input_ids)
-        cos, sin = rotary_table(self.config, input_ids.shape[1], device=hidden.device, dtype=hidden.dtype)
-        hidden = self.decoder(hidden, Positions(cos, sin))
+        positions = Positions.of(self.config, input_ids.shape[1], device=hidden.device, dtype=hidden.dtype)
+        hidden = self.decoder(hidden, positions)
         if self.config.tie_embeddings:
             return vocab_parallel_logits(hidden, self.embedding.word_embeddings.local("weight"), self.parallel)
         return self.output_layer(hidden)

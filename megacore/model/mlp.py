@@ -27,6 +27,20 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+class MLP(nn.Module):
+    """``W_2 activation(W_1 x + b_1) + b_2``: ``linear_fc1`` is ``[ffn_hidden_size, hidden_size]``."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.activation = activation_function(config.activation)
+        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.mlp_bias
+        self.linear_fc1 = ColumnParallelLinear(hidden, (ffn,), shard_dim=0, bias=bias, parallel=parallel)
+        self.linear_fc2 = RowParallelLinear((ffn,), hidden, bias=bias, parallel=parallel)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear_fc2(self.activation(self.linear_fc1(hidden)))
+
+
 class GatedMLP(nn.Module):
     """``W_down (activation(W_gate x) * W_up x)`` (Shazeer, 2020, arXiv:2002.05202).
 

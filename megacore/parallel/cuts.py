@@ -99,8 +99,8 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
     size = units[smallest]
     working = [str(tp) for tp in range(1, min(units.values()) + 1) if is_divisible(specs, tp)]
     raise LayoutError(
-        f"this model cannot be cut over tp {tp_size}: {smallest} {list(specs[smallest].shape)} is cut into {size} units "
-        f"at most, and a rank would be left with none. tp sizes that work: {', '.join(working)}"
+        f"this model cannot be cut over tp {tp_size}: {smallest} {list(specs[smallest].shape)} is cut into "
+        f"{size} units at most, and a rank would be left with none. tp sizes that work: {', '.join(working)}"
     )
 
 

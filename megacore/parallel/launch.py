@@ -42,7 +42,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, tp: int, sequence_pa
     by torchrun (``RANK`` is set): then it joins the others. ``function``, ``arguments`` and the result are pickled.
 
     Raises:
-        MegacoreError: what the first rank to fail raised, in its own kind.
+        MegacoreError: what the first rank to fail raised, in the kind of :mod:`megacore.errors` that it is.
         WorkerError: when a rank died of something else.
     """
     if "RANK" in os.environ:
@@ -160,7 +160,7 @@ def _leave_cleanly(signal_number: int, frame: FrameType | None) -> None:
 def _undisturbed() -> Iterator[None]:
     """Keep the launcher from logging errors that reach the caller anyway, and give back the signals that it takes."""
     # One by one: torch gives each of the launcher's loggers a level of its own.
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(_LAUNCHER)]
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(_LAUNCHER)]
     levels = [logger.level for logger in loggers]
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in signals}

@@ -71,9 +71,9 @@ def train(
     check_tensor_parallel(checkpoint.manifest.specs, run.parallel.tensor_parallel)
     require_absent(run.output.checkpoint)
     TokenWindows(_dataset(run, checkpoint), run.data.seq_length)
-    imbalance = describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel)
-    if imbalance and on_note and is_first_process():
-        on_note(imbalance)
+    if on_note and is_first_process():
+        for note in _notes(run, checkpoint):
+            on_note(note)
     return on_ranks(
         _train_on_rank,
         run,
@@ -81,6 +81,15 @@ def train(
         tp=run.parallel.tensor_parallel,
         sequence_parallel=run.parallel.sequence_parallel,
     )
+
+
+def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """What a person should know before the run starts."""
+    if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
+        yield imbalance
+    context = checkpoint.manifest.config["max_position_embeddings"]
+    if run.data.seq_length > context:
+        yield f"data.seq_length {run.data.seq_length} is more than the {context} positions the model was made for"
 
 
 def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
@@ -124,7 +133,7 @@ def accumulate_gradients(model: DecoderModel, batch: Tensor, *, micro_batch_size
     """
     parallel = model.parallel
     num_tokens = batch.shape[0] * (batch.shape[1] - 1)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for micro_batch in batch.to(parallel.device).split(micro_batch_size):
         logits = model(micro_batch[:, :-1])
         losses = vocab_parallel_cross_entropy(
@@ -132,8 +141,8 @@ def accumulate_gradients(model: DecoderModel, batch: Tensor, *, micro_batch_size
         )
         loss = losses.sum() / num_tokens
         loss.backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    return total.item()
 
 
 def _batches(run: RunConfig, checkpoint: Checkpoint) -> Iterator[Tensor]:

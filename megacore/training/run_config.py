@@ -23,7 +23,9 @@ class ModelSection(Section):
     """Which weights to start from, and what to compute in."""
 
     checkpoint: Path = Field(description="Native checkpoint to start from, cut in any way.")
-    dtype: Literal["fp32", "fp64"] = Field("fp32", description="What weights are held and computed in.")
+    dtype: Literal["fp32", "fp64"] = Field(
+        "fp32", description='What weights are held and computed in: `"fp32"` or `"fp64"`.'
+    )
 
 
 class DataSection(Section):
@@ -47,12 +49,12 @@ class OptimizerSection(Section):
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101), and the learning rate over the run."""
 
     lr: float = Field(gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate of the last iteration.")
-    warmup_iters: int = Field(0, ge=0, description="Iterations of linear rise to the peak; the first is above 0.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate that the end of the run comes close to.")
+    warmup_iters: int = Field(0, ge=0, description="Iterations of linear rise to the peak, which the next one has.")
     weight_decay: float = Field(0.01, ge=0, description="Of matrices; norms and biases have none.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradients.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of their squares.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the latter.")
     clip_grad: float = Field(
         1.0, ge=0, description="Largest norm of the gradient, over all parameters; 0 does not clip."
     )
@@ -137,7 +139,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    document.setdefault(section, {})[key] = value
+    table = document.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"--set {override}: {section} is {table!r} in the run file, and must be a table")
+    table[key] = value
 
 
 def _describe(problem: dict[str, Any]) -> str:

@@ -104,6 +104,8 @@ class VerificationReport:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON values; what is not a number, which JSON cannot say, is ``None``."""
+        figures = [asdict(iteration) | {"loss_error": iteration.loss_error} for iteration in self.iterations]
         return {
             "passed": self.passed,
             "dtype": self.dtype,
@@ -112,7 +114,10 @@ class VerificationReport:
                 "max_error": None if math.isinf(self.tolerance.max_error) else self.tolerance.max_error,
                 "mean_error": self.tolerance.mean_error,
             },
-            "iterations": [asdict(iteration) | {"loss_error": iteration.loss_error} for iteration in self.iterations],
+            "iterations": [
+                {name: value if math.isfinite(value) else None for name, value in iteration.items()}
+                for iteration in figures
+            ],
         }
 
 

@@ -1,4 +1,4 @@
-"""A converted Llama computes what transformers computes: logits, gradients, and every way to stretch the rotary embedding."""
+"""A converted Llama computes what transformers computes: logits, gradients, every kind of rotary embedding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megacore_llama.config import config_from_source
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.testing import assert_close
@@ -18,6 +17,7 @@ from megacore.errors import ConfigError
 from megacore.model import DecoderModel, inverse_frequencies, load_model
 from megacore.parallel import ParallelContext, vocab_parallel_cross_entropy
 from megacore.weights import convert
+from megacore_llama.config import config_from_source
 
 FP32 = {"rtol": 1.3e-6, "atol": 1e-5}
 
@@ -228,6 +228,12 @@ ROTARY: dict[str, dict[str, Any]] = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
         "factor": 4.0,
+        "original_max_position_embeddings": 6,
+    },
+    "yarn, an original context of next to nothing": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
         "original_max_position_embeddings": 2,
     },
     "llama3": {
@@ -264,7 +270,7 @@ def rope(request) -> dict[str, Any]:
 
 
 def in_old_spelling(rope: dict[str, Any]) -> dict[str, Any]:
-    """As transformers 4 writes it: the base on its own, the rest under ``rope_scaling``, ``None`` where there is none."""
+    """As transformers 4 writes it: the base on its own, the rest under ``rope_scaling``."""
     rope = dict(rope)
     return {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] != "default" else None}
 
@@ -303,10 +309,10 @@ def test_logits_are_those_of_transformers_with_every_rotary_embedding(
 
 @pytest.mark.parametrize("one, other", CHANGED_BY.items())
 def test_rotary_settings_that_are_tested_apart_differ(shapes, one, other):
-    settings = shapes["multi-head"] | WIDE
-
-    frequencies, amplitude = rotary_of_transformers(settings | {"rope_parameters": dict(ROTARY[one])}, 100)
-    other_frequencies, other_amplitude = rotary_of_transformers(settings | {"rope_parameters": dict(ROTARY[other])}, 100)
+    (frequencies, amplitude), (other_frequencies, other_amplitude) = (
+        rotary_of_transformers(shapes["multi-head"] | WIDE | {"rope_parameters": dict(ROTARY[name])}, 100)
+        for name in (one, other)
+    )
 
     assert not torch.equal(frequencies, other_frequencies) or amplitude != other_amplitude
 

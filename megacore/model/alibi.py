@@ -1,0 +1,30 @@
+"""Attention with linear biases (Press, Smith and Lewis, 2022, arXiv:2108.12409) instead of position embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """The slope of each head, ``[num_heads]``: powers of two where ``num_heads`` is one, and those between otherwise."""
+    whole = 2 ** math.floor(math.log2(num_heads))
+    ratio = 2.0 ** (-8.0 / whole)
+    slopes = [ratio**power for power in range(1, whole + 1)]
+    between = 2.0 ** (-4.0 / whole)
+    slopes += [between**power for power in range(1, 2 * (num_heads - whole) + 1, 2)]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+def alibi_mask(slopes: Tensor, sequence_length: int, scale: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores, ``[heads, sequence, sequence]``: biases times ``scale``, and no future.
+
+    Softmax does not see a shift, so the bias is the slope times the key's position rather than its distance. It is
+    rounded to bfloat16, as it was when the published models were trained.
+    """
+    positions = torch.arange(sequence_length)
+    biases = (slopes.bfloat16().unsqueeze(-1) * positions).to(dtype) * scale
+    future = torch.ones(sequence_length, sequence_length, dtype=torch.bool).triu(1)
+    return biases.unsqueeze(1).expand(-1, sequence_length, -1).masked_fill(future, -math.inf).to(device)

@@ -1,0 +1,69 @@
+"""The Falcon family for megacore: LayerNorm, rotary positions or linear biases, multi-query or grouped-query attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megacore import ModelFamily, hookimpl
+from megacore.errors import UnsupportedSourceError
+from megacore_falcon.config import FalconConfig, config_from_source, config_to_source
+from megacore_falcon.presets import PRESETS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from megacore.hookspecs import ReferenceModel
+    from megacore.parallel import ParallelContext
+    from megacore.weights import WeightMap
+
+
+@hookimpl
+def model_families() -> list[ModelFamily]:
+    return [
+        ModelFamily(
+            name="falcon",
+            architectures=("FalconForCausalLM", "RWForCausalLM"),
+            config_from_source=config_from_source,
+            config_to_source=config_to_source,
+            config_class=FalconConfig,
+            presets=PRESETS,
+        )
+    ]
+
+
+@hookimpl
+def weight_map(config: FalconConfig, source: str) -> WeightMap:
+    from megacore_falcon.weights import hf_weight_map
+
+    _require_hf(source)
+    return hf_weight_map(config)
+
+
+@hookimpl
+def qkv_permutation(config: FalconConfig, source: str) -> Sequence[int]:
+    _require_hf(source)
+    # The published projection is fused and grouped as megacore's: of each group the query heads, the key, the value.
+    # Multi-query attention is a single group, and in multi-head attention each head is a group of its own.
+    return range((config.num_attention_heads + 2 * config.num_kv_heads) * config.head_dim)
+
+
+@hookimpl
+def load_reference(config: FalconConfig, path: Path | None, dtype: torch.dtype, device: torch.device) -> ReferenceModel:
+    from megacore_falcon.reference import load_transformers_model
+
+    return load_transformers_model(config, path, dtype, device)
+
+
+@hookimpl
+def build_layer(config: FalconConfig, parallel: ParallelContext) -> nn.Module:
+    from megacore_falcon.layer import FalconLayer
+
+    return FalconLayer(config, parallel)
+
+
+def _require_hf(source: str) -> None:
+    if source != "hf":
+        raise UnsupportedSourceError(f"megacore-falcon reads the format hf, not {source!r}")

@@ -1,0 +1,47 @@
+"""The Falcon layer, in the three forms that its generations have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megacore.model import MLP, LayerNorm, Positions, SelfAttention
+from megacore.parallel import ParallelContext
+from megacore_falcon.config import FalconConfig
+
+
+class FalconLayer(nn.Module):
+    """Attention and MLP::
+
+            parallel, two norms        parallel, one norm         sequential
+            (40B, 180B)                (7B, 11B)                  (RW 1B, RW 7B)
+
+            ┌─ x ──────────┐           ┌─ x                       ┌─ x
+            │  ↓           ↓           │  ↓                       │  ↓
+            │  norm        norm        │  norm ────────┐          │  norm
+            │  ↓           ↓           │  ↓            ↓          │  ↓
+            │  attention   MLP         │  attention    MLP        │  attention
+            │  ↓           ↓           │  ↓            ↓          └→ +
+            └→ + ←─────────┘           └→ + ←──────────┘          ┌──┤
+                                                                  │  ↓
+                                                                  │  norm, MLP
+                                                                  │  ↓
+                                                                  └→ +
+    """
+
+    def __init__(self, config: FalconConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.parallel_attention = config.parallel_attention
+        self.input_layernorm = LayerNorm(config, parallel)
+        self.self_attention = SelfAttention(config, parallel)
+        self.pre_mlp_layernorm = LayerNorm(config, parallel) if config.num_layer_norms == 2 else None
+        self.mlp = MLP(config, parallel)
+
+    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+        normed = self.input_layernorm(hidden)
+        attended = self.self_attention(normed, positions)
+        if not self.parallel_attention:
+            hidden = hidden + attended
+            return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
+        if self.pre_mlp_layernorm is not None:
+            normed = self.pre_mlp_layernorm(hidden)
+        return hidden + attended + self.mlp(normed)

@@ -1,0 +1,102 @@
+"""What the tests of the parallel layers run on each rank; in a module of its own, so that the ranks can import it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement
+
+from megacore.parallel import ParallelContext, materialize, vocab_parallel_cross_entropy
+
+
+@dataclass
+class Outcome:
+    """What a rank saw of a module's forward and backward."""
+
+    output: Tensor
+    output_type: type
+    input_gradient: Tensor | None
+    gradients: dict[str, Tensor]
+    placements: dict[str, tuple[Placement, ...]]
+    """Of the parameters; of those that are plain tensors, nothing."""
+
+
+def run_module(
+    parallel: ParallelContext,
+    build: Callable[..., nn.Module],
+    values: dict[str, Tensor],
+    inputs: list[Tensor],
+    output_gradients: list[Tensor],
+) -> Outcome:
+    """Forward and backward of ``build(parallel=parallel)``; ``values`` are whole, lists have an item a rank."""
+    module = build(parallel=parallel)
+    rank, size = parallel.tp_rank, parallel.tp_size
+    materialize(
+        module,
+        parallel,
+        lambda name, spec: values[name] if spec.shard_dim is None else values[name].chunk(size, spec.shard_dim)[rank],
+    )
+    given = inputs[rank].requires_grad_(inputs[rank].is_floating_point())
+    output = module(given)
+    output.backward(output_gradients[rank])
+    parameters = dict(module.named_parameters())
+    return Outcome(
+        output=output.detach(),
+        output_type=type(output),
+        input_gradient=given.grad,
+        gradients={
+            name: parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
+            for name, parameter in parameters.items()
+        },
+        placements={name: p.placements for name, p in parameters.items() if isinstance(p, DTensor)},
+    )
+
+
+def run_cross_entropy(
+    parallel: ParallelContext, logits: list[Tensor], targets: Tensor, output_gradient: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The losses, and the gradients of this rank's logits."""
+    given = logits[parallel.tp_rank].requires_grad_()
+    losses = vocab_parallel_cross_entropy(given, targets, vocab_size=vocab_size, parallel=parallel)
+    losses.backward(output_gradient)
+    assert given.grad is not None
+    return losses.detach(), given.grad
+
+
+def run_collective(
+    parallel: ParallelContext,
+    collective: Callable[[Tensor, ParallelContext], Tensor],
+    inputs: list[Tensor],
+    output_gradients: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The output and the gradient of the input; neither the input nor the output's gradient is changed in passing."""
+    given, gradient = inputs[parallel.tp_rank].requires_grad_(), output_gradients[parallel.tp_rank]
+    before = given.detach().clone(), gradient.clone()
+    output = collective(given, parallel)
+    output.backward(gradient)
+    assert torch.equal(given, before[0])
+    assert torch.equal(gradient, before[1])
+    assert given.grad is not None
+    return output.detach(), given.grad
+
+
+def rank_and_size(parallel: ParallelContext) -> tuple[int, int]:
+    return parallel.tp_rank, parallel.tp_size
+
+
+def fail_on(parallel: ParallelContext, rank: int) -> str:
+    """Fail on one rank while the others wait for it."""
+    if parallel.tp_rank == rank:
+        raise ValueError(f"there is something wrong with rank {rank}")
+    dist.barrier()
+    return "done"
+
+
+def wait_forever_on(parallel: ParallelContext, rank: int) -> None:
+    """Wait on one rank for a collective that the others do not take part in."""
+    if parallel.tp_rank == rank:
+        dist.barrier()

@@ -1,0 +1,65 @@
+"""The documentation says what the program does."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from megacore.cli import cli
+from megacore.training import RunConfig, read_run_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def documented_keys() -> dict[str, dict[str, tuple[str, str]]]:
+    """Section to key to (default, meaning), as docs/training.md has them."""
+    sections: dict[str, dict[str, tuple[str, str]]] = {}
+    for line in (ROOT / "docs/training.md").read_text().splitlines():
+        if heading := re.fullmatch(r"## \[(\w+)\]", line):
+            section = sections.setdefault(heading[1], {})
+        elif row := re.fullmatch(r"\| `(\w+)` \| (.+?) \| (.+) \|", line):
+            section[row[1]] = (row[2], row[3])
+    return sections
+
+
+def test_the_page_on_training_lists_every_key_with_its_default_and_meaning() -> None:
+    defined = {}
+    for section, field in RunConfig.model_fields.items():
+        defined[section] = {
+            key: (
+                "required" if entry.default is PydanticUndefined else f"`{json.dumps(entry.default)}`",
+                entry.description,
+            )
+            for key, entry in field.annotation.model_fields.items()  # type: ignore[union-attr]
+        }
+    assert documented_keys() == defined
+
+
+def test_the_run_file_of_the_demo_is_valid() -> None:
+    assert read_run_config(ROOT / "examples/smollm2.toml").training.train_iters == 20
+
+
+def test_the_run_file_in_the_readme_is_valid(tmp_path: Path) -> None:
+    [toml] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "run.toml").write_text(toml)
+    assert read_run_config(tmp_path / "run.toml").parallel.tensor_parallel == 2
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_the_readme_mentions_every_command(name: str) -> None:
+    assert f"| `{name}` |" in (ROOT / "README.md").read_text()
+
+
+def test_every_command_line_in_the_readme_and_the_demo_parses() -> None:
+    script = (ROOT / "examples/demo.sh").read_text().replace("\\\n", " ")
+    lines = re.findall(r"\bmegacore (\w+) +(\S.*)", (ROOT / "README.md").read_text() + script)
+    assert len(lines) > 10
+    for name, rest in lines:
+        if name not in cli.commands:
+            continue
+        words = rest.split("#")[0].split()
+        known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        unknown = [word for word in words if word.startswith("--") and word.rstrip(",.;`") not in known | {"--help"}]
+        assert not unknown, f"megacore {name} has no {unknown}"

@@ -1,0 +1,119 @@
+"""How the package hangs together: who imports whom, what is public, and that it knows no model family."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megacore
+
+PACKAGE = Path(megacore.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "hookspecs": {"config", "errors"},
+    "plugins": {"hookspecs", "config", "errors"},
+    "parallel": {"config", "errors"},
+    "checkpoint": {"parallel", "config", "errors"},
+    "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
+    "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
+    "data": {"parallel", "config", "errors"},
+}
+"""What each part of the package may import while it runs; imports for type checkers alone are free."""
+
+MAY_IMPORT["training"] = MAY_IMPORT["verification"] = set(MAY_IMPORT)
+MAY_IMPORT["cli"] = set(MAY_IMPORT) | {""}
+MAY_IMPORT["__main__"] = {"cli"}
+MAY_IMPORT[""] = set()
+"""``megacore`` itself: its public names are imported on first use."""
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+def part_of(module: str) -> str:
+    """The part of the package that ``megacore.part.module`` is in; that of ``megacore`` itself is empty."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def runtime_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules that code imports, within functions too; not what stands under ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            # `from megacore import errors` imports a module, if there is one of that name.
+            yield from (f"{module}.{alias.name}" if module == "megacore" else module for alias in node.names)
+        yield from runtime_imports(node)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path):
+    part = part_of(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"))
+
+    imported = {part_of(module) for module in runtime_imports(ast.parse(path.read_text())) if module == "megacore"
+                or module.startswith("megacore.")}  # fmt: skip
+
+    assert imported - {part} <= MAY_IMPORT[part]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_core_imports_no_library_of_a_model_family(path):
+    imported = {module.partition(".")[0] for module in runtime_imports(ast.parse(path.read_text()))}
+
+    assert not imported & {"transformers", "megacore_llama", "megacore_llama2", "megacore_falcon"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_core_names_no_model_family_outside_of_documentation(path):
+    code = path.read_text()
+    lines = code.splitlines()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+
+    named = [line for line in lines if re.search("llama|falcon|mistral", line, re.IGNORECASE)]
+
+    assert named == []
+
+
+def test_every_public_name_resolves_to_what_type_checkers_see():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    [for_type_checkers] = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {
+        alias.asname: (node.module, alias.name)
+        for node in for_type_checkers.body if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }  # fmt: skip
+
+    assert sorted(homes) == megacore.__all__
+    for name, (module, original) in homes.items():
+        assert getattr(megacore, name) is getattr(importlib.import_module(module), original)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'megacore' has no attribute 'nonsense'"):
+        _ = megacore.nonsense
+
+
+@pytest.mark.parametrize(
+    "what", ["import megacore", "import megacore.cli", "import megacore; megacore.list_families()"]
+)
+def test_neither_importing_nor_looking_for_plugins_imports_torch_or_transformers(what):
+    check = f"{what}\nimport sys; sys.exit(not not {{'torch', 'transformers'}} & set(sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

