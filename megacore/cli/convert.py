@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     "--from", "source_directory", type=click.Path(path_type=Path), required=True, help="Checkpoint to convert."
 )
 @out_option
-@click.option("--source", default="hf", show_default=True, help="Format of the checkpoint to convert.")
+@click.option("--source", help="Format of the checkpoint to convert.  [default: recognised by its files]")
 @click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
 @tp_option
 @pp_option
 def convert(
-    model: Family, source_directory: Path, out: Path, source: str, dtype: torch.dtype | None, tp: int, pp: int
+    model: Family, source_directory: Path, out: Path, source: str | None, dtype: torch.dtype | None, tp: int, pp: int
 ) -> None:
     """Convert a published checkpoint to megacore's format, streaming from file to file.
 

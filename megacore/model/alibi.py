@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """The slope of each head, ``[num_heads]``: powers of two where ``num_heads`` is one, and those between otherwise."""
+    """The slope of each head, ``[num_heads]``: a geometric row where ``num_heads`` is a power of two."""
     whole = 2 ** math.floor(math.log2(num_heads))
     ratio = 2.0 ** (-8.0 / whole)
     slopes = [ratio**power for power in range(1, whole + 1)]
@@ -18,7 +18,9 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-def alibi_mask(slopes: Tensor, sequence_length: int, scale: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+def alibi_mask(
+    slopes: Tensor, sequence_length: int, scale: float, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """What is added to the attention scores, ``[heads, sequence, sequence]``: biases times ``scale``, and no future.
 
     Softmax does not see a shift, so the bias is the slope times the key's position rather than its distance. It is

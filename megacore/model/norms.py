@@ -19,9 +19,7 @@ class RMSNorm(ReplicatedModule):
         self.declare("weight", (config.hidden_size,))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float() if hidden.dtype.itemsize < 4 else hidden
-        normed = F.rms_norm(wide, (hidden.shape[-1],), eps=self.eps)
-        return self.replicated("weight") * normed.to(hidden.dtype)
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.replicated("weight"), eps=self.eps)
 
 
 class LayerNorm(ReplicatedModule):

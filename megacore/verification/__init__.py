@@ -2,10 +2,12 @@
 
 from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
 from megacore.verification.samples import dataset_samples, random_samples, text_samples
+from megacore.verification.transformers_reference import TransformersReference
 
 __all__ = [
     "Iteration",
     "Tolerance",
+    "TransformersReference",
     "VerificationReport",
     "dataset_samples",
     "random_samples",

@@ -2,14 +2,13 @@
 
 from megacore.weights.conversion import convert
 from megacore.weights.exporting import export
-from megacore.weights.hf import ROTARY_METHODS, HuggingFaceSource, rotary_from_hf, rotary_to_hf
+from megacore.weights.rotary_settings import ROTARY_METHODS, rotary_from_hf, rotary_to_hf
 from megacore.weights.rules import Copy, FusedQKV, Rule, Stacked, WeightMap, grouped_qkv_rows
 
 __all__ = [
     "ROTARY_METHODS",
     "Copy",
     "FusedQKV",
-    "HuggingFaceSource",
     "Rule",
     "Stacked",
     "WeightMap",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,10 +10,10 @@ import torch
 from megacore.checkpoint import Layout, Manifest, Parameter, history_entry, write_checkpoint
 from megacore.checkpoint.matrix import Cast, LazyMatrix
 from megacore.config import ModelConfig
-from megacore.errors import ConfigError, UnsupportedSourceError, WeightMapError
-from megacore.plugins import Family, default_registry, get_family
+from megacore.errors import ConfigError, WeightMapError
+from megacore.plugins import Family, get_family
 from megacore.weights.binding import BoundMap, bind
-from megacore.weights.hf import HuggingFaceSource
+from megacore.weights.formats import PublishedCheckpoint, format_for, recognise
 
 _COMPARED_ROWS = 1024
 
@@ -23,7 +23,7 @@ def convert(
     source_directory: Path | str,
     out: Path | str,
     *,
-    source: str = "hf",
+    source: str | None = None,
     dtype: torch.dtype | None = None,
     tp: int = 1,
     pp: int = 1,
@@ -35,9 +35,9 @@ def convert(
 
     Args:
         model: the family, or its name.
-        source_directory: a checkpoint in format ``source``.
+        source_directory: a published checkpoint.
         out: is created; must not exist.
-        source: the format; ``"hf"`` is a Hugging Face directory.
+        source: its format, ``"hf"`` for example; by default recognised by its files.
         dtype: to convert to; by default every tensor keeps its own.
         tp: tensor-parallel size to cut for.
         pp: pipeline-parallel size to cut for.
@@ -47,66 +47,78 @@ def convert(
         MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
     """
     family = get_family(model) if isinstance(model, str) else model
-    if source not in family.family.sources:
-        raise UnsupportedSourceError(
-            f"{family.name} reads the formats {', '.join(family.family.sources)}, not {source!r}"
-        )
-    opened = HuggingFaceSource(Path(source_directory))
-    config = read_published_config(family, opened)
-    bound = bind(family, config, source)
-    bound.check_sources(opened.shapes, str(opened.directory))
-    _check_aliases(bound, opened)
+    directory = Path(source_directory)
+    source = source or recognise(directory)
+    published = format_for(family.family, source).open(directory)
+    config = read_published_config(family, published, source)
+    parameters = read_parameters(bind(family, config, source), published, dtype)
     return write_checkpoint(
         Path(out),
-        {name: _parameter(bound, name, opened, dtype) for name in bound.rules},
+        parameters,
         family=family.name,
         config=config.to_dict(),
         layout=Layout.even(tp=tp, pp=pp, num_layers=config.num_layers),
-        tokenizer_files=opened.tokenizer_files(),
-        origin=opened.origin(),
-        history=(history_entry("convert", source=str(opened.directory), format=source, plugin=family.label),),
+        tokenizer_files=published.tokenizer_files(),
+        origin=published.origin(),
+        history=(history_entry("convert", source=str(directory), format=source, plugin=family.label),),
         advance=advance,
     )
 
 
-def read_published_config(family: Family, source: HuggingFaceSource) -> ModelConfig:
-    """The model configuration of ``source``, as ``family`` reads it.
+def read_published_config(family: Family, published: PublishedCheckpoint, source: str) -> ModelConfig:
+    """The model configuration of ``published``, a checkpoint in format ``source``, as ``family`` reads it.
 
     Raises:
         ConfigError: when the checkpoint is of another family, or asks for what the family does not implement.
     """
-    published = source.config
-    architectures = published.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise ConfigError(f"{source.directory / 'config.json'}: architectures is {architectures!r}, not a list")
-    if not set(architectures) & set(family.family.architectures):
-        others = sorted({name for arch in architectures for name in default_registry().families_for_architecture(arch)})
-        hint = f"; use --model {others[0]}" if others else ""
-        raise ConfigError(
-            f"{source.directory / 'config.json'} is of architecture {', '.join(architectures) or 'none named'}, and "
-            f"{family.name} reads {', '.join(family.family.architectures)}{hint}"
-        )
-    if "quantization_config" in published:
-        raise ConfigError(f"{source.directory} holds quantized weights; convert the original checkpoint instead")
+    published.check_family(family.family)
     try:
-        return family.family.config_from_source(published, "hf")
+        return family.family.config_from_source(published.config, source)
     except KeyError as error:
-        raise ConfigError(f"{source.directory / 'config.json'} lacks {error.args[0]!r}") from error
+        raise ConfigError(f"{published.config_file} lacks {error.args[0]!r}") from error
     except (TypeError, ValueError, ArithmeticError) as error:  # a value that is of no use where it stands
-        raise ConfigError(f"{source.directory / 'config.json'} does not describe a model: {error}") from error
+        raise ConfigError(f"{published.config_file} does not describe a model: {error}") from error
 
 
-def _parameter(bound: BoundMap, name: str, source: HuggingFaceSource, dtype: torch.dtype | None) -> Parameter:
-    rule = bound.rules[name]
-    dtypes = {source.dtype(part) for part in rule.sources}
-    parts = [source.matrix(part) for part in rule.sources]
-    if len(dtypes) > 1:
-        if dtype is None:
+def read_parameters(
+    bound: BoundMap, published: PublishedCheckpoint, dtype: torch.dtype | None
+) -> Mapping[str, Parameter]:
+    """The native parameters of a model, made of the tensors of ``published`` but not read yet, by name.
+
+    Raises:
+        WeightMapError: when the tensors are not those that the model needs.
+    """
+    expected = bound.source_shapes()
+    found = published.shapes(expected)
+    bound.check_sources(found, str(published.directory))
+    _check_aliases(bound, published, found)
+
+    def parameter(name: str) -> Parameter:
+        rule = bound.rules[name]
+        dtypes = {published.dtype(part) for part in rule.sources}
+        parts: list[LazyMatrix] = [published.matrix(part, expected[part]) for part in rule.sources]
+        if len(dtypes) > 1:
+            if dtype is None:
+                raise WeightMapError(
+                    f"{', '.join(rule.sources)} become one parameter but have different dtypes; choose one with --dtype"
+                )
+            parts = [Cast(part, dtype) for part in parts]
+        return Parameter(bound.specs[name], rule.to_native(parts, bound.order), dtype or dtypes.pop())
+
+    return {name: parameter(name) for name in bound.rules}
+
+
+def _check_aliases(bound: BoundMap, published: PublishedCheckpoint, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Tensors that repeat another one must really repeat it: a head that differs is not tied."""
+    for alias, original in bound.weight_map.aliases.items():
+        if alias not in found:
+            continue
+        shape = found[original]
+        if found[alias] != shape or not _equal(published.matrix(alias, shape), published.matrix(original, shape)):
             raise WeightMapError(
-                f"{', '.join(rule.sources)} become one parameter but have different dtypes; choose one with --dtype"
+                f"{published.directory}: {published.config_file.name} ties {alias} to {original}, but the two tensors "
+                'differ. If the head has weights of its own, set "tie_word_embeddings": false there'
             )
-        return Parameter(bound.specs[name], rule.to_native([Cast(part, dtype) for part in parts], bound.order), dtype)
-    return Parameter(bound.specs[name], rule.to_native(parts, bound.order), dtype or dtypes.pop())
 
 
 def _equal(one: LazyMatrix, other: LazyMatrix) -> bool:
@@ -114,15 +126,3 @@ def _equal(one: LazyMatrix, other: LazyMatrix) -> bool:
     columns = slice(0, one.columns)
     blocks = (slice(start, min(start + _COMPARED_ROWS, one.rows)) for start in range(0, one.rows, _COMPARED_ROWS))
     return all(torch.equal(one.read(rows, columns), other.read(rows, columns)) for rows in blocks)
-
-
-def _check_aliases(bound: BoundMap, source: HuggingFaceSource) -> None:
-    """Tensors that repeat another one must really repeat it: a head that differs is not tied."""
-    for alias, original in bound.weight_map.aliases.items():
-        if alias not in source.shapes:
-            continue
-        if source.shapes[alias] != source.shapes[original] or not _equal(source.matrix(alias), source.matrix(original)):
-            raise WeightMapError(
-                f"{source.directory}: config.json ties {alias} to {original}, but the two tensors differ. "
-                'If the head has weights of its own, set "tie_word_embeddings": false in config.json'
-            )

@@ -1,31 +1,22 @@
-"""Exporting a native checkpoint to the format it came from."""
+"""Exporting a native checkpoint to a published format."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megacore.checkpoint import Checkpoint
+from megacore.checkpoint.matrix import LazyMatrix
 from megacore.checkpoint.reading import checked_meanwhile
-from megacore.checkpoint.safetensors_file import (
-    DTYPES,
-    MAX_FILE_BYTES,
-    OutputTensor,
-    split_by_size,
-    write_safetensors,
-)
+from megacore.checkpoint.safetensors_file import DTYPES, MAX_FILE_BYTES, OutputTensor
 from megacore.checkpoint.staging import require_space, staged_directory
-from megacore.config import ModelConfig
-from megacore.errors import UnsupportedSourceError
+from megacore.checkpoint.writing import Parameter
 from megacore.model import read_config
-from megacore.plugins import Family, get_family
+from megacore.plugins import get_family
 from megacore.weights.binding import BoundMap, bind
-from megacore.weights.hf import INDEX_FILE, SINGLE_FILE
+from megacore.weights.formats import Publication, format_for
 
 
 def export(
@@ -34,81 +25,62 @@ def export(
     *,
     format: str = "hf",
     dtype: torch.dtype | None = None,
+    tp: int = 1,
+    pp: int = 1,
     max_file_bytes: int = MAX_FILE_BYTES,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Write ``checkpoint`` to directory ``out`` in a published format: weights, index, config.json, tokenizer.
+    """Write ``checkpoint`` to directory ``out`` in a published format: weights, configuration, tokenizer.
 
     Args:
         checkpoint: a native checkpoint, cut in any way. Its digests are checked on the way.
         out: is created; must not exist.
         format: ``"hf"`` is a Hugging Face directory.
         dtype: to convert to; by default every tensor keeps its own.
-        max_file_bytes: no weight file is larger, unless a single tensor is.
+        tp: ranks to cut for, in a format that is cut.
+        pp: pipeline stages to cut for, in a format that is cut so.
+        max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
         advance: is told of every few bytes written.
 
     Raises:
         MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
     """
     source = Checkpoint(checkpoint)
-    family = get_family(source.manifest.family)
-    if format not in family.family.sources:
-        raise UnsupportedSourceError(
-            f"{family.name} is written in the formats {', '.join(family.family.sources)}, not {format!r}"
-        )
+    manifest = source.manifest
+    family = get_family(manifest.family)
+    writer = format_for(family.family, format)
     config = read_config(family, source)
     bound = bind(family, config, format)
-    tensors = _source_tensors(bound, source, dtype)
+    source.check_parameters(bound.specs)
+    parameters = {
+        name: Parameter(entry.spec, source.matrix(name), DTYPES[entry.dtype])
+        for name, entry in manifest.parameters.items()
+    }
+    publication = Publication(
+        tensors=published_tensors(bound, parameters, dtype),
+        config=family.family.config_to_source(config, format),
+        origin=manifest.origin if manifest.origin.get("source") == format else {},
+        tokenizer_files=source.tokenizer_files(),
+        tp=tp,
+        pp=pp,
+        max_file_bytes=max_file_bytes,
+    )
     out = Path(out)
     with checked_meanwhile(source) as wait_for_check, staged_directory(out) as staging:
-        require_space(staging, sum(tensor.num_bytes for tensor in tensors), out)
-        _write_weights(staging, tensors, max_file_bytes, advance)
-        _write_json(staging / "config.json", _published_config(family, config, source, format, tensors))
-        if generation := source.manifest.origin.get("generation_config"):
-            _write_json(staging / "generation_config.json", generation)
-        for name, path in source.tokenizer_files().items():
-            shutil.copyfile(path, staging / name)
+        require_space(staging, publication.num_bytes, out)
+        writer.write(staging, publication, advance=advance)
         wait_for_check()
 
 
-def _source_tensors(bound: BoundMap, checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[OutputTensor]:
-    checkpoint.check_parameters(bound.specs)
+def published_tensors(
+    bound: BoundMap, parameters: Mapping[str, Parameter], dtype: torch.dtype | None
+) -> list[OutputTensor]:
+    """The tensors of a published format, taken out of the native ``parameters`` but not read yet."""
     shapes = bound.source_shapes()
     tensors = []
     for native, rule in bound.rules.items():
-        kept = DTYPES[checkpoint.manifest.parameters[native].dtype]
-        matrices = rule.to_source(checkpoint.matrix(native), bound.order)
+        parameter = parameters[native]
+        matrices: list[LazyMatrix] = rule.to_source(parameter.matrix, bound.order)
         for name, matrix in zip(rule.sources, matrices, strict=True):
-            tensors.append(OutputTensor(name, shapes[name], dtype or kept, matrix))
+            tensors.append(OutputTensor(name, shapes[name], dtype or parameter.dtype, matrix))
     return tensors
-
-
-def _write_weights(
-    directory: Path, tensors: Sequence[OutputTensor], max_file_bytes: int, advance: Callable[[int], None]
-) -> None:
-    files = split_by_size(tensors, max_file_bytes)
-    if len(files) == 1:
-        write_safetensors(directory / SINGLE_FILE, files[0], advance=advance)
-        return
-    weight_map: dict[str, str] = {}
-    for number, file in enumerate(files, start=1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_safetensors(directory / name, file, advance=advance)
-        weight_map |= {tensor.name: name for tensor in file}
-    total = sum(tensor.num_bytes for tensor in tensors)
-    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _published_config(
-    family: Family, config: ModelConfig, source: Checkpoint, format: str, tensors: Sequence[OutputTensor]
-) -> dict[str, Any]:
-    """What the checkpoint came with, overruled by what it is now."""
-    origin = source.manifest.origin
-    kept = origin.get("config", {}) if origin.get("source") == format else {}
-    largest = max(tensors, key=lambda tensor: tensor.num_bytes)
-    dtype = str(largest.dtype).removeprefix("torch.")
-    return {**kept, **family.family.config_to_source(config, format), "torch_dtype": dtype}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The Falcon family for megacore: LayerNorm, rotary positions or linear biases, multi-query or grouped-query attention."""
+"""The Falcon family for megacore: LayerNorm, rotary positions or linear biases, few or grouped key-value heads."""
 
 from __future__ import annotations
 
@@ -52,9 +52,15 @@ def qkv_permutation(config: FalconConfig, source: str) -> Sequence[int]:
 
 @hookimpl
 def load_reference(config: FalconConfig, path: Path | None, dtype: torch.dtype, device: torch.device) -> ReferenceModel:
-    from megacore_falcon.reference import load_transformers_model
+    from transformers import FalconForCausalLM
+    from transformers.utils import logging
 
-    return load_transformers_model(config, path, dtype, device)
+    from megacore.verification import TransformersReference
+
+    logging.disable_progress_bar()
+    published = config_to_source(config, "hf")
+    # Not "eager": with linear biases, transformers 5 adds them twice there.
+    return TransformersReference.load(FalconForCausalLM, published, path, dtype=dtype, device=device, attention="sdpa")
 
 
 @hookimpl

@@ -34,7 +34,8 @@ class FalconConfig(ModelConfig):
         super().__post_init__()
         if self.num_layer_norms not in ((1, 2) if self.parallel_attention else (2,)):
             raise ConfigError(
-                f"a Falcon layer with parallel_attention {self.parallel_attention} cannot have {self.num_layer_norms} norms"
+                f"a Falcon layer with parallel_attention {self.parallel_attention} "
+                f"cannot have {self.num_layer_norms} norms"
             )
 
 
@@ -45,7 +46,10 @@ def config_from_source(published: Mapping[str, Any], source: str) -> FalconConfi
     activation = published.get("activation", "gelu")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation {activation!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}")
-    hidden_size, heads = _renamed(published, "hidden_size", "n_embed"), _renamed(published, "num_attention_heads", "n_head")
+    hidden_size, heads = (
+        _renamed(published, "hidden_size", "n_embed"),
+        _renamed(published, "num_attention_heads", "n_head"),
+    )
     new_architecture = bool(published.get("new_decoder_architecture", False))
     parallel_attention = new_architecture or bool(published.get("parallel_attn", True))
     if new_architecture:

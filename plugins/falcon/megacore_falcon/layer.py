@@ -12,20 +12,20 @@ from megacore_falcon.config import FalconConfig
 class FalconLayer(nn.Module):
     """Attention and MLP::
 
-            parallel, two norms        parallel, one norm         sequential
-            (40B, 180B)                (7B, 11B)                  (RW 1B, RW 7B)
+    parallel, two norms        parallel, one norm         sequential
+    (40B, 180B)                (7B, 11B)                  (RW 1B, RW 7B)
 
-            ┌─ x ──────────┐           ┌─ x                       ┌─ x
-            │  ↓           ↓           │  ↓                       │  ↓
-            │  norm        norm        │  norm ────────┐          │  norm
-            │  ↓           ↓           │  ↓            ↓          │  ↓
-            │  attention   MLP         │  attention    MLP        │  attention
-            │  ↓           ↓           │  ↓            ↓          └→ +
-            └→ + ←─────────┘           └→ + ←──────────┘          ┌──┤
-                                                                  │  ↓
-                                                                  │  norm, MLP
-                                                                  │  ↓
-                                                                  └→ +
+    ┌─ x ──────────┐           ┌─ x                       ┌─ x
+    │  ↓           ↓           │  ↓                       │  ↓
+    │  norm        norm        │  norm ────────┐          │  norm
+    │  ↓           ↓           │  ↓            ↓          │  ↓
+    │  attention   MLP         │  attention    MLP        │  attention
+    │  ↓           ↓           │  ↓            ↓          └→ +
+    └→ + ←─────────┘           └→ + ←──────────┘          ┌──┤
+                                                          │  ↓
+                                                          │  norm, MLP
+                                                          │  ↓
+                                                          └→ +
     """
 
     def __init__(self, config: FalconConfig, parallel: ParallelContext) -> None:

@@ -49,9 +49,14 @@ def qkv_permutation(config: ModelConfig, source: str) -> Sequence[int]:
 
 @hookimpl
 def load_reference(config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device) -> ReferenceModel:
-    from megacore_llama.reference import load_transformers_model
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
-    return load_transformers_model(config, path, dtype, device)
+    from megacore.verification import TransformersReference
+
+    logging.disable_progress_bar()
+    published = config_to_source(config, "hf")
+    return TransformersReference.load(LlamaForCausalLM, published, path, dtype=dtype, device=device, attention="eager")
 
 
 @hookimpl

@@ -1,0 +1,65 @@
+"""The reference of families that transformers implements; the model class comes from the plugin, not from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacore.errors import CheckpointError
+
+
+class TransformersReference:
+    """A transformers model for causal language modelling, called as ``reference(input_ids) -> logits``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    @classmethod
+    def load(
+        cls,
+        model_class: Any,
+        published_config: dict[str, Any],
+        path: Path | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: str,
+    ) -> TransformersReference:
+        """Load the checkpoint in ``path`` or, when that is ``None``, make a model of random weights.
+
+        Args:
+            model_class: of transformers, for example ``MptForCausalLM``.
+            published_config: what ``config.json`` says, for random weights.
+            path: a local directory in the Hugging Face format.
+            dtype: to load into.
+            device: to load onto.
+            attention: ``"eager"``, attention written out in matrix products, so that a fault in a fused kernel does not
+                hide on both sides; or another of transformers' implementations where that one is not to be trusted.
+
+        Raises:
+            CheckpointError: when transformers cannot load ``path``, or would invent weights that it lacks.
+        """
+        if path is None:
+            config = model_class.config_class(**published_config)
+            model = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+            return cls(model.to(device).eval())
+        try:
+            model, loading = model_class.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load the reference {path}: {error}") from error
+        if loading["missing_keys"]:  # transformers would have filled them with random numbers
+            raise CheckpointError(f"the reference {path} lacks {', '.join(sorted(loading['missing_keys'])[:8])}")
+        return cls(model.to(device).eval())

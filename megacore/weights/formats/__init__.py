@@ -1,0 +1,46 @@
+"""The published formats that megacore reads and writes, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megacore.errors import CheckpointError, UnsupportedSourceError
+from megacore.hookspecs import ModelFamily
+from megacore.weights.formats.hf import HuggingFaceFormat
+from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint
+
+FORMATS: dict[str, CheckpointFormat] = {format.name: format for format in (HuggingFaceFormat(),)}
+"""What a plugin may list in ``ModelFamily.sources``."""
+
+
+def format_for(family: ModelFamily, name: str) -> CheckpointFormat:
+    """The format called ``name``. Raises :class:`UnsupportedSourceError` when ``family`` does not have it."""
+    if name not in family.sources or name not in FORMATS:
+        raise UnsupportedSourceError(
+            f"{family.name} is read and written in the formats {', '.join(family.sources)}, not {name!r}"
+        )
+    return FORMATS[name]
+
+
+def recognise(directory: Path) -> str:
+    """The name of the format that the checkpoint in ``directory`` is in.
+
+    Raises:
+        CheckpointError: when there is no checkpoint, or in no format that is known.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory with a checkpoint in it")
+    for name, format in FORMATS.items():
+        if format.recognises(directory):
+            return name
+    raise CheckpointError(f"{directory} holds no checkpoint in a format that is known ({', '.join(FORMATS)})")
+
+
+__all__ = [
+    "FORMATS",
+    "CheckpointFormat",
+    "Publication",
+    "PublishedCheckpoint",
+    "format_for",
+    "recognise",
+]

@@ -1,0 +1,143 @@
+"""The Hugging Face format: a directory with ``config.json`` and safetensors files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacore.checkpoint.matrix import LazyMatrix
+from megacore.checkpoint.safetensors_file import SafetensorsFile, split_by_size, write_safetensors
+from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from megacore.hookspecs import ModelFamily
+from megacore.plugins import default_registry
+from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint, Shape
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of config.json that do not outlive the files they describe; ``auto_map`` would have code fetched and run."""
+
+
+class HuggingFaceCheckpoint(PublishedCheckpoint):
+    """A directory in the Hugging Face format, opened for reading."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config_file = directory / CONFIG_FILE
+        self.config = self._read_json(CONFIG_FILE)
+        self._file_of: dict[str, SafetensorsFile] = {}
+        for file in (SafetensorsFile(directory / name) for name in self._file_names()):
+            for name in file.names:
+                if name in self._file_of:
+                    raise CorruptCheckpointError(
+                        f"tensor {name} is in both {self._file_of[name].path.name} and {file.path.name} of {directory}"
+                    )
+                self._file_of[name] = file
+
+    def check_family(self, family: ModelFamily) -> None:
+        architectures = self.config.get("architectures") or []
+        if not isinstance(architectures, list):
+            raise ConfigError(f"{self.config_file}: architectures is {architectures!r}, not a list")
+        if not set(architectures) & set(family.architectures):
+            owners = {name for found in architectures for name in default_registry().families_for_architecture(found)}
+            hint = f"; use --model {min(owners)}" if owners else ""
+            raise ConfigError(
+                f"{self.config_file} is of architecture {', '.join(architectures) or 'none named'}, and "
+                f"{family.name} reads {', '.join(family.architectures)}{hint}"
+            )
+        if "quantization_config" in self.config:
+            raise ConfigError(f"{self.directory} holds quantized weights; convert the original checkpoint instead")
+
+    def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
+        return {name: file.shape(name) for name, file in self._file_of.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file_of[name].dtype(name)
+
+    def matrix(self, name: str, shape: Shape) -> LazyMatrix:
+        rows, *columns = shape
+        return self._file_of[name].matrix(name, rows, columns[0] if columns else 1)
+
+    def origin(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.config.items() if key not in _NOT_KEPT}
+        origin: dict[str, Any] = {"source": "hf", "config": kept}
+        if (self.directory / GENERATION_FILE).is_file():
+            origin["generation_config"] = self._read_json(GENERATION_FILE)
+        return origin
+
+    def _file_names(self) -> list[str]:
+        if (self.directory / INDEX_FILE).is_file():
+            index = self._read_json(INDEX_FILE).get("weight_map")
+            if not isinstance(index, dict):
+                raise CorruptCheckpointError(f"{self.directory / INDEX_FILE} has no weight_map")
+            for name in index.values():
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise CorruptCheckpointError(
+                        f"{self.directory / INDEX_FILE} names {name!r}, which is not a file of its own directory"
+                    )
+            return sorted(set(index.values()))
+        if (self.directory / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
+        others = sorted(path.name for path in self.directory.glob("*.bin"))
+        hint = f". It has {', '.join(others[:3])}: save it as safetensors first" if others else ""
+        raise CheckpointError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{self.directory} has no {name}: it is not a checkpoint in the Hugging Face format")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+        if not isinstance(document, dict):
+            raise CorruptCheckpointError(f"{path} is damaged: it holds no object")
+        return document
+
+
+class HuggingFaceFormat(CheckpointFormat):
+    """``config.json``, one safetensors file or several with an index, the tokenizer's files."""
+
+    name = "hf"
+
+    def recognises(self, directory: Path) -> bool:
+        return (directory / CONFIG_FILE).is_file()
+
+    def open(self, directory: Path) -> HuggingFaceCheckpoint:
+        return HuggingFaceCheckpoint(directory)
+
+    def write(self, directory: Path, publication: Publication, *, advance: Callable[[int], None]) -> None:
+        publication.refuse_cuts(self.name)
+        self._write_weights(directory, publication, advance)
+        dtype = str(publication.dtype).removeprefix("torch.")
+        kept = publication.origin.get("config", {})
+        _write_json(directory / CONFIG_FILE, {**kept, **publication.config, "torch_dtype": dtype})
+        if generation := publication.origin.get("generation_config"):
+            _write_json(directory / GENERATION_FILE, generation)
+        for name, path in publication.tokenizer_files.items():
+            shutil.copyfile(path, directory / name)
+
+    def _write_weights(self, directory: Path, publication: Publication, advance: Callable[[int], None]) -> None:
+        files = split_by_size(publication.tensors, publication.max_file_bytes)
+        if len(files) == 1:
+            write_safetensors(directory / SINGLE_FILE, files[0], advance=advance)
+            return
+        weight_map: dict[str, str] = {}
+        for number, file in enumerate(files, start=1):
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            write_safetensors(directory / name, file, advance=advance)
+            weight_map |= {tensor.name: name for tensor in file}
+        index = {"metadata": {"total_size": publication.num_bytes}, "weight_map": weight_map}
+        _write_json(directory / INDEX_FILE, index)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
