@@ -57,7 +57,7 @@ class ModelFamily:
     name: str
     architectures: tuple[str, ...]
     config_from_source: Callable[[Mapping[str, Any], str], ModelConfig]
-    config_to_source: Callable[[ModelConfig, str], dict[str, Any]]
+    config_to_source: Callable[[Any, str], dict[str, Any]]
     sources: tuple[str, ...] = ("hf",)
     config_class: type[ModelConfig] = ModelConfig
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -30,18 +30,18 @@ class FalconLayer(nn.Module):
 
     def __init__(self, config: FalconConfig, parallel: ParallelContext) -> None:
         super().__init__()
-        self.parallel_attention = config.parallel_attention
+        self.is_parallel = config.parallel_attention
+        self.shares_norm = config.num_layer_norms == 1
         self.input_layernorm = LayerNorm(config, parallel)
         self.self_attention = SelfAttention(config, parallel)
-        self.pre_mlp_layernorm = LayerNorm(config, parallel) if config.num_layer_norms == 2 else None
+        if not self.shares_norm:
+            self.pre_mlp_layernorm = LayerNorm(config, parallel)
         self.mlp = MLP(config, parallel)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         normed = self.input_layernorm(hidden)
         attended = self.self_attention(normed, positions)
-        if not self.parallel_attention:
-            hidden = hidden + attended
-            return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
-        if self.pre_mlp_layernorm is not None:
-            normed = self.pre_mlp_layernorm(hidden)
-        return hidden + attended + self.mlp(normed)
+        if self.is_parallel:
+            return hidden + attended + self.mlp(normed if self.shares_norm else self.pre_mlp_layernorm(hidden))
+        hidden = hidden + attended
+        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
