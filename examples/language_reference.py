@@ -1,6 +1,6 @@
 """Write the Python language reference, which every Python carries, as JSON Lines: real English text without a download.
 
-    python examples/language_reference.py OUT.jsonl
+python examples/language_reference.py OUT.jsonl
 """
 
 from __future__ import annotations
