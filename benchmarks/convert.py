@@ -26,12 +26,14 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -47,32 +49,16 @@ MAX_FILE_BYTES = 1_000_000_000
 CHUNK_BYTES = 16 << 20
 
 CONVERT = """if True:
-    import json, sys, threading, time
-    from pathlib import Path
+    import sys, time
     import megacore.weights
     from megacore import get_family
 
-    def anonymous_bytes():
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["RssAnon"].split()[0]) * 1024
-
-    def sample():
-        global peak
-        while running:
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.005)
-
     family = get_family("llama")
-    before = peak = anonymous_bytes()
-    running = True
-    sampler = threading.Thread(target=sample)
-    sampler.start()
+    print("ready", flush=True)
+    input()
     start = time.perf_counter()
     megacore.convert(family, sys.argv[1], sys.argv[2])
-    seconds = time.perf_counter() - start
-    running = False
-    sampler.join()
-    print(json.dumps({"seconds": seconds, "memory": peak - before}))
+    print(time.perf_counter() - start)
 """
 
 
@@ -161,8 +147,23 @@ def measure_copy(files: list[Path], out: Path) -> dict[str, float]:
 
 def measure_convert(source: Path, out: Path) -> dict[str, float]:
     arguments = [sys.executable, "-c", CONVERT, str(source), str(out)]
-    found = json.loads(subprocess.run(arguments, stdout=subprocess.PIPE, check=True).stdout)
-    return {"convert": found["seconds"], "memory": found["memory"]}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(arguments, **pipes) as process, ThreadPoolExecutor(1) as reader:
+        assert process.stdout.readline() == "ready\n"
+        before = peak = anonymous_bytes(process.pid)
+        process.stdin.write("go\n")
+        answer = reader.submit(process.stdout.readline)
+        while not answer.done():
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.005)
+        return {"convert": float(answer.result()), "memory": peak - before}
+
+
+def anonymous_bytes(pid: int) -> int:
+    """The anonymous memory of a process; 0 once it has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
 
 
 def sha256_seconds(num_bytes: int) -> float:
@@ -229,7 +230,7 @@ def main() -> None:
         )
         ratios.append(median(each["convert"] / each["cp"] for each in found))
         fair_ratio = median(each["convert"] / each["cp + sync"] for each in found)
-        memory.append(max(each["memory"] for each in found) / 1e6)
+        memory.append(median(each["memory"] for each in found) / 1e6)
         print(
             f"{label:<7}{cp:>8.2f}{synced:>11.2f}{convert:>9.2f}{command:>9.2f}{sha256:>9.2f}"
             f"{ratios[-1]:>8.2f}{fair_ratio:>15.2f}{memory[-1]:>13.0f}",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megacore.verification import verify as verify
     from megacore.weights import convert as convert
     from megacore.weights import export as export
+    from megacore.weights import translate as translate
 
 _HOME = {
     "Checkpoint": "megacore.checkpoint",
@@ -39,6 +40,7 @@ _HOME = {
     "split": "megacore.checkpoint",
     "tokenize": "megacore.data",
     "train": "megacore.training",
+    "translate": "megacore.weights",
     "verify": "megacore.verification",
 }
 

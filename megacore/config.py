@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -11,6 +12,12 @@ from megacore.errors import ConfigError
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+MAX_SIZE = 2**31
+"""No dimension of a model comes close; what is larger is a mistake, and would overflow somewhere less clear."""
+
+POSITION_EMBEDDINGS = ("rotary", "alibi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +122,23 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads",
                      "head_dim", "vocab_size", "max_position_embeddings"):  # fmt: skip
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} must be a whole number above 0, not {size!r}")
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < MAX_SIZE:
+                raise ConfigError(f"{name} must be a whole number above 0 and below {MAX_SIZE}, not {size!r}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not _is_number(value) or not value > 0:
+            if not _is_number(value) or not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {value!r}")
+        if self.position_embedding not in POSITION_EMBEDDINGS:
+            raise ConfigError(
+                f"position_embedding {self.position_embedding!r} is not implemented; "
+                f"implemented: {', '.join(POSITION_EMBEDDINGS)}"
+            )
         if self.num_attention_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
-        if self.head_dim % 2:
+        if self.position_embedding == "rotary" and self.head_dim % 2:
             raise ConfigError(f"head_dim must be even, since the rotary embedding turns pairs; it is {self.head_dim}")
 
     @property
@@ -162,5 +174,8 @@ class ModelConfig:
             method = scaling.pop("method", None)
             if method not in SCALING_METHODS:
                 raise ConfigError(f"unknown rope_scaling method {method!r}; known: {', '.join(SCALING_METHODS)}")
-            fields["rope_scaling"] = SCALING_METHODS[method](**scaling)
+            try:
+                fields["rope_scaling"] = SCALING_METHODS[method](**scaling)
+            except TypeError as error:
+                raise ConfigError(f"rope_scaling is not one of method {method!r}: {error}") from error
         return cls(**fields)

@@ -32,6 +32,12 @@ class CorruptCheckpointError(CheckpointError):
     exit_code = 1
 
 
+class FetchError(CheckpointError):
+    """A checkpoint could not be fetched from where it is published."""
+
+    exit_code = 1
+
+
 class WeightMapError(MegacoreError):
     """The weight map, the model and the source checkpoint disagree about names or shapes."""
 
@@ -50,6 +56,12 @@ class OutputError(MegacoreError):
 
 class DiskFullError(OutputError):
     """There is too little room for the output."""
+
+    exit_code = 1
+
+
+class TrainingError(MegacoreError):
+    """A run that cannot go on: its numbers are no longer finite, for example."""
 
     exit_code = 1
 

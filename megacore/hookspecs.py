@@ -52,6 +52,9 @@ class ModelFamily:
         config_class: the class that a checkpoint's configuration is read back into.
         presets: the published sizes, by the name that ``--size`` is given, as keyword arguments of ``config_class``
             (without ``family``). They are checked against a checkpoint's own configuration, never used in its place.
+        hub: where on the Hugging Face hub a size is published, as ``owner/name``, by the name that ``--size`` is given:
+            what ``megacore convert --model mpt --size 7`` fetches. Name repositories in format ``"hf"`` that hold
+            safetensors; they may be gated.
     """
 
     name: str
@@ -61,6 +64,7 @@ class ModelFamily:
     sources: tuple[str, ...] = ("hf",)
     config_class: type[ModelConfig] = ModelConfig
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
 
 
 class ReferenceModel(Protocol):

@@ -230,12 +230,13 @@ class PluginRegistry:
 
         families = self.list_families()
         nearest = _nearest(name, [*families, *(record.entry_point for record in unusable)])
-        message = f"unknown model family {name!r}."
+        could_be_one = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
+        message = f"no plugin for {name if could_be_one else repr(name)} is installed"
         if nearest:
-            message += f" Did you mean {nearest!r}?"
-        message += f" Installed: {', '.join(families) or 'none'}."
-        if not nearest and re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-            message += f" If there is a plugin for it: pip install {PROJECT}-{_normalized(name)}"
+            message += f". Did you mean {nearest!r}?"
+        elif could_be_one:
+            message += f"; pip install {PROJECT}-{_normalized(name)}"
+        message += f"{'' if nearest else '.'} Installed: {', '.join(families) or 'none'}."
         if unusable:
             message += f"\nNot loaded: {', '.join(record.label for record in unusable)}; `megacore plugins` says why."
         return message

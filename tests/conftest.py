@@ -1,5 +1,5 @@
 """Fixtures that several test modules use."""
 
-from rank_pool import ranks
+from megacore.testing.ranks import ranks
 
 __all__ = ["ranks"]

@@ -144,7 +144,7 @@ def test_the_command_tells_a_mistake_that_a_rank_found_in_one_line_and_exits_wit
     assert completed.returncode == 2
     assert completed.stdout == ""
     assert note.startswith("Note: tp 2 cuts unevenly")
-    assert re.fullmatch(r"Error: the dataset .*/foreign has token ids up to 99, .* tokenizer", error)
+    assert re.fullmatch(r"Error: .*/foreign has token id 99, and the checkpoint's vocabulary is 0 to 98: .*", error)
     assert [path.name for path in tmp_path.iterdir()] == ["out.toml"]
 
 

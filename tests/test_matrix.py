@@ -22,6 +22,7 @@ from megacore.checkpoint.matrix import (
     compose,
     count,
 )
+from megacore.errors import CheckpointError
 
 SEEDS = range(60)
 
@@ -117,7 +118,7 @@ def test_a_block_of_a_composition_is_the_block_of_the_plain_tensor(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_cast_may_come_anywhere_in_a_composition(seed):
     for generator, pair in compositions(seed):
-        cast = Cast(pair.lazy, torch.float32)
+        cast = Cast(pair.lazy, torch.float32, "matrix")
         chosen = generator.rows_of(cast.rows)
         read = RowsOf(cast, chosen).read(slice(0, count(chosen)), slice(0, cast.columns))
 
@@ -165,9 +166,9 @@ def test_a_block_of_a_stored_matrix_is_a_view_and_not_a_copy():
 
 
 def test_casting_rounds_as_torch_does():
-    values = torch.tensor([[1.0, 1.0 + 2**-9, 3.4e38, -0.0, float("inf")]])
+    values = torch.tensor([[1.0, 1.0 + 2**-9, 3.3e38, -0.0, float("inf")]])
     matrix = StoredMatrix(1, 5, torch.float32, lambda: values)
-    read = Cast(matrix, torch.bfloat16).read(slice(0, 1), slice(0, 5))
+    read = Cast(matrix, torch.bfloat16, "matrix").read(slice(0, 1), slice(0, 5))
     assert torch.equal(read, values.to(torch.bfloat16))
     assert torch.signbit(read[0, 3])
 
@@ -199,3 +200,12 @@ def test_parts_that_do_not_fit_together_are_a_mistake_of_the_program(join):
     ):
         with pytest.raises(AssertionError):
             join([one, other])
+
+
+def test_a_number_that_the_dtype_has_no_place_for_is_refused_and_infinities_pass():
+    stored = torch.tensor([[1.0, 1e6, float("inf")]])
+    matrix = StoredMatrix(1, 3, stored.dtype, lambda: stored)
+
+    with pytest.raises(CheckpointError, match="norm has numbers beyond the range of float16: use bf16"):
+        Cast(matrix, torch.float16, "norm").read(slice(0, 1), slice(0, 3))
+    assert Cast(matrix, torch.float16, "norm").read(slice(0, 1), slice(2, 3)).isinf().all()

@@ -305,7 +305,7 @@ def test_a_misspelt_family_is_answered_with_the_nearest_one(install, asked):
 
     told = message(load().get_family, asked)
 
-    assert told == f"unknown model family '{asked}'. Did you mean 'mpt'? Installed: bloom, mpt."
+    assert told == f"no plugin for {asked} is installed. Did you mean 'mpt'? Installed: bloom, mpt."
 
 
 def test_a_family_that_nothing_installed_resembles_is_answered_with_how_to_install_it(install):
@@ -313,21 +313,19 @@ def test_a_family_that_nothing_installed_resembles_is_answered_with_how_to_insta
 
     told = message(load().get_family, "bloom")
 
-    assert told == (
-        "unknown model family 'bloom'. Installed: mpt. If there is a plugin for it: pip install megacore-bloom"
-    )
+    assert told == "no plugin for bloom is installed; pip install megacore-bloom. Installed: mpt."
 
 
 def test_without_any_plugin_the_answer_says_so(install):
     told = message(load().get_family, "mpt")
 
-    assert told == "unknown model family 'mpt'. Installed: none. If there is a plugin for it: pip install megacore-mpt"
+    assert told == "no plugin for mpt is installed; pip install megacore-mpt. Installed: none."
 
 
 def test_a_path_in_the_place_of_a_family_is_no_package_to_install(install):
     install("megacore-mpt", plugin_source("mpt"))
 
-    assert message(load().get_family, "org/model-7b") == "unknown model family 'org/model-7b'. Installed: mpt."
+    assert message(load().get_family, "org/model-7b") == "no plugin for 'org/model-7b' is installed. Installed: mpt."
 
 
 def test_an_unknown_family_may_belong_to_a_plugin_that_was_not_loaded(install):
@@ -336,7 +334,7 @@ def test_an_unknown_family_may_belong_to_a_plugin_that_was_not_loaded(install):
     told = message(load().get_family, "mpt")
 
     assert told == (
-        "unknown model family 'mpt'. Installed: none. If there is a plugin for it: pip install megacore-mpt\n"
+        "no plugin for mpt is installed; pip install megacore-mpt. Installed: none.\n"
         "Not loaded: megacore-mosaic 1.0; `megacore plugins` says why."
     )
 
@@ -754,7 +752,7 @@ def test_the_model_option_fails_as_a_mistake_in_the_call(install, as_default):
     result = CliRunner().invoke(command_with_a_model, ["--model", "mtp"])
 
     assert result.output.endswith(
-        "Error: Invalid value for '--model': unknown model family 'mtp'. Did you mean 'mpt'? Installed: mpt.\n"
+        "Error: Invalid value for '--model': no plugin for mtp is installed. Did you mean 'mpt'? Installed: mpt.\n"
     )
     assert result.exit_code == 2
 

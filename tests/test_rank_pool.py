@@ -7,7 +7,7 @@ import time
 import pytest
 
 from layer_on_rank import fail_on, rank_and_size, wait_forever_on
-from rank_pool import RankError, RankTimeoutError
+from megacore.testing.ranks import RankError, RankTimeoutError
 
 
 def test_each_rank_answers_with_its_own_place(ranks):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -18,11 +20,11 @@ from transformers import LlamaForCausalLM
 import megacore
 from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
-from megacore.data import DatasetDescription, IndexedDataset, SampleOrder, TokenWindows
-from megacore.errors import ConfigError
+from megacore.data import DatasetDescription, IndexedDataset, IndexedDatasetWriter, SampleOrder, TokenWindows
+from megacore.errors import ConfigError, CorruptCheckpointError, DataError, TrainingError
 from megacore.model import load_model
 from megacore.parallel import ParallelContext
-from megacore.training import RunConfig, Step, read_run_config
+from megacore.training import RunConfig, Step, loop, read_run_config
 from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer import build_optimizer
 from megacore.training.run_config import OptimizerSection
@@ -429,7 +431,7 @@ def test_a_dataset_of_a_larger_vocabulary_is_refused_before_training(place, tmp_
 
     said = refusal(place, tmp_path, "--set", f"data.prefix={prefix}")
 
-    assert "token ids up to 99, and the checkpoint's vocabulary ends at 98" in said
+    assert "was made with a tokenizer of 100 ids, and the checkpoint's vocabulary has 99" in said
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused_in_a_dataset_that_does_not_describe_itself(place, tmp_path):
@@ -437,7 +439,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_in_a_dataset_that_does_not_
 
     said = refusal(place, tmp_path, "--set", f"data.prefix={prefix}")
 
-    assert "token ids up to 99, and the checkpoint's vocabulary ends at 98" in said
+    assert "was made with a tokenizer of 100 ids, and the checkpoint's vocabulary has 99" in said
 
 
 # --- the whole command, on two processes of its own
@@ -508,3 +510,49 @@ def test_the_exported_model_has_the_logits_of_the_trained_one_and_they_differ_fr
     untrained = megacore_command("verify", out, "--reference", place / "untied" / "published", *same)
     assert untrained.exit_code == 1
     assert "NOT VERIFIED" in untrained.stdout
+
+
+# --- what would otherwise end badly
+
+
+def test_a_dataset_with_a_negative_id_is_refused_at_any_tensor_parallel_size(place, tmp_path):
+    with IndexedDatasetWriter(tmp_path / "strange", np.int32) as writer:
+        writer.add_document([5] * 400 + [-1] * 400)
+
+    with pytest.raises(DataError, match="strange has token id -1, and the checkpoint's vocabulary is 0 to 98"):
+        megacore.train(run_of(place, tmp_path / "out", f"data.prefix={tmp_path / 'strange'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_numbers_are_no_longer_finite_ends_and_saves_nothing(place, tmp_path):
+    with pytest.raises(TrainingError, match=r"iteration [23]: the loss is .*nan.*optimizer\.lr may help"):
+        megacore.train(run_of(place, tmp_path / "out", "optimizer.lr=1e200", "optimizer.warmup_iters=0"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.toml"]
+
+
+def test_training_refuses_damaged_weights_instead_of_passing_them_on(place, tmp_path):
+    damaged = shutil.copytree(place / "untied" / "unsplit", tmp_path / "damaged")
+    file = damaged / "model-tp00-pp00.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+    with pytest.raises(CorruptCheckpointError, match=r"damaged since written: .*model-tp00-pp00\.safetensors"):
+        megacore.train(run_of(place, tmp_path / "out", f"model.checkpoint={damaged}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_is_taken_before_training_begins(place, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(loop, "load_model", lambda *arguments, **options: taken.extend(tmp_path.iterdir()) or 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        megacore.train(run_of(place, tmp_path / "out"))
+    assert {path.name for path in taken} == {".out.incomplete", ".out.lock", "out.toml"}
+
+
+def test_a_run_file_may_be_given_by_its_path(place, tmp_path):
+    file = run_file(place, tmp_path / "out")
+    file.write_text(file.read_text().replace("train_iters = 10", "train_iters = 4"))
+
+    assert len(megacore.train(file)) == 4

@@ -53,7 +53,10 @@ class Layout:
         """The pipeline stage of parameter ``name``; the embedding is on the first, final norm and head on the last."""
         if match := _LAYER.match(name):
             layer = int(match.group(1))
-            return next(stage for stage, (start, stop) in enumerate(self.stages) if start <= layer < stop)
+            for stage, (start, stop) in enumerate(self.stages):
+                if start <= layer < stop:
+                    return stage
+            raise ValueError(f"{name} is beyond the {self.num_layers} layers of the layout")
         return 0 if name.startswith("embedding.") else self.pp - 1
 
     def names_on_stage(self, names: Iterable[str], stage: int) -> list[str]:

@@ -6,16 +6,32 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megacore.checkpoint.json_file import read_json_object
 from megacore.checkpoint.layout import Layout
-from megacore.checkpoint.safetensors_file import FileRecord
+from megacore.checkpoint.safetensors_file import DTYPES, FileRecord
+from megacore.config import MAX_SIZE
 from megacore.errors import CheckpointError, CorruptCheckpointError
 from megacore.parallel import ParameterSpec
 
 MANIFEST_NAME = "megacore.json"
 TOKENIZER_DIRECTORY = "tokenizer"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""The files that a tokenizer may consist of."""
 FORMAT_VERSION = 1
 
 
@@ -104,7 +120,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Manifest:
-        return cls(
+        manifest = cls(
             family=document["family"],
             config=document["config"],
             rotary_layout=document["rotary_layout"],
@@ -129,6 +145,30 @@ class Manifest:
             origin=document["origin"],
             history=tuple(document["history"]),
         )
+        manifest._validate()
+        return manifest
+
+    def _validate(self) -> None:
+        """Raise ``ValueError`` for what no megacore would have written: the digest is no proof of who did."""
+        ends = (0, *(stop for _, stop in self.layout.stages))
+        if not _is_size(self.layout.tp) or not self.layout.stages or self.layout.stages != tuple(pairwise(ends)):
+            raise ValueError("tp and stages are no layout")
+        if any(not _is_size(stop - start) for start, stop in self.layout.stages):
+            raise ValueError("a stage has no layers")
+        for name, entry in self.parameters.items():
+            spec = entry.spec
+            whole = all(_is_size(size) for size in spec.shape) and 0 < spec.row_dims <= len(spec.shape)
+            if not whole or entry.dtype not in DTYPES or spec.shard_dim not in (None, *range(len(spec.shape))):
+                raise ValueError(f"parameter {name} is none")
+            self.layout.stage_of(name)
+        if strangers := self.tokenizer.keys() - set(TOKENIZER_FILES):
+            raise ValueError(f"{min(strangers)} is no file of a tokenizer")
+        if self.rotary_layout != "half":
+            raise ValueError(f"rotary_layout {self.rotary_layout!r} is not known")
+
+
+def _is_size(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 < number < MAX_SIZE
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -146,11 +186,8 @@ def read_manifest(directory: Path) -> Manifest:
         if (directory / "config.json").is_file():
             hint = ". It looks like a published checkpoint: turn it into one with `megacore convert --from`"
         raise CheckpointError(f"{directory} is not a megacore checkpoint: it has no {MANIFEST_NAME}{hint}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version, digest = document["version"], document.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+    document = read_json_object(path)
+    version, digest = document.get("version"), document.pop("sha256", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, and this megacore reads {FORMAT_VERSION}: "

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megacore.errors import CheckpointError
 from megacore.parallel import Rows
 
 
@@ -31,7 +32,7 @@ class LazyMatrix(ABC):
 
 
 class StoredMatrix(LazyMatrix):
-    """A tensor in a file; ``load`` maps it, as a whole and without reading it, the first time it is needed."""
+    """A whole tensor somewhere, in a file say; ``load`` is called for each block, and must not copy or read it."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, load: Callable[[], Tensor]) -> None:
         super().__init__(rows, columns, dtype)
@@ -67,14 +68,15 @@ class ColumnsOf(LazyMatrix):
 
 
 class Cast(LazyMatrix):
-    """Another matrix in another dtype."""
+    """Another matrix in another dtype; ``name`` is for the message when a number has no place in it."""
 
-    def __init__(self, base: LazyMatrix, dtype: torch.dtype) -> None:
+    def __init__(self, base: LazyMatrix, dtype: torch.dtype, name: str) -> None:
         super().__init__(base.rows, base.columns, dtype)
         self._base = base
+        self._name = name
 
     def read(self, rows: Rows, columns: slice) -> Tensor:
-        return self._base.read(rows, columns).to(self.dtype)
+        return cast(self._base.read(rows, columns), self.dtype, self._name)
 
 
 class ConcatenatedRows(LazyMatrix):
@@ -118,6 +120,16 @@ class ConcatenatedColumns(LazyMatrix):
             if (overlap := _overlap(columns, first, part.columns)) is not None
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``block``, of tensor ``name``, in ``dtype``. Raises :class:`CheckpointError` if one would become infinite."""
+    if block.dtype == dtype:
+        return block
+    converted = block.to(dtype)
+    if bool((converted.isinf() & ~block.isinf()).any()):
+        raise CheckpointError(f"{name} has numbers beyond the range of {str(dtype).removeprefix('torch.')}: use bf16")
+    return converted
 
 
 def count(rows: Rows) -> int:

@@ -40,11 +40,14 @@ class Checkpoint:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
         self._opened: dict[str, SafetensorsFile] = {}
-        for name, file in self.manifest.files.items():
+        for name, weights in self.manifest.files.items():
             found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
-            if found != file.record.num_bytes:
-                state = "is missing" if found is None else f"has {found} bytes instead of {file.record.num_bytes}"
+            if found != weights.record.num_bytes:
+                state = "is missing" if found is None else f"has {found} bytes instead of {weights.record.num_bytes}"
                 raise CorruptCheckpointError(f"{self.path / name} {state}: the checkpoint is incomplete, make it again")
+        for file in self.tokenizer_files().values():
+            if not file.is_file():
+                raise CorruptCheckpointError(f"{file} is missing: the checkpoint is incomplete, make it again")
 
     @property
     def tokenizer_directory(self) -> Path | None:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megacore.checkpoint.matrix import LazyMatrix, StoredMatrix
+from megacore.checkpoint.matrix import LazyMatrix, StoredMatrix, cast
 from megacore.errors import CheckpointError, CorruptCheckpointError
 
 DTYPES = {
@@ -103,7 +103,7 @@ def write_safetensors(
             advance(num_bytes)
 
         for tensor in tensors:
-            for chunk in _chunks(tensor):
+            for chunk in chunks_of(tensor):
                 if len(pending) == _CHUNKS_IN_FLIGHT:
                     finish_oldest()
                 pending.append(
@@ -189,16 +189,17 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def _chunks(tensor: OutputTensor) -> Iterator[memoryview]:
+def chunks_of(tensor: OutputTensor) -> Iterator[memoryview]:
+    """The bytes of ``tensor``, in its own dtype, a few megabytes at a time."""
     matrix = tensor.matrix
     step = max(1, _CHUNK_BYTES // max(1, matrix.columns * max(tensor.dtype.itemsize, matrix.dtype.itemsize)))
     for start in range(0, matrix.rows, step):
         block = matrix.read(slice(start, min(start + step, matrix.rows)), slice(0, matrix.columns))
-        yield _bytes_of(block.to(tensor.dtype))
+        yield _bytes_of(cast(block, tensor.dtype, tensor.name))
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    return block.contiguous().flatten().view(torch.uint8).numpy().data
+    return block.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

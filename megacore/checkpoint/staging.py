@@ -1,23 +1,24 @@
 """Output that is there whole or not at all.
 
 A directory is filled under a temporary name beside its final one, flushed to the disk, and renamed. A process that is
-killed leaves nothing under the final name; what it leaves under the temporary one is removed by the next that writes
-the same output. A temporary directory in use is locked by the process that fills it.
+killed leaves nothing under the final name; what it leaves beside it is removed by the next that writes the same output.
+
+    .NAME.incomplete    the directory while it is filled
+    .NAME.lock          locked by the process that fills it, so that two never write the same output
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
-from megacore.errors import DiskFullError, OutputError
+from megacore.errors import CheckpointError, DiskFullError, OutputError
 
 
 @contextmanager
@@ -25,28 +26,39 @@ def staged_directory(out: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes ``out`` when the block ends without an exception, and vanishes otherwise.
 
     Raises:
-        OutputError: when ``out`` exists, or its parent does not or cannot be written to.
+        OutputError: when ``out`` exists, is being written by another process, or cannot be created. If somebody creates
+            it while the block runs, the finished directory is kept under another name, which the message tells.
         DiskFullError: when the block, or the flush after it, runs out of space.
     """
-    with reported_as_output_error(out):
+    out = out.absolute()
+    staging = out.with_name(f".{out.name}.incomplete")
+    with _sole_writer(out), reported_as_output_error(out):
         require_absent(out)
-    parent = out.absolute().parent
-    prefix = f".{out.name}.incomplete-"
-    _remove_abandoned(parent, prefix)
-    with reported_as_output_error(out):
-        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        with _locked(staging), reported_as_output_error(out):
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        staging.mkdir()
+        try:
             yield staging
-            staging.chmod(0o777 & ~_umask())
             for path in (*staging.rglob("*"), staging):
                 _flush(path)
-            if out.exists():
-                raise OutputError(f"{out} was created by another process meanwhile; nothing was overwritten")
-            staging.rename(out)
-            _flush(parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            _publish(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Make the finished ``staging`` visible as ``out``."""
+    try:
+        staging.rename(out)  # replaces nothing but an empty directory
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+            raise
+        kept = next(name for name in (out.with_name(f"{out.name}-{i}") for i in count(2)) if not name.exists())
+        staging.rename(kept)
+        raise OutputError(f"{out} was created by somebody else meanwhile; what was made is kept as {kept}") from error
+    try:
+        _flush(out.parent)
+    except OSError as error:
+        raise OutputError(f"{out} is in place, but the disk did not confirm it: {error.strerror}") from error
 
 
 def require_absent(out: Path) -> None:
@@ -70,7 +82,7 @@ def require_space(directory: Path, needed: int, out: Path) -> None:
 
 @contextmanager
 def reported_as_output_error(out: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into an error that names ``out``."""
+    """Turn the system's refusal to write ``out``, or to read what goes into it, into an error that says which."""
     try:
         yield
     except OSError as error:
@@ -78,28 +90,45 @@ def reported_as_output_error(out: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"there is no room for {out} ({error.strerror}): what was begun of it was removed"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
-            raise OutputError(f"{out} could not be written: {error.strerror} ({error.filename or out})") from error
-        raise
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
-        try:
-            with _locked(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-        except OSError:
-            continue  # in use by a process that is alive
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT):
+            raise
+        file = Path(os.fsdecode(error.filename)) if error.filename else out
+        if out.parent in file.absolute().parents or file == out.parent:
+            raise OutputError(f"{out} could not be written: {error.strerror} ({file})") from error
+        raise CheckpointError(f"{file} could not be read: {error.strerror}; {out} was not written") from error
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Hold the lock on the output ``out``; refuse when another process has it."""
+    lock = out.with_name(f".{out.name}.lock")
+    while True:
+        with reported_as_output_error(out):
+            require_absent(out)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(lock, descriptor):
+                break
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(
+                f"{out} is being written by another process: wait for it, or name another output"
+            ) from None
+        os.close(descriptor)  # its owner removed the file between our opening and locking it
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
+        lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is the file that ``descriptor`` was opened on."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _flush(path: Path) -> None:
@@ -109,9 +138,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -5,6 +5,7 @@ Command modules import click and nothing heavy; torch and transformers are impor
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib.metadata import version
@@ -16,10 +17,13 @@ import click
 from megacore.cli.convert import convert
 from megacore.cli.export import export
 from megacore.cli.inspect import inspect
+from megacore.cli.new_plugin import new_plugin
+from megacore.cli.permute_qkv import permute_qkv
 from megacore.cli.plugins import plugins
 from megacore.cli.split import split
 from megacore.cli.tokenize import tokenize
 from megacore.cli.train import train
+from megacore.cli.translate import translate
 from megacore.cli.verify import verify
 from megacore.errors import MegacoreError
 
@@ -33,6 +37,9 @@ class CommandGroup(click.Group):
         except MegacoreError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except PermissionError as error:
+            click.echo(f"Error: {error.strerror}: {error.filename}", err=True)
+            ctx.exit(2)
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -41,7 +48,7 @@ def cli() -> None:
     """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
 
 
-for command in (tokenize, convert, verify, split, train, export, inspect, plugins):
+for command in (tokenize, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins, new_plugin):
     cli.add_command(command)
 
 
@@ -56,9 +63,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, unwind)
     try:
         cli()
-    except BaseException:
+    except BaseException as error:
         if received:  # a library that is interrupted may have turned the exit into an error of its own
             sys.exit(128 + received[0])
+        if isinstance(error, SystemExit) and "RANK" in os.environ:  # torchrun's
+            from megacore.parallel import end_process
+
+            end_process(int(error.code or 0))
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megacore.cli.options import DtypeType, checkpoint_argument, out_option
+from megacore.cli.notes import print_note
+from megacore.cli.options import DtypeType, checkpoint_argument, out_option, pp_option, tp_option
 from megacore.cli.progress import bytes_progress
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 @out_option
 @click.option("--format", default="hf", show_default=True, help="Format to write.")
 @click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
-def export(checkpoint: Path, out: Path, format: str, dtype: torch.dtype | None) -> None:
+@tp_option
+@pp_option
+def export(checkpoint: Path, out: Path, format: str, dtype: torch.dtype | None, tp: int, pp: int) -> None:
     """Write CKPT in a published format: weights, index, config.json and tokenizer.
 
     \b
@@ -29,5 +32,5 @@ def export(checkpoint: Path, out: Path, format: str, dtype: torch.dtype | None) 
     from megacore.weights import export
 
     with bytes_progress("exporting", Checkpoint(checkpoint).num_bytes) as advance:
-        export(checkpoint, out, format=format, dtype=dtype, advance=advance)
+        export(checkpoint, out, format=format, dtype=dtype, tp=tp, pp=pp, report=print_note, advance=advance)
     click.echo(f"Exported {checkpoint} to {out} ({format}).")

@@ -80,3 +80,13 @@ def parallel_size_option(name: str, help: str, default: int | None = 1) -> Calla
 
 tp_option = parallel_size_option("--tp", "Tensor-parallel size to cut for.")
 pp_option = parallel_size_option("--pp", "Pipeline-parallel size to cut for.")
+
+cache_dir_option = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep what comes from the hub here.  [default: the cache of huggingface_hub]",
+)
+"""Where a command keeps what it fetches."""
+
+revision_option = click.option("--revision", help="Branch, tag or commit to fetch from the hub.  [default: main]")
+"""Which state of a repository a command fetches."""

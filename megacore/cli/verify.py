@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megacore.cli.options import DtypeType, checkpoint_argument, parallel_size_option
+from megacore.cli.options import DtypeType, cache_dir_option, checkpoint_argument, parallel_size_option, revision_option
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 @click.command()
 @checkpoint_argument
 @click.option(
-    "--reference", type=click.Path(path_type=Path), required=True, help="The published checkpoint to compare with."
+    "--reference",
+    metavar="DIR_OR_HUB_ID",
+    required=True,
+    help="The published checkpoint to compare with: a directory, or owner/name on the Hugging Face hub.",
 )
+@cache_dir_option
+@revision_option
 @click.option("--data", type=click.Path(path_type=Path), metavar="PREFIX", help="Take token ids from this dataset.")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Take them from this text.")
 @click.option("--random-ids", is_flag=True, help="Take random ones.")
@@ -49,7 +54,9 @@ if TYPE_CHECKING:
 def verify(
     ctx: click.Context,
     checkpoint: Path,
-    reference: Path,
+    reference: str,
+    cache_dir: Path | None,
+    revision: str | None,
     data: Path | None,
     text: Path | None,
     random_ids: bool,
@@ -72,6 +79,7 @@ def verify(
     from megacore.checkpoint import Checkpoint
     from megacore.parallel import is_first_process
     from megacore.verification import dataset_samples, random_samples, text_samples, verify
+    from megacore.weights.hub import locate
 
     opened = Checkpoint(checkpoint)
     seq_length = seq_length or min(512, opened.manifest.config["max_position_embeddings"])
@@ -82,8 +90,14 @@ def verify(
     else:
         samples = random_samples(opened, iterations=iters, seq_length=seq_length)
     report = verify(
-        checkpoint, reference, samples, dtype=dtype, tp=tp, tolerance=tolerance, on_iteration=print_iteration
-    )  # fmt: skip
+        checkpoint,
+        locate(reference, cache_dir=cache_dir, revision=revision),
+        samples,
+        dtype=dtype,
+        tp=tp,
+        tolerance=tolerance,
+        on_iteration=print_iteration,
+    )
     if is_first_process():
         click.echo(report.verdict)
     if json_file is not None and is_first_process():

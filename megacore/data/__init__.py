@@ -3,6 +3,7 @@
 from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from megacore.data.tokenization import DatasetDescription, TokenizeSummary, tokenize
 from megacore.data.tokenizer import Tokenizer, load_tokenizer
+from megacore.data.vocabulary import check_token_ids
 from megacore.data.windows import KeyedPermutation, SampleOrder, TokenWindows
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "TokenWindows",
     "TokenizeSummary",
     "Tokenizer",
+    "check_token_ids",
     "load_tokenizer",
     "token_dtype",
     "tokenize",

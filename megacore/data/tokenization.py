@@ -83,6 +83,8 @@ class DatasetDescription:
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - set(content)):
             raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
+        if not all(isinstance(content[key], int) for key in ("vocab_size", "num_documents", "num_tokens")):
+            raise DataError(f"{path}: is damaged: its numbers are none")
         return cls(**{name: content[name] for name in names})
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megacore.config import ModelConfig
+from megacore.errors import LayoutError
 from megacore.model.attention import Positions
 from megacore.model.norms import build_norm
 from megacore.parallel import (
@@ -61,7 +62,16 @@ class DecoderModel(nn.Module):
             self.output_layer = VocabParallelHead(config.vocab_size, config.hidden_size, parallel=parallel)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``[batch, sequence]`` token ids to this rank's logits, ``[batch, sequence, local_vocab]``."""
+        """``[batch, sequence]`` token ids to this rank's logits, ``[batch, sequence, local_vocab]``.
+
+        Raises:
+            LayoutError: under sequence parallelism, when the sequence is no multiple of the tensor-parallel size.
+        """
+        if self.parallel.sequence_parallel and input_ids.shape[1] % self.parallel.tp_size:
+            raise LayoutError(
+                f"a sequence of {input_ids.shape[1]} tokens cannot be cut into {self.parallel.tp_size} equal slices, "
+                "which sequence parallelism needs"
+            )
         hidden = self.embedding(input_ids)
         positions = Positions.of(self.config, input_ids.shape[1], device=hidden.device, dtype=hidden.dtype)
         hidden = self.decoder(hidden, positions)

@@ -8,7 +8,7 @@ from megacore.parallel.cuts import (
     chunk_bounds,
     describe_imbalance,
 )
-from megacore.parallel.launch import is_first_process, on_ranks
+from megacore.parallel.launch import end_process, is_first_process, on_ranks
 from megacore.parallel.layers import (
     ColumnParallelLinear,
     ReplicatedModule,
@@ -33,6 +33,7 @@ __all__ = [
     "check_tensor_parallel",
     "chunk_bounds",
     "describe_imbalance",
+    "end_process",
     "is_first_process",
     "local_device",
     "materialize",

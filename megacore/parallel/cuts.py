@@ -79,7 +79,7 @@ class ParameterSpec:
         return numbers[:, start:stop].flatten(), slice(0, columns)
 
 
-def is_divisible(specs: Mapping[str, ParameterSpec], tp_size: int) -> bool:
+def leaves_no_rank_empty(specs: Mapping[str, ParameterSpec], tp_size: int) -> bool:
     """Whether a cut over ``tp_size`` ranks leaves every rank something of every cut parameter."""
     sizes = {spec.shape[spec.shard_dim] for spec in specs.values() if spec.shard_dim is not None}
     return all(chunk_bounds(size, tp_size, tp_size - 1)[0] < size for size in sizes)
@@ -91,13 +91,13 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
     Raises:
         LayoutError: names the parameter and the sizes that work.
     """
-    if tp_size >= 1 and is_divisible(specs, tp_size):
+    if tp_size >= 1 and leaves_no_rank_empty(specs, tp_size):
         return
     units = {name: spec.shape[spec.shard_dim] for name, spec in specs.items() if spec.shard_dim is not None}
-    failing = [name for name in units if tp_size < 1 or not is_divisible({name: specs[name]}, tp_size)]
+    failing = [name for name in units if tp_size < 1 or not leaves_no_rank_empty({name: specs[name]}, tp_size)]
     smallest = min(failing, key=lambda name: units[name])
     size = units[smallest]
-    working = [str(tp) for tp in range(1, min(units.values()) + 1) if is_divisible(specs, tp)]
+    working = [str(tp) for tp in range(1, min(units.values()) + 1) if leaves_no_rank_empty(specs, tp)]
     raise LayoutError(
         f"this model cannot be cut over tp {tp_size}: {smallest} {list(specs[smallest].shape)} is cut into "
         f"{size} units at most, and a rank would be left with none. tp sizes that work: {', '.join(working)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
-from megacore.data import DatasetDescription, IndexedDataset, SampleOrder, TokenWindows
-from megacore.errors import DataError
+from megacore.data import DatasetDescription, IndexedDataset, SampleOrder, TokenWindows, check_token_ids
+from megacore.errors import DataError, TrainingError
 from megacore.model import DecoderModel, load_model
 from megacore.parallel import (
     ParallelContext,
@@ -25,8 +26,8 @@ from megacore.parallel import (
 )
 from megacore.plugins import get_family
 from megacore.training.optimizer import build_optimizer, clip_gradients
-from megacore.training.run_config import RunConfig
-from megacore.training.saving import save_model
+from megacore.training.run_config import RunConfig, read_run_config
+from megacore.training.saving import reserve_output, save_model
 from megacore.training.schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -54,18 +55,26 @@ class Step:
 
 
 def train(
-    run: RunConfig, *, on_note: Callable[[str], None] | None = None, on_step: Callable[[Step], None] | None = None
+    run: RunConfig | Path | str,
+    *,
+    on_note: Callable[[str], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> list[Step]:
     """Train as ``run`` says and save a native checkpoint at the end. Starts the processes that it needs.
 
+    A script that trains on several must guard the call with ``if __name__ == "__main__":``, since each imports it.
+
     Args:
-        run: see :func:`~megacore.training.run_config.read_run_config`.
+        run: a run file, or what :func:`~megacore.training.run_config.read_run_config` made of one.
         on_note: is told what a person should know at the start.
         on_step: is told of each step as it is done; a function of a module, since another process calls it.
 
     Raises:
         MegacoreError: in one of its kinds; what can be checked is checked before the model is loaded.
+        TrainingError: when the loss or the gradient is no longer finite. Nothing is saved.
     """
+    if not isinstance(run, RunConfig):
+        run = read_run_config(Path(run))
     checkpoint = Checkpoint(run.model.checkpoint)
     get_family(checkpoint.manifest.family)
     check_tensor_parallel(checkpoint.manifest.specs, run.parallel.tensor_parallel)
@@ -94,33 +103,40 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
 
 def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
     checkpoint = Checkpoint(run.model.checkpoint)
-    batches = _batches(run, checkpoint)
-    model = load_model(checkpoint, parallel, dtype=DTYPES[run.model.dtype])
+    dtype = DTYPES[run.model.dtype]
+    num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * dtype.itemsize
+    with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
+        model = load_model(checkpoint, parallel, dtype=dtype)
+        steps = []
+        for step in _steps(model, run, checkpoint):
+            steps.append(step)
+            if on_step is not None and parallel.tp_rank == 0:
+                on_step(step)
+        details = {"iterations": run.training.train_iters, "dtype": run.model.dtype}
+        save_model(output, model, started_from=checkpoint, details=details)
+    return steps
+
+
+def _steps(model: DecoderModel, run: RunConfig, checkpoint: Checkpoint) -> Iterator[Step]:
+    """Take the steps of the run, one at a time."""
     optimizer = build_optimizer(model, run.optimizer)
-    steps = []
-    for iteration in range(1, run.training.train_iters + 1):
+    train_iters = run.training.train_iters
+    for iteration, batch in enumerate(_batches(run, checkpoint), start=1):
         started = time.perf_counter()
-        lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=run.training.train_iters)
+        lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = next(batches)
         loss = accumulate_gradients(model, batch, micro_batch_size=run.training.micro_batch_size)
         grad_norm = clip_gradients(model, run.optimizer.clip_grad)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(
+                f"iteration {iteration}: the loss is {loss} and the norm of the gradient {grad_norm}; a lower "
+                "optimizer.lr may help. Nothing was saved"
+            )
         optimizer.step()
         optimizer.zero_grad()
-        tokens = batch.shape[0] * (batch.shape[1] - 1)
-        rate = tokens / (time.perf_counter() - started)
-        steps.append(Step(iteration, run.training.train_iters, loss, lr, grad_norm, rate))
-        if on_step is not None and parallel.tp_rank == 0:
-            on_step(steps[-1])
-    save_model(
-        run.output.checkpoint,
-        model,
-        parallel,
-        started_from=checkpoint,
-        details={"iterations": run.training.train_iters, "dtype": run.model.dtype},
-    )
-    return steps
+        num_tokens = batch.shape[0] * (batch.shape[1] - 1)
+        yield Step(iteration, train_iters, loss, lr, grad_norm, num_tokens / (time.perf_counter() - started))
 
 
 def accumulate_gradients(model: DecoderModel, batch: Tensor, *, micro_batch_size: int) -> float:
@@ -154,9 +170,7 @@ def _batches(run: RunConfig, checkpoint: Checkpoint) -> Iterator[Tensor]:
     for iteration in range(run.training.train_iters):
         positions = range(iteration * size, (iteration + 1) * size)
         batch = torch.stack([torch.from_numpy(windows[order[position]]) for position in positions])
-        if (largest := int(batch.max())) >= vocab_size:
-            raise _beyond_vocabulary(run.data.prefix, largest, vocab_size)
-        yield batch
+        yield check_token_ids(batch, vocab_size, str(run.data.prefix))
 
 
 def _dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
@@ -165,12 +179,8 @@ def _dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
     description = DatasetDescription.read(run.data.prefix)
     vocab_size = checkpoint.manifest.config["vocab_size"]
     if description is not None and description.vocab_size > vocab_size:
-        raise _beyond_vocabulary(run.data.prefix, description.vocab_size - 1, vocab_size)
+        raise DataError(
+            f"the dataset {run.data.prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
+            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer"
+        )
     return dataset
-
-
-def _beyond_vocabulary(prefix: Path, largest: int, vocab_size: int) -> DataError:
-    return DataError(
-        f"the dataset {prefix} has token ids up to {largest}, and the checkpoint's vocabulary ends at "
-        f"{vocab_size - 1}: tokenize with the checkpoint's own tokenizer"
-    )

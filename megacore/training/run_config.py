@@ -16,7 +16,7 @@ from megacore.errors import ConfigError
 class Section(BaseModel):
     """A table of the run file. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

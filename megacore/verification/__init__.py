@@ -1,11 +1,13 @@
 """Proving a conversion right: our model against an independent implementation."""
 
 from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
+from megacore.verification.meta_reference import MetaReference
 from megacore.verification.samples import dataset_samples, random_samples, text_samples
 from megacore.verification.transformers_reference import TransformersReference
 
 __all__ = [
     "Iteration",
+    "MetaReference",
     "Tolerance",
     "TransformersReference",
     "VerificationReport",

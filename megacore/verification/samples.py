@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megacore.checkpoint import Checkpoint
-from megacore.data import IndexedDataset, TokenWindows, load_tokenizer
+from megacore.data import IndexedDataset, TokenWindows, check_token_ids, load_tokenizer
 from megacore.errors import DataError
 
 
@@ -25,7 +25,7 @@ def dataset_samples(prefix: Path, checkpoint: Checkpoint, *, iterations: int, se
             "choose a smaller --iters or --seq-length"
         )
     samples = torch.stack([torch.from_numpy(windows[index]) for index in range(iterations)])
-    return check_vocabulary(samples, checkpoint, str(prefix))
+    return check_token_ids(samples, checkpoint.manifest.config["vocab_size"], str(prefix))
 
 
 def text_samples(file: Path, checkpoint: Checkpoint, *, iterations: int, seq_length: int) -> Tensor:
@@ -47,7 +47,7 @@ def text_samples(file: Path, checkpoint: Checkpoint, *, iterations: int, seq_len
             f"{iterations * seq_length + 1}: choose a smaller --iters or --seq-length"
         )
     samples = ids.unfold(0, seq_length + 1, seq_length)[:iterations]
-    return check_vocabulary(samples, checkpoint, str(file))
+    return check_token_ids(samples, checkpoint.manifest.config["vocab_size"], str(file))
 
 
 def random_samples(checkpoint: Checkpoint, *, iterations: int, seq_length: int, seed: int = 0) -> Tensor:
@@ -55,15 +55,3 @@ def random_samples(checkpoint: Checkpoint, *, iterations: int, seq_length: int, 
     generator = torch.Generator().manual_seed(seed)
     vocab_size = checkpoint.manifest.config["vocab_size"]
     return torch.randint(0, vocab_size, (iterations, seq_length + 1), generator=generator)
-
-
-def check_vocabulary(samples: Tensor, checkpoint: Checkpoint, where: str) -> Tensor:
-    """Return ``samples``. Raises :class:`DataError` when an id is beyond the vocabulary of ``checkpoint``."""
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    largest = int(samples.max())
-    if largest >= vocab_size:
-        raise DataError(
-            f"{where} has token id {largest}, and the vocabulary of {checkpoint.path} ends at {vocab_size - 1}: "
-            "was it tokenized with another tokenizer?"
-        )
-    return samples

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,10 @@ from megacore.errors import ConfigError, WeightMapError
 from megacore.plugins import Family, get_family
 from megacore.weights.binding import BoundMap, bind
 from megacore.weights.formats import PublishedCheckpoint, format_for, recognise
+from megacore.weights.hub import provenance
+
+NOT_OF_THE_SIZE = frozenset(("vocab_size", "max_position_embeddings", "norm_eps", "rope_theta", "rope_scaling"))
+"""The fields of a configuration that a ``size`` leaves open: added tokens and longer contexts do not change it."""
 
 _COMPARED_ROWS = 1024
 
@@ -24,9 +30,12 @@ def convert(
     out: Path | str,
     *,
     source: str | None = None,
+    size: str | None = None,
     dtype: torch.dtype | None = None,
     tp: int = 1,
     pp: int = 1,
+    true_vocab_size: int | None = None,
+    report: Callable[[str], None] = lambda note: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Manifest:
     """Convert the checkpoint in ``source_directory`` to a native one in ``out``, cut over ``tp`` × ``pp`` ranks.
@@ -38,9 +47,13 @@ def convert(
         source_directory: a published checkpoint.
         out: is created; must not exist.
         source: its format, ``"hf"`` for example; by default recognised by its files.
+        size: the published size that the checkpoint is to be of, ``"7"`` for example; by default it may be of any.
         dtype: to convert to; by default every tensor keeps its own.
         tp: tensor-parallel size to cut for.
         pp: pipeline-parallel size to cut for.
+        true_vocab_size: rows of the vocabulary that are tokens, in a format that pads it without recording that.
+        report: is told what was assumed of the checkpoint or left behind, a sentence at a time; the history of the
+            converted one says it too.
         advance: is told of every few bytes written.
 
     Raises:
@@ -50,8 +63,17 @@ def convert(
     directory = Path(source_directory)
     source = source or recognise(directory)
     published = format_for(family.family, source).open(directory)
+    if true_vocab_size is not None:
+        published.drop_vocabulary_padding(true_vocab_size)
     config = read_published_config(family, published, source)
+    if size is not None:
+        check_size(family, size, config, published.config_file)
     parameters = read_parameters(bind(family, config, source), published, dtype)
+    notes = published.notes()
+    for note in notes:
+        report(note)
+    noted: dict[str, Any] = {"notes": notes} if notes else {}
+    noted |= provenance(directory)
     return write_checkpoint(
         Path(out),
         parameters,
@@ -60,7 +82,7 @@ def convert(
         layout=Layout.even(tp=tp, pp=pp, num_layers=config.num_layers),
         tokenizer_files=published.tokenizer_files(),
         origin=published.origin(),
-        history=(history_entry("convert", source=str(directory), format=source, plugin=family.label),),
+        history=(history_entry("convert", source=str(directory), format=source, plugin=family.label, **noted),),
         advance=advance,
     )
 
@@ -78,6 +100,25 @@ def read_published_config(family: Family, published: PublishedCheckpoint, source
         raise ConfigError(f"{published.config_file} lacks {error.args[0]!r}") from error
     except (TypeError, ValueError, ArithmeticError) as error:  # a value that is of no use where it stands
         raise ConfigError(f"{published.config_file} does not describe a model: {error}") from error
+
+
+def check_size(family: Family, size: str, config: ModelConfig, config_file: Path) -> None:
+    """Refuse a checkpoint that is not of the published ``size``: the preset is compared, never used.
+
+    What differs between the published checkpoints of one size, and what fine-tuning changes, is not compared: see
+    :data:`NOT_OF_THE_SIZE`.
+
+    Raises:
+        ConfigError: lists the fields that differ, or the sizes that the family has.
+    """
+    preset = family.preset(size)
+    differing = [
+        f"{field.name} {getattr(config, field.name)!r} instead of {getattr(preset, field.name)!r}"
+        for field in dataclasses.fields(preset)
+        if field.name not in NOT_OF_THE_SIZE and getattr(config, field.name) != getattr(preset, field.name)
+    ]
+    if differing:
+        raise ConfigError(f"{config_file} does not describe a {family.name} of size {size}: {', '.join(differing)}")
 
 
 def read_parameters(
@@ -102,7 +143,7 @@ def read_parameters(
                 raise WeightMapError(
                     f"{', '.join(rule.sources)} become one parameter but have different dtypes; choose one with --dtype"
                 )
-            parts = [Cast(part, dtype) for part in parts]
+            parts = [Cast(part, dtype, name) for part, name in zip(parts, rule.sources, strict=True)]
         return Parameter(bound.specs[name], rule.to_native(parts, bound.order), dtype or dtypes.pop())
 
     return {name: parameter(name) for name in bound.rules}

@@ -28,6 +28,7 @@ def export(
     tp: int = 1,
     pp: int = 1,
     max_file_bytes: int = MAX_FILE_BYTES,
+    report: Callable[[str], None] = lambda note: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Write ``checkpoint`` to directory ``out`` in a published format: weights, configuration, tokenizer.
@@ -40,6 +41,7 @@ def export(
         tp: ranks to cut for, in a format that is cut.
         pp: pipeline stages to cut for, in a format that is cut so.
         max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
+        report: is told what a person should know of the output, a sentence at a time.
         advance: is told of every few bytes written.
 
     Raises:
@@ -64,6 +66,7 @@ def export(
         tp=tp,
         pp=pp,
         max_file_bytes=max_file_bytes,
+        report=report,
     )
     out = Path(out)
     with checked_meanwhile(source) as wait_for_check, staged_directory(out) as staging:

@@ -100,6 +100,22 @@ class Stacked(Rule):
         return [native_rows // len(self.sources)] * len(self.sources)
 
 
+class SwappedHalves(Rule):
+    """One source tensor whose upper half is the lower one of the native parameter: ``[up; gate]`` in one piece."""
+
+    def __init__(self, native: str, source: str) -> None:
+        super().__init__(native, (source,))
+
+    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
+        return [native_rows]
+
+    def to_native(self, parts: Sequence[LazyMatrix], order: QKVOrder) -> LazyMatrix:
+        return _swapped(parts[0])
+
+    def to_source(self, native: LazyMatrix, order: QKVOrder) -> list[LazyMatrix]:
+        return [_swapped(native)]
+
+
 class FusedQKV(Rule):
     """The fused QKV projection, its rows in the order of the ``qkv_permutation`` hook; weights and biases alike.
 
@@ -146,17 +162,28 @@ class WeightMap:
         return once + [rule.for_layer(layer) for layer in range(num_layers) for rule in per_layer]
 
 
-def grouped_qkv_rows(config: ModelConfig) -> list[int]:
-    """The ``qkv_permutation`` of a source with separate query, key and value and rotary halves.
+def _swapped(matrix: LazyMatrix) -> LazyMatrix:
+    half = matrix.rows // 2
+    return ConcatenatedRows([RowsOf(matrix, slice(half, matrix.rows)), RowsOf(matrix, slice(0, half))])
+
+
+def grouped_qkv_rows(config: ModelConfig, *, interleaved: bool = False) -> list[int]:
+    """The ``qkv_permutation`` of a source with separate query, key and value.
 
     Gathers, for each key-value head, the query heads that share it, the key and the value.
+
+    Args:
+        config: of the model.
+        interleaved: the source's rotary pairs are the components ``(2i, 2i + 1)`` of a head, as in the rotary paper;
+            otherwise they are halves, ``(i, i + head_dim / 2)``, as megacore's own.
     """
     head_dim, queries = config.head_dim, config.queries_per_kv
     first_key = config.num_attention_heads * head_dim
     first_value = first_key + config.num_kv_heads * head_dim
+    turned_head = [*range(0, head_dim, 2), *range(1, head_dim, 2)] if interleaved else range(head_dim)
     rows: list[int] = []
     for group in range(config.num_kv_heads):
-        rows += range(group * queries * head_dim, (group + 1) * queries * head_dim)
-        rows += range(first_key + group * head_dim, first_key + (group + 1) * head_dim)
+        turned = [(group * queries + query) * head_dim for query in range(queries)] + [first_key + group * head_dim]
+        rows += [first + component for first in turned for component in turned_head]
         rows += range(first_value + group * head_dim, first_value + (group + 1) * head_dim)
     return rows

@@ -7,9 +7,13 @@ from pathlib import Path
 from megacore.errors import CheckpointError, UnsupportedSourceError
 from megacore.hookspecs import ModelFamily
 from megacore.weights.formats.hf import HuggingFaceFormat
+from megacore.weights.formats.megatron_llm import MegatronLlmFormat
+from megacore.weights.formats.meta import MetaFormat
 from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint
 
-FORMATS: dict[str, CheckpointFormat] = {format.name: format for format in (HuggingFaceFormat(),)}
+FORMATS: dict[str, CheckpointFormat] = {
+    format.name: format for format in (HuggingFaceFormat(), MetaFormat(), MegatronLlmFormat())
+}
 """What a plugin may list in ``ModelFamily.sources``."""
 
 

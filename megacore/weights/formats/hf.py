@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megacore.checkpoint.json_file import read_json_object
 from megacore.checkpoint.matrix import LazyMatrix
 from megacore.checkpoint.safetensors_file import SafetensorsFile, split_by_size, write_safetensors
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
@@ -32,7 +33,7 @@ class HuggingFaceCheckpoint(PublishedCheckpoint):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config_file = directory / CONFIG_FILE
-        self.config = self._read_json(CONFIG_FILE)
+        self.config = _read_json(directory, CONFIG_FILE)
         self._file_of: dict[str, SafetensorsFile] = {}
         for file in (SafetensorsFile(directory / name) for name in self._file_names()):
             for name in file.names:
@@ -44,8 +45,8 @@ class HuggingFaceCheckpoint(PublishedCheckpoint):
 
     def check_family(self, family: ModelFamily) -> None:
         architectures = self.config.get("architectures") or []
-        if not isinstance(architectures, list):
-            raise ConfigError(f"{self.config_file}: architectures is {architectures!r}, not a list")
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise ConfigError(f"{self.config_file}: architectures is {architectures!r}, not a list of names")
         if not set(architectures) & set(family.architectures):
             owners = {name for found in architectures for name in default_registry().families_for_architecture(found)}
             hint = f"; use --model {min(owners)}" if owners else ""
@@ -67,40 +68,45 @@ class HuggingFaceCheckpoint(PublishedCheckpoint):
         return self._file_of[name].matrix(name, rows, columns[0] if columns else 1)
 
     def origin(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.config.items() if key not in _NOT_KEPT}
-        origin: dict[str, Any] = {"source": "hf", "config": kept}
+        origin: dict[str, Any] = {"source": "hf", "config": _lasting(self.config)}
         if (self.directory / GENERATION_FILE).is_file():
-            origin["generation_config"] = self._read_json(GENERATION_FILE)
+            origin["generation_config"] = _read_json(self.directory, GENERATION_FILE)
         return origin
 
     def _file_names(self) -> list[str]:
-        if (self.directory / INDEX_FILE).is_file():
-            index = self._read_json(INDEX_FILE).get("weight_map")
-            if not isinstance(index, dict):
-                raise CorruptCheckpointError(f"{self.directory / INDEX_FILE} has no weight_map")
-            for name in index.values():
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise CorruptCheckpointError(
-                        f"{self.directory / INDEX_FILE} names {name!r}, which is not a file of its own directory"
-                    )
-            return sorted(set(index.values()))
+        if (names := indexed_file_names(self.directory)) is not None:
+            return names
         if (self.directory / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
         others = sorted(path.name for path in self.directory.glob("*.bin"))
         hint = f". It has {', '.join(others[:3])}: save it as safetensors first" if others else ""
         raise CheckpointError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{self.directory} has no {name}: it is not a checkpoint in the Hugging Face format")
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
-        if not isinstance(document, dict):
-            raise CorruptCheckpointError(f"{path} is damaged: it holds no object")
-        return document
+
+def indexed_file_names(directory: Path) -> list[str] | None:
+    """The weight files that the index in ``directory`` names; ``None`` if there is no index, as of a single file.
+
+    Raises:
+        CorruptCheckpointError: when the index is damaged or names a file of another directory.
+    """
+    if not (directory / INDEX_FILE).is_file():
+        return None
+    index = _read_json(directory, INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict):
+        raise CorruptCheckpointError(f"{directory / INDEX_FILE} has no weight_map")
+    for name in index.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CorruptCheckpointError(
+                f"{directory / INDEX_FILE} names {name!r}, which is not a file of its own directory"
+            )
+    return sorted(set(index.values()))
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {name}: it is not a checkpoint in the Hugging Face format")
+    return read_json_object(path)
 
 
 class HuggingFaceFormat(CheckpointFormat):
@@ -118,7 +124,7 @@ class HuggingFaceFormat(CheckpointFormat):
         publication.refuse_cuts(self.name)
         self._write_weights(directory, publication, advance)
         dtype = str(publication.dtype).removeprefix("torch.")
-        kept = publication.origin.get("config", {})
+        kept = _lasting(publication.origin.get("config", {}))
         _write_json(directory / CONFIG_FILE, {**kept, **publication.config, "torch_dtype": dtype})
         if generation := publication.origin.get("generation_config"):
             _write_json(directory / GENERATION_FILE, generation)
@@ -137,6 +143,10 @@ class HuggingFaceFormat(CheckpointFormat):
             weight_map |= {tensor.name: name for tensor in file}
         index = {"metadata": {"total_size": publication.num_bytes}, "weight_map": weight_map}
         _write_json(directory / INDEX_FILE, index)
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NOT_KEPT}
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -10,24 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from megacore.checkpoint.manifest import TOKENIZER_FILES
 from megacore.checkpoint.matrix import LazyMatrix
 from megacore.checkpoint.safetensors_file import MAX_FILE_BYTES, OutputTensor
 from megacore.errors import ConfigError
 from megacore.hookspecs import ModelFamily
-
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""The files that a tokenizer may consist of."""
 
 Shape = tuple[int, ...]
 
@@ -69,6 +56,18 @@ class PublishedCheckpoint(ABC):
     def origin(self) -> dict[str, Any]:
         """What an export needs besides the weights, to give back what the checkpoint said of itself: JSON values."""
 
+    def drop_vocabulary_padding(self, true_vocab_size: int) -> None:
+        """Take the rows of the vocabulary from ``true_vocab_size`` on for padding, in a format that pads it.
+
+        Raises:
+            ConfigError: when the format stores no padding, or the checkpoint has fewer rows.
+        """
+        raise ConfigError("this format does not pad the vocabulary: leave out --true-vocab-size")
+
+    def notes(self) -> list[str]:
+        """What a person who converts the checkpoint should know: what is assumed of it, and what is left behind."""
+        return []
+
     def tokenizer_files(self) -> dict[str, Path]:
         """The tokenizer's own files, by name."""
         return {name: self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file()}
@@ -86,6 +85,7 @@ class Publication:
         tp: ranks to cut each tensor over, in a format that has them.
         pp: stages to cut the layers over, in a format that has them.
         max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
+        report: is told what a person should know of the output, a sentence at a time.
     """
 
     tensors: Sequence[OutputTensor]
@@ -95,6 +95,7 @@ class Publication:
     tp: int = 1
     pp: int = 1
     max_file_bytes: int = MAX_FILE_BYTES
+    report: Callable[[str], None] = lambda note: None
 
     @property
     def num_bytes(self) -> int:

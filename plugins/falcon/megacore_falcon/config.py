@@ -11,6 +11,7 @@ from typing import Any
 
 from megacore import ModelConfig
 from megacore.errors import ConfigError
+from megacore_falcon.first_files import in_present_keys
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 """``activation`` to megacore's name; Falcon's own is the exact GELU."""
@@ -43,29 +44,40 @@ def config_from_source(published: Mapping[str, Any], source: str) -> FalconConfi
     """Read a parsed ``config.json``. Raises :class:`ConfigError` for what is not implemented, by name."""
     from megacore.weights import rotary_from_hf
 
+    if source == "megatron-llm":
+        from megacore_falcon.megatron_llm import config_from_args
+
+        return config_from_args(published)
+    published = in_present_keys(published)
     activation = published.get("activation", "gelu")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation {activation!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}")
-    hidden_size, heads = (
-        _renamed(published, "hidden_size", "n_embed"),
-        _renamed(published, "num_attention_heads", "n_head"),
-    )
+    if published.get("apply_residual_connection_post_layernorm"):
+        raise ConfigError("apply_residual_connection_post_layernorm true is not implemented")
+    hidden_size, heads = published["hidden_size"], published["num_attention_heads"]
+    if hidden_size % heads:
+        raise ConfigError(f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({heads})")
     new_architecture = bool(published.get("new_decoder_architecture", False))
-    parallel_attention = new_architecture or bool(published.get("parallel_attn", True))
+    parallel_attention = bool(published.get("parallel_attn", True))
+    num_norms = published.get("num_ln_in_parallel_attn")
     if new_architecture:
-        kv_heads = published.get("num_kv_heads") or published.get("n_head_kv") or heads
+        kv_heads = published.get("num_kv_heads") or heads
+        num_norms = 2 if num_norms is None else num_norms
+        if not parallel_attention:
+            raise ConfigError("parallel_attn false with new_decoder_architecture is not implemented")
     else:
         kv_heads = 1 if published.get("multi_query", True) else heads
-    if not parallel_attention:
-        num_norms = 2
-    else:
-        num_norms = published.get("num_ln_in_parallel_attn") or (2 if new_architecture else 1)
+        if num_norms not in (None, 1):
+            raise ConfigError(
+                f"num_ln_in_parallel_attn {num_norms} without new_decoder_architecture is not implemented"
+            )
+        num_norms = 1 if parallel_attention else 2
     bias = bool(published.get("bias", False))
     alibi = bool(published.get("alibi", False))
     theta, scaling = (10000.0, None) if alibi else rotary_from_hf(published)
     return FalconConfig(
         family="falcon",
-        num_layers=_renamed(published, "num_hidden_layers", "n_layer"),
+        num_layers=published["num_hidden_layers"],
         hidden_size=hidden_size,
         ffn_hidden_size=published.get("ffn_hidden_size") or 4 * hidden_size,
         num_attention_heads=heads,
@@ -93,7 +105,15 @@ def config_to_source(config: FalconConfig, source: str) -> dict[str, Any]:
     """The ``config.json`` of ``config``, the inverse of :func:`config_from_source`."""
     from megacore.weights import rotary_to_hf
 
+    if source == "megatron-llm":
+        from megacore_falcon.megatron_llm import config_to_args
+
+        return config_to_args(config)
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    if config.new_decoder_architecture:
+        heads = {"num_kv_heads": config.num_kv_heads, "num_ln_in_parallel_attn": config.num_layer_norms}
+    else:  # num_kv_heads means nothing there: whatever the published file says is kept
+        heads = {"multi_query": config.num_kv_heads == 1}
     return {
         "architectures": ["FalconForCausalLM"],
         "model_type": "falcon",
@@ -101,7 +121,6 @@ def config_to_source(config: FalconConfig, source: str) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_kv_heads,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "layer_norm_epsilon": config.norm_eps,
@@ -111,12 +130,6 @@ def config_to_source(config: FalconConfig, source: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "bias": config.qkv_bias,
         "new_decoder_architecture": config.new_decoder_architecture,
-        "multi_query": config.num_kv_heads == 1,
         "parallel_attn": config.parallel_attention,
-        "num_ln_in_parallel_attn": config.num_layer_norms if config.new_decoder_architecture else None,
+        **heads,
     }
-
-
-def _renamed(published: Mapping[str, Any], name: str, former: str) -> int:
-    """The value of ``name``, which the first Falcon files on the hub called ``former``."""
-    return published[former] if name not in published and former in published else published[name]

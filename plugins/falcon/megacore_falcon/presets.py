@@ -70,3 +70,12 @@ PRESETS = {
         num_layer_norms=2,
     ),
 }
+
+HUB = {
+    "1": "tiiuae/falcon-rw-1b",
+    "7": "tiiuae/falcon-7b",
+    "11": "tiiuae/falcon-11B",
+    "40": "tiiuae/falcon-40b",
+    "180": "tiiuae/falcon-180B",  # gated
+}
+"""Where on the hub each size is."""

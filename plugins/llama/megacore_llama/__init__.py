@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megacore import ModelConfig, ModelFamily, hookimpl
 from megacore.errors import UnsupportedSourceError
 from megacore_llama.config import config_from_source, config_to_source
+from megacore_llama.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from megacore.hookspecs import ReferenceModel
     from megacore.parallel import ParallelContext
     from megacore.weights import WeightMap
+
+SOURCES = ("hf", "meta", "megatron-llm")
 
 
 @hookimpl
@@ -27,24 +30,26 @@ def model_families() -> list[ModelFamily]:
             architectures=("LlamaForCausalLM",),
             config_from_source=config_from_source,
             config_to_source=config_to_source,
+            sources=SOURCES,
+            presets=PRESETS,
         )
     ]
 
 
 @hookimpl
 def weight_map(config: ModelConfig, source: str) -> WeightMap:
-    from megacore_llama.weights import hf_weight_map
+    from megacore_llama.weights import WEIGHT_MAPS
 
-    _require_hf(source)
-    return hf_weight_map(config)
+    _require_known(source)
+    return WEIGHT_MAPS[source](config)
 
 
 @hookimpl
 def qkv_permutation(config: ModelConfig, source: str) -> Sequence[int]:
-    from megacore.weights import grouped_qkv_rows
+    from megacore_llama.weights import QKV_ROWS
 
-    _require_hf(source)
-    return grouped_qkv_rows(config)  # Hugging Face's rotary pairs are halves, as megacore's are
+    _require_known(source)
+    return QKV_ROWS[source](config)
 
 
 @hookimpl
@@ -52,8 +57,17 @@ def load_reference(config: ModelConfig, path: Path | None, dtype: torch.dtype, d
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
-    from megacore.verification import TransformersReference
+    from megacore.verification import MetaReference, TransformersReference
 
+    if path is not None and (path / "params.json").is_file():
+        return MetaReference.load(
+            path,
+            implementation="llama_models.llama3",
+            extra="megacore-llama[meta]",
+            max_seq_len=config.max_position_embeddings,
+            dtype=dtype,
+            device=device,
+        )
     logging.disable_progress_bar()
     published = config_to_source(config, "hf")
     return TransformersReference.load(LlamaForCausalLM, published, path, dtype=dtype, device=device, attention="eager")
@@ -66,6 +80,6 @@ def build_layer(config: ModelConfig, parallel: ParallelContext) -> nn.Module:
     return LlamaLayer(config, parallel)
 
 
-def _require_hf(source: str) -> None:
-    if source != "hf":
-        raise UnsupportedSourceError(f"megacore-llama reads the format hf, not {source!r}")
+def _require_known(source: str) -> None:
+    if source not in SOURCES:
+        raise UnsupportedSourceError(f"megacore-llama reads the formats {', '.join(SOURCES)}, not {source!r}")

@@ -1,7 +1,4 @@
-"""Reading and writing the configuration of a published Llama.
-
-The keys and their defaults are those of ``transformers.LlamaConfig``.
-"""
+"""Reading and writing the configuration of a published Llama."""
 
 from __future__ import annotations
 
@@ -10,65 +7,37 @@ from typing import Any
 
 from megacore import ModelConfig
 from megacore.config import FrequencyBandScaling
-from megacore.errors import ConfigError
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-"""``hidden_act`` to megacore's name."""
+CONTEXT_LENGTH = 2048
+"""What Llama was trained on, which Meta's ``params.json`` does not say."""
 
 OWN_ROTARY_METHODS = {"llama3": FrequencyBandScaling}
 
 
 def config_from_source(published: Mapping[str, Any], source: str) -> ModelConfig:
-    """Read a parsed ``config.json``. Raises :class:`ConfigError` for what is not implemented, by name."""
-    from megacore.weights import ROTARY_METHODS, rotary_from_hf
+    """Read a parsed ``config.json`` or ``params.json``. Raises :class:`ConfigError` for what is not implemented."""
+    from megacore.weights import ROTARY_METHODS, config_from_meta, standard_config_from_hf
+    from megacore.weights.megatron_llm_map import gated_config_from_args
 
-    activation = published.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act {activation!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}")
-    heads = published["num_attention_heads"]
-    theta, scaling = rotary_from_hf(published, {**ROTARY_METHODS, **OWN_ROTARY_METHODS})
-    attention_bias = published.get("attention_bias", False)
-    return ModelConfig(
-        family="llama",
-        num_layers=published["num_hidden_layers"],
-        hidden_size=published["hidden_size"],
-        ffn_hidden_size=published["intermediate_size"],
-        num_attention_heads=heads,
-        num_kv_heads=published.get("num_key_value_heads") or heads,
-        head_dim=published.get("head_dim") or published["hidden_size"] // heads,
-        vocab_size=published["vocab_size"],
-        max_position_embeddings=published.get("max_position_embeddings", 2048),
-        norm_eps=published.get("rms_norm_eps", 1e-6),
-        activation=ACTIVATIONS[activation],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_embeddings=published.get("tie_word_embeddings", False),
-        qkv_bias=attention_bias,
-        attention_output_bias=attention_bias,
-        mlp_bias=published.get("mlp_bias", False),
-    )
+    if source == "megatron-llm":
+        return gated_config_from_args(published, family="llama")
+    if source == "meta":
+        return config_from_meta(published, family="llama", max_position_embeddings=CONTEXT_LENGTH)
+    return standard_config_from_hf(published, family="llama", rotary_methods={**ROTARY_METHODS, **OWN_ROTARY_METHODS})
 
 
 def config_to_source(config: ModelConfig, source: str) -> dict[str, Any]:
-    """The ``config.json`` of ``config``, the inverse of :func:`config_from_source`."""
-    from megacore.weights import ROTARY_METHODS, rotary_to_hf
+    """The configuration file of ``config``, the inverse of :func:`config_from_source`."""
+    from megacore.weights import ROTARY_METHODS, config_to_meta, standard_config_to_hf
+    from megacore.weights.megatron_llm_map import gated_config_to_args
 
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": names[config.activation],
-        **rotary_to_hf(config, {**ROTARY_METHODS, **OWN_ROTARY_METHODS}),
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-    }
+    if source == "megatron-llm":
+        return gated_config_to_args(config)
+    if source == "meta":
+        return config_to_meta(config)
+    return standard_config_to_hf(
+        config,
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        rotary_methods={**ROTARY_METHODS, **OWN_ROTARY_METHODS},
+    )

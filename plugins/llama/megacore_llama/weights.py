@@ -1,55 +1,26 @@
-"""Which tensors of a published Llama are which of megacore's parameters."""
+"""Which tensors of a published Llama are which of megacore's parameters, in each format.
+
+The names are those of most decoders (:mod:`megacore.weights.standard_maps`). What differs is the layout of the rotary
+pairs in the query and key heads: Meta's files have them interleaved, Hugging Face's as halves, as megacore has.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 from megacore import ModelConfig
-from megacore.weights import Copy, FusedQKV, Rule, Stacked, WeightMap
+from megacore.weights import WeightMap, grouped_qkv_rows, meta_map, standard_hf_map
+from megacore.weights.megatron_llm_map import gated_weight_map, interleaved_qkv_rows
 
+WEIGHT_MAPS: dict[str, Callable[[ModelConfig], WeightMap]] = {
+    "hf": standard_hf_map,
+    "meta": meta_map,
+    "megatron-llm": gated_weight_map,
+}
 
-def hf_weight_map(config: ModelConfig) -> WeightMap:
-    """The map of the Hugging Face format."""
-    rules: list[Rule] = [
-        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-        Copy("decoder.layers.*.input_layernorm.weight", "model.layers.*.input_layernorm.weight"),
-        FusedQKV(
-            "decoder.layers.*.self_attention.linear_qkv.weight",
-            q="model.layers.*.self_attn.q_proj.weight",
-            k="model.layers.*.self_attn.k_proj.weight",
-            v="model.layers.*.self_attn.v_proj.weight",
-        ),
-        Copy("decoder.layers.*.self_attention.linear_proj.weight", "model.layers.*.self_attn.o_proj.weight"),
-        Copy("decoder.layers.*.pre_mlp_layernorm.weight", "model.layers.*.post_attention_layernorm.weight"),
-        Stacked(
-            "decoder.layers.*.mlp.linear_fc1.weight",
-            gate="model.layers.*.mlp.gate_proj.weight",
-            up="model.layers.*.mlp.up_proj.weight",
-        ),
-        Copy("decoder.layers.*.mlp.linear_fc2.weight", "model.layers.*.mlp.down_proj.weight"),
-        Copy("decoder.final_layernorm.weight", "model.norm.weight"),
-    ]
-    if not config.tie_embeddings:
-        rules.append(Copy("output_layer.weight", "lm_head.weight"))
-    if config.qkv_bias:
-        rules += [
-            FusedQKV(
-                "decoder.layers.*.self_attention.linear_qkv.bias",
-                q="model.layers.*.self_attn.q_proj.bias",
-                k="model.layers.*.self_attn.k_proj.bias",
-                v="model.layers.*.self_attn.v_proj.bias",
-            ),
-            Copy("decoder.layers.*.self_attention.linear_proj.bias", "model.layers.*.self_attn.o_proj.bias"),
-        ]
-    if config.mlp_bias:
-        rules += [
-            Stacked(
-                "decoder.layers.*.mlp.linear_fc1.bias",
-                gate="model.layers.*.mlp.gate_proj.bias",
-                up="model.layers.*.mlp.up_proj.bias",
-            ),
-            Copy("decoder.layers.*.mlp.linear_fc2.bias", "model.layers.*.mlp.down_proj.bias"),
-        ]
-    return WeightMap(
-        *rules,
-        ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),  # a table that older checkpoints carry
-        aliases={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {},
-    )
+QKV_ROWS: dict[str, Callable[[ModelConfig], Sequence[int]]] = {
+    "hf": grouped_qkv_rows,
+    "meta": partial(grouped_qkv_rows, interleaved=True),
+    "megatron-llm": interleaved_qkv_rows,
+}

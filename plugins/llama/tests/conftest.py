@@ -17,6 +17,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from meta_files import meta_files
+
+__all__ = ["meta_files"]
+
 MULTI_HEAD = {
     "num_hidden_layers": 5,
     "hidden_size": 32,

@@ -1,10 +1,9 @@
 """Two processes joined in a gloo group, for tests to run functions on.
 
 Starting them takes seconds, so there is one :class:`RankPool` for the whole session, started when it is first needed.
-The fixture ``ranks`` is that pool; the tests of a plugin get it by importing :func:`ranks` into a ``conftest.py`` of
-their own. Functions are pickled by reference, and under pytest's import mode a test module has a name that no other
-process knows: functions for ranks live in the library, or in modules of their own in ``tests``, which is on
-``sys.path``.
+The fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``. Functions are
+pickled by reference, and pytest's import mode ``importlib`` gives a test module a name that no other process knows:
+functions for ranks live in an installed package, or in a module on ``sys.path`` that is not a test.
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+"""``megacore permute-qkv``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megacore.cli.notes import print_note
+from megacore.cli.progress import bytes_progress
+
+
+@click.command("permute-qkv")
+@click.option("--input-dir", type=click.Path(path_type=Path), required=True, help="Checkpoint to update.")
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Directory to create.")
+@click.option(
+    "--layout",
+    type=click.Choice(["halves"]),
+    help="How the rotary pairs lie in the checkpoint to update. Needed unless its files record it.",
+)
+def permute_qkv(input_dir: Path, output_dir: Path, layout: str | None) -> None:
+    """Update a Megatron-LLM checkpoint of commit 332cf3c or earlier to the later order of query and key rows.
+
+    Sharded checkpoints are updated rank by rank and stay as they are cut. The result records its layout, so that it is
+    not updated twice.
+
+    \b
+    megacore permute-qkv --input-dir old/ --output-dir new/ --layout halves
+    """
+    from megacore.weights.rotary_update import permute_qkv
+
+    total = sum(path.stat().st_size for path in input_dir.glob("*/*/*.pt"))
+    with bytes_progress("permuting", total) as advance:
+        num_permuted = permute_qkv(input_dir, output_dir, layout=layout, report=print_note, advance=advance)
+    click.echo(f"Permuted {num_permuted} QKV projections of {input_dir} to interleaved rotary pairs in {output_dir}.")

@@ -1,0 +1,181 @@
+"""One tiny model in one published format: its files, both implementations of it, and what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megacore.checkpoint import Checkpoint
+from megacore.checkpoint.matrix import StoredMatrix
+from megacore.config import ModelConfig
+from megacore.hookspecs import ReferenceModel
+from megacore.model import load_model, read_config
+from megacore.parallel import ParallelContext, vocab_parallel_cross_entropy
+from megacore.plugins import Family, get_family
+from megacore.testing.numerics import logits_and_gradients, logits_with
+from megacore.weights import convert, export
+from megacore.weights.binding import BoundMap, bind
+from megacore.weights.formats import PublishedCheckpoint, format_for
+from megacore.weights.rules import QKVOrder
+
+_BATCH = 2
+_LONGEST = 24
+
+
+class FamilyUnderTest(Protocol):
+    """What the author of a plugin has told the kit; see :class:`~megacore.testing.ModelFamilyTests`."""
+
+    @property
+    def family(self) -> str: ...
+
+    def publish(self, config: ModelConfig, directory: Path, source: str) -> None: ...
+
+    def reference(self, config: ModelConfig, directory: Path, source: str) -> ReferenceModel: ...
+
+    def reference_parameters(self, reference: ReferenceModel) -> Mapping[str, Tensor]: ...
+
+
+class Case:
+    """Everything that checks of one configuration and one source share. Each thing is made when first asked for."""
+
+    def __init__(self, tests: FamilyUnderTest, config: ModelConfig, source: str, directory: Path) -> None:
+        self.tests = tests
+        self.config = config
+        self.source = source
+        self._directory = directory
+        self._checkpoints: dict[tuple[int, int], Path] = {}
+        length = min(_LONGEST, config.max_position_embeddings - 1) // 2 * 2  # even, for sequence parallelism at tp 2
+        tokens = torch.randint(0, config.vocab_size, (_BATCH, length + 1), generator=torch.Generator().manual_seed(1))
+        self.input_ids, self.targets = tokens[:, :-1], tokens[:, 1:]
+
+    @cached_property
+    def family(self) -> Family:
+        return get_family(self.tests.family)
+
+    # The published side
+
+    @cached_property
+    def published(self) -> PublishedCheckpoint:
+        """A checkpoint of random weights, written by the author's ``publish``."""
+        directory = self._directory / "published"
+        directory.mkdir()
+        self.tests.publish(self.config, directory, self.source)
+        return self.open(directory)
+
+    def open(self, directory: Path) -> PublishedCheckpoint:
+        return format_for(self.family.family, self.source).open(directory)
+
+    def read(self, published: PublishedCheckpoint) -> dict[str, Tensor]:
+        """The tensors that the model needs. Raises WeightMapError when some are missing or unknown."""
+        shapes = self.bound.source_shapes()
+        self.bound.check_sources(published.shapes(shapes), str(published.directory))
+        matrices = {name: published.matrix(name, shape) for name, shape in shapes.items()}
+        return {
+            name: matrix.read(slice(0, matrix.rows), slice(0, matrix.columns)).reshape(shapes[name]).clone()
+            for name, matrix in matrices.items()
+        }
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The published tensors, by name."""
+        return self.read(self.published)
+
+    @cached_property
+    def reference(self) -> ReferenceModel:
+        return self.tests.reference(self.config, self.published.directory, self.source)
+
+    @cached_property
+    def reference_logits(self) -> Tensor:
+        with torch.no_grad():
+            return self.reference(self.input_ids)
+
+    @cached_property
+    def reference_gradients(self) -> dict[str, Tensor]:
+        """The gradients of the summed loss through the reference, by published name."""
+        parameters = self.tests.reference_parameters(self.reference)
+        losses = vocab_parallel_cross_entropy(
+            self.reference(self.input_ids),
+            self.targets,
+            vocab_size=self.config.vocab_size,
+            parallel=ParallelContext.single(),
+        )
+        names = list(self.bound.source_shapes())
+        gradients = torch.autograd.grad(losses.sum(), [parameters[name] for name in names])
+        return dict(zip(names, gradients, strict=True))
+
+    # Our side
+
+    @cached_property
+    def bound(self) -> BoundMap:
+        return bind(self.family, self.config, self.source)
+
+    def checkpoint(self, *, tp: int = 1, pp: int = 1) -> Path:
+        """The published checkpoint converted, cut over ``tp`` × ``pp`` ranks."""
+        if (tp, pp) not in self._checkpoints:
+            out = self._directory / f"tp{tp}-pp{pp}"
+            convert(self.family, self.published.directory, out, source=self.source, tp=tp, pp=pp)
+            self._checkpoints[tp, pp] = out
+        return self._checkpoints[tp, pp]
+
+    def load(self, *, tp: int = 1, pp: int = 1) -> dict[str, Tensor]:
+        """The parameters of our model in a single process, from a checkpoint that is cut like this."""
+        model = load_model(Checkpoint(self.checkpoint(tp=tp, pp=pp)), ParallelContext.single(), dtype=torch.float32)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def export(self, *, tp: int = 1, pp: int = 1) -> PublishedCheckpoint:
+        """The converted checkpoint exported to the format that it came from."""
+        out = self._directory / f"exported-from-tp{tp}-pp{pp}"
+        if not out.exists():
+            export(self.checkpoint(tp=tp, pp=pp), out, format=self.source)
+        return self.open(out)
+
+    @cached_property
+    def converted_config(self) -> ModelConfig:
+        """The configuration that the published file gave; :attr:`config`, if the plugin reads it right."""
+        return read_config(self.family, Checkpoint(self.checkpoint()))
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Our model's parameters, as converting the published checkpoint gave them."""
+        return self.load()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """What our model computes in a single process."""
+        return logits_with(self.family, self.converted_config, self.parameters, self.input_ids)
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the summed loss through our model in a single process, by native name."""
+        return logits_and_gradients(ParallelContext.single(), self.checkpoint(), self.input_ids, self.targets)[1]
+
+    def to_native(self, tensors: Mapping[str, Tensor], *, order: QKVOrder | None = None) -> dict[str, Tensor]:
+        """Published ``tensors`` put through the weight map; ``order`` takes the place of the plugin's own."""
+        natives = {}
+        for name, rule in self.bound.rules.items():
+            spec = self.bound.specs[name]
+            parts = [_matrix(tensors[part]) for part in rule.sources]
+            native = rule.to_native(parts, order or self.bound.order)
+            natives[name] = native.read(slice(0, native.rows), slice(0, native.columns)).reshape(spec.shape)
+        return natives
+
+    def to_source(self, natives: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Native tensors, or their gradients, put through the weight map backwards: by published name."""
+        shapes = self.bound.source_shapes()
+        sources = {}
+        for name, rule in self.bound.rules.items():
+            rows, columns = self.bound.specs[name].matrix_shape
+            native = _matrix(natives[name].reshape(rows, columns))
+            for part, matrix in zip(rule.sources, rule.to_source(native, self.bound.order), strict=True):
+                sources[part] = matrix.read(slice(0, matrix.rows), slice(0, columns)).reshape(shapes[part])
+        return sources
+
+
+def _matrix(tensor: Tensor) -> StoredMatrix:
+    rows, columns = tensor.shape if tensor.dim() == 2 else (len(tensor), 1)
+    return StoredMatrix(rows, columns, tensor.dtype, lambda: tensor)

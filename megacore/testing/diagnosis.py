@@ -1,0 +1,110 @@
+"""Saying why logits differ: trying the usual mistakes backwards until the logits agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+
+from torch import Tensor
+
+from megacore.model import ACTIVATIONS
+from megacore.testing import faults
+from megacore.testing.case import Case
+from megacore.testing.faults import Fault
+from megacore.testing.numerics import ATOL, RTOL, VISIBLE, agree, largest_difference
+from megacore.weights import grouped_qkv_rows
+from megacore.weights.rules import QKVOrder
+
+
+def explain(case: Case) -> str:
+    """What is wrong with our logits, which differ from the reference's."""
+    ours, theirs = case.logits, case.reference_logits
+    if ours.shape != theirs.shape:
+        return f"our logits are {list(ours.shape)}, the reference's {list(theirs.shape)}"
+    apart = (
+        f"the logits differ from the reference's by up to {largest_difference(ours, theirs):.2g} "
+        f"(allowed: {ATOL:g} + {RTOL:g} of the value)"
+    )
+    cures = [repair.what for repair in _repairs(case) if _cures(repair, case)]
+    if cures:
+        return f"{apart}. They agree once\n" + "\n".join(f"  - {cure}" for cure in cures)
+    hints = [*_without_influence(case), _position_hint(ours, theirs)]
+    return f"{apart}. No single change to the weights or settings mends that.\n" + "\n".join(
+        f"  - {hint}" for hint in hints
+    )
+
+
+def _repairs(case: Case) -> Iterator[Fault]:
+    yield from faults.transposed_weights(case)
+    for of in ("", "weight", "bias"):
+        yield from faults.swapped_keys_and_values(case, of=of)
+    yield from faults.wrong_rotary_layout(case)
+    yield from faults.swapped_gate_and_up(case)
+    for step in (1, -1):
+        yield from faults.layers_off_by_one(case, step=step)
+    yield from _exchanged_parameters(case)
+    yield from _other_orders(case)
+    yield from _other_settings(case)
+
+
+def _exchanged_parameters(case: Case) -> Iterator[Fault]:
+    """Every two kinds of parameters of one shape that have changed places."""
+    kinds = faults.by_kind(case.parameters)
+    for (one, names), (other, others) in combinations(kinds.items(), 2):
+        if [case.parameters[name].shape for name in names] == [case.parameters[name].shape for name in others]:
+            pairs = [*zip(names, others, strict=True), *zip(others, names, strict=True)]
+            exchanged = {name: case.parameters[partner] for name, partner in pairs}
+            yield Fault(f"{one} and {other} change places", {**case.parameters, **exchanged}, case.converted_config)
+
+
+def _other_orders(case: Case) -> Iterator[Fault]:
+    grouped = grouped_qkv_rows(case.config)
+    for what, rows in (("grouped_qkv_rows(config)", grouped), (f"range({len(grouped)})", range(len(grouped)))):
+        order = QKVOrder.of(case.config, rows)
+        yield Fault(f"qkv_permutation returns {what}", case.to_native(case.tensors, order=order), case.converted_config)
+
+
+def _other_settings(case: Case) -> Iterator[Fault]:
+    config = case.converted_config
+    for activation in ACTIVATIONS:
+        yield _setting(case, "activation", activation, layers_only=True)
+    for eps in (config.norm_eps, 1e-3, 1e-5, 1e-6, 1e-8, 1e-12):
+        yield _setting(case, "norm_eps", eps, layers_only=True)
+        yield _setting(case, "norm_eps", eps, layers_only=False)
+    for theta in (1e4, 5e5, 1e6):
+        yield _setting(case, "rope_theta", theta, layers_only=False)
+
+
+def _setting(case: Case, name: str, value: object, *, layers_only: bool) -> Fault:
+    changed = replace(case.converted_config, **{name: value})  # type: ignore[arg-type]
+    where = f"build_layer is given the {name}" if layers_only else f"the whole model has the {name}"
+    return Fault(f"{where} {value}", case.parameters, case.converted_config if layers_only else changed, changed)
+
+
+def _cures(repair: Fault, case: Case) -> bool:
+    try:
+        return agree(repair.logits(case), case.reference_logits)
+    except Exception:  # the layer refuses what is tried: that is not it
+        return False
+
+
+def _without_influence(case: Case) -> Iterator[str]:
+    for kind, names in faults.by_kind(case.parameters).items():
+        doubled = {name: 2 * case.parameters[name] for name in names}
+        logits = Fault(kind, {**case.parameters, **doubled}, case.converted_config).logits(case)
+        if not largest_difference(logits, case.logits) > VISIBLE:
+            yield f"{kind} has no influence on our logits: does the layer's forward use it?"
+
+
+def _position_hint(ours: Tensor, theirs: Tensor) -> str:
+    """What the first position says: there is nothing to attend to but itself, whatever the positions are."""
+    if agree(ours[:, 0], theirs[:, 0]):
+        return (
+            "at the first position the logits agree: look at what depends on other positions, the rotary embedding "
+            "(its theta, scaling, layout), the linear biases, the order and grouping of the query and key rows"
+        )
+    return (
+        "at the first position already they differ: look at the norms, the MLP, the order of the residuals in your "
+        "layer, and at the rules of the weight map, one by one"
+    )

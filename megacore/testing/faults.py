@@ -1,0 +1,139 @@
+"""Faults that the kit plants in a working model, to see that the logits would betray them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megacore.config import ModelConfig
+from megacore.testing.case import Case
+from megacore.testing.numerics import logits_with
+from megacore.weights import Stacked
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change to a model.
+
+    Attributes:
+        what: was done, as a clause.
+        parameters: all of the model's, changed.
+        config: of the model, changed or not.
+        layer_config: what the layers are told, where that is not ``config``.
+    """
+
+    what: str
+    parameters: Mapping[str, Tensor]
+    config: ModelConfig
+    layer_config: ModelConfig | None = None
+
+    def logits(self, case: Case) -> Tensor:
+        """What our model computes with the fault in it."""
+        return logits_with(case.family, self.config, self.parameters, case.input_ids, layer_config=self.layer_config)
+
+
+def transposed_weights(case: Case) -> Iterator[Fault]:
+    """Each square tensor of the source, transposed in every layer. One that is not square would not even load."""
+    for kind in dict.fromkeys(map(_kind, case.tensors)):
+        chosen = [name for name in case.tensors if _kind(name) == kind]
+        shape = case.tensors[chosen[0]].shape
+        if len(shape) == 2 and shape[0] == shape[1]:
+            changed = {name: case.tensors[name].T.contiguous() for name in chosen}
+            yield _fault(case, f"{kind} is transposed", case.to_native({**case.tensors, **changed}))
+
+
+def swapped_keys_and_values(case: Case, *, of: str = "") -> Iterator[Fault]:
+    """Keys and values, exchanged in every layer; ``of`` weights and biases, unless it says which."""
+
+    def swap(heads: Tensor) -> Tensor:
+        return torch.cat((heads[:, :-2], heads[:, -1:], heads[:, -2:-1]), dim=1)
+
+    yield from _qkv_fault(case, f"the rows of keys and values{of and f' ({of})'} are swapped", swap, of)
+
+
+def wrong_rotary_layout(case: Case) -> Iterator[Fault]:
+    """The rows of each query and key head, in the order of interleaved pairs instead of halves; and the reverse."""
+    if case.config.position_embedding != "rotary":
+        return
+    halves = torch.arange(case.config.head_dim).view(2, -1)
+    for what, order in (
+        ("the rows of each query and key head go from rotary halves to interleaved pairs", halves.T.flatten()),
+        (
+            "the rows of each query and key head go from interleaved rotary pairs to halves",
+            halves.T.flatten().argsort(),
+        ),
+    ):
+
+        def reorder(heads: Tensor, order: Tensor = order) -> Tensor:
+            return torch.cat((heads[:, :-1, order], heads[:, -1:]), dim=1)
+
+        yield from _qkv_fault(case, what, reorder)
+
+
+def skipped_biases(case: Case) -> Iterator[Fault]:
+    """Each kind of bias, zero in every layer."""
+    for kind, names in by_kind(case.parameters).items():
+        if kind.endswith(".bias"):
+            zeros = {name: torch.zeros_like(case.parameters[name]) for name in names}
+            yield _fault(case, f"{kind} is left out", zeros)
+
+
+def wrong_eps(case: Case) -> Iterator[Fault]:
+    """The layers' norms with twice the eps."""
+    config = replace(case.converted_config, norm_eps=2 * case.converted_config.norm_eps)
+    yield Fault(f"norm_eps of the layers is {config.norm_eps:g}", case.parameters, case.converted_config, config)
+
+
+def layers_off_by_one(case: Case, *, step: int = 1) -> Iterator[Fault]:
+    """Each kind of parameter, taken from the next layer; from the one before with ``step`` -1."""
+    for kind, names in by_kind(case.parameters).items():
+        if len(names) > 1:
+            neighbours = names[step:] + names[:step]
+            yield _fault(
+                case,
+                f"{kind} of each layer is taken from the {'next' if step == 1 else 'previous'} layer",
+                {name: case.parameters[neighbour] for name, neighbour in zip(names, neighbours, strict=True)},
+            )
+
+
+def swapped_gate_and_up(case: Case) -> Iterator[Fault]:
+    """The two parts of each gated projection, exchanged in every layer."""
+    gated = [name for name, rule in case.bound.rules.items() if isinstance(rule, Stacked) and len(rule.sources) == 2]
+    if gated:
+        flipped = {name: torch.cat(case.parameters[name].chunk(2)[::-1]) for name in gated}
+        yield _fault(case, "the two parts of the Stacked rules (gate and up) are swapped", flipped)
+
+
+def _qkv_fault(case: Case, what: str, change: Callable[[Tensor], Tensor], of: str = "") -> Iterator[Fault]:
+    """``change`` applied to the ``[groups, heads, head_dim, columns]`` of every QKV projection, weight and bias."""
+    heads, head_dim = case.config.queries_per_kv + 2, case.config.head_dim
+    changed = {
+        name: change(value.reshape(value.shape[0], heads, head_dim, -1)).reshape(value.shape)
+        for name, value in case.parameters.items()
+        if f"linear_qkv.{of}" in name and value.shape[:2] == (case.config.num_kv_heads, heads * head_dim)
+    }
+    if changed:
+        yield _fault(case, what, changed)
+
+
+def _fault(case: Case, what: str, changed: Mapping[str, Tensor]) -> Fault:
+    return Fault(what, {**case.parameters, **changed}, case.converted_config)
+
+
+def _kind(name: str) -> str:
+    """A name with ``*`` for the number of its layer, however the format counts them."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def by_kind(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Native names, in the order of the layers, by the name without the layer's number."""
+    kinds: dict[str, list[str]] = {}
+    for name in parameters:
+        kinds.setdefault(_LAYER.sub(".layers.*.", name), []).append(name)
+    return kinds

@@ -1,0 +1,93 @@
+"""What the kit computes with a model, and when it takes two results for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megacore.checkpoint import Checkpoint
+from megacore.config import ModelConfig
+from megacore.model import DecoderModel, load_model
+from megacore.parallel import ParallelContext, materialize, vocab_parallel_cross_entropy
+from megacore.plugins import Family
+from megacore.verification.comparison import whole_logits
+
+RTOL = 1.3e-6
+ATOL = 1e-5
+"""The bounds of float32, for numbers of order 1."""
+
+VISIBLE = 10 * ATOL
+"""How far a planted fault has to move at least one logit."""
+
+_SMALLEST_SCALE = 0.01
+"""Gradients are compared in units of their own largest entry, or of this share of the largest of all: some are zero but
+for rounding, that of a bias on the keys for example."""
+
+
+def agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results are equal within the bounds of float32."""
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=RTOL, atol=ATOL)
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def logits_with(
+    family: Family,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    input_ids: Tensor,
+    *,
+    layer_config: ModelConfig | None = None,
+) -> Tensor:
+    """The logits of our model with these ``parameters``; ``layer_config`` is what its layers are told instead."""
+
+    def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext) -> torch.nn.Module:
+        return family.build_layer(layer_config or config, layer_index, parallel)
+
+    single = ParallelContext.single()
+    model = DecoderModel(config, build_layer, single)
+    materialize(model, single, lambda name, spec: parameters[name])
+    with torch.no_grad():
+        return model(input_ids)
+
+
+def logits_and_gradients(
+    parallel: ParallelContext, checkpoint: Path, input_ids: Tensor, targets: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a native checkpoint, and the gradients of the summed loss by native name, whole on every rank.
+
+    Raises:
+        RuntimeError: names the parameters that the model does not use.
+    """
+    model = load_model(Checkpoint(checkpoint), parallel, dtype=torch.float32)
+    vocab_size = model.config.vocab_size
+    logits = model(input_ids)
+    vocab_parallel_cross_entropy(logits, targets, vocab_size=vocab_size, parallel=parallel).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    unused = [name for name, gradient in gradients.items() if gradient is None]
+    if unused:
+        raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
+    whole = {name: _whole(gradient) for name, gradient in gradients.items() if gradient is not None}
+    return whole_logits(logits.detach(), vocab_size, parallel), whole
+
+
+def differing_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """The gradients that differ, each with how far; both by the names of the published tensors."""
+    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    problems = []
+    for name, expected in theirs.items():
+        scale = max(expected.abs().max().item(), _SMALLEST_SCALE * largest)
+        if not agree(ours[name] / scale, expected / scale):
+            apart = largest_difference(ours[name], expected) / scale
+            problems.append(f"{name} (by {apart:.2g} of its largest entry)")
+    return problems
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

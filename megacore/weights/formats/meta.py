@@ -1,0 +1,271 @@
+"""Meta's own format: ``params.json``, one ``consolidated.NN.pth`` a model-parallel rank, ``tokenizer.model``.
+
+Every file holds a dictionary of the same names. Which part of a tensor a rank has follows from the layers of fairscale
+that Meta's loaders are built from, and no file says it:
+
+=============================  ==================================  ========================================
+tensors                        layer                               cut
+=============================  ==================================  ========================================
+wq, wk, wv, w1, w3, output     ``ColumnParallelLinear``            on their rows
+wo, w2                         ``RowParallelLinear``               on their columns
+tok_embeddings                 ``ParallelEmbedding``, and in       on its columns, and in later generations
+                               later ones                          on its rows (the vocabulary)
+                               ``VocabParallelEmbedding``
+norms                          ``RMSNorm``                         not
+=============================  ==================================  ========================================
+
+Reading goes by the shapes alone, which tell every one of these apart. Writing goes by this table, with the embedding
+cut on its columns: the loaders of the first two generations, which is what the format is written for, expect that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, block_of
+from megacore.checkpoint.safetensors_file import OutputTensor
+from megacore.checkpoint.torch_file import MappedMatrix, check_dtypes, read_torch_file, write_torch_file
+from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, LayoutError
+from megacore.hookspecs import ModelFamily
+from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint, Shape
+from megacore.weights.meta_config import merged_params
+
+PARAMS_FILE = "params.json"
+TOKENIZER_FILE = "tokenizer.model"
+HEAD = "output.weight"
+
+_SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+_CUT_ON_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
+_CUT_ON_COLUMNS = ("wo", "w2", "tok_embeddings")
+
+
+class MetaCheckpoint(PublishedCheckpoint):
+    """A directory in Meta's format, opened for reading: its files are mapped, and read where they are looked at."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config_file = directory / PARAMS_FILE
+        self._params = self._read_params()
+        self._paths = _shard_paths(directory)
+        self._shards = [_read_shard(path) for path in self._paths]
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            if differing := sorted(shard.keys() ^ self._shards[0].keys()):
+                raise CorruptCheckpointError(
+                    f"{path.name} and {self._paths[0].name} of {directory} do not hold the same tensors: only one of "
+                    f"them has {', '.join(differing[:8])}. Are they of one model?"
+                )
+        self.config = {**self._params, "vocab_size": self._vocab_size()}
+
+    def check_family(self, family: ModelFamily) -> None:
+        """The format names no family: its configuration is all that there is to go by."""
+
+    def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
+        self._check_number_of_shards(expected)
+        return {name: self._whole_shape(name, expected.get(name)) for name in self._shards[0]}
+
+    def dtype(self, name: str) -> torch.dtype:
+        for path, shard in zip(self._paths, self._shards, strict=True):
+            check_dtypes({name: shard[name]}, path)
+        dtypes = {shard[name].dtype for shard in self._shards}
+        if len(dtypes) > 1:
+            raise CorruptCheckpointError(
+                f"{name} has different dtypes in the files of {self.directory}: {', '.join(sorted(map(str, dtypes)))}"
+            )
+        return dtypes.pop()
+
+    def matrix(self, name: str, shape: Shape) -> LazyMatrix:
+        tensors = [shard[name] for shard in self._shards]
+        cut = _cut_by_shape([tuple(tensor.shape) for tensor in tensors], shape)
+        parts = [MappedMatrix(tensor) for tensor in tensors]
+        if cut == 0:
+            return ConcatenatedRows(parts)
+        if cut == 1:
+            return ConcatenatedColumns(parts)
+        for path, tensor in zip(self._paths, tensors, strict=True):
+            if not torch.equal(tensor, tensors[0]):
+                raise CorruptCheckpointError(
+                    f"{path} and {self._paths[0]} each have the whole of {name}, and differ: are they of one model?"
+                )
+        return parts[0]
+
+    def origin(self) -> dict[str, Any]:
+        return {"source": MetaFormat.name, "config": self._params}
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The tokenizer's files; Meta's downloads have one ``tokenizer.model`` beside the directories of all sizes."""
+        beside = self.directory.absolute().parent / TOKENIZER_FILE
+        return super().tokenizer_files() or ({TOKENIZER_FILE: beside} if beside.is_file() else {})
+
+    def _read_params(self) -> dict[str, Any]:
+        if not self.config_file.is_file():
+            raise CheckpointError(f"{self.directory} has no {PARAMS_FILE}: it is not a checkpoint in Meta's format")
+        try:
+            params = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self.config_file} is damaged: {error}") from error
+        if not isinstance(params, dict):
+            raise CorruptCheckpointError(f"{self.config_file} is damaged: it holds no object")
+        return params
+
+    def _vocab_size(self) -> int:
+        """What ``params.json`` says or, where it leaves that to the tokenizer (-1), the rows of the head."""
+        said = self._params.get("vocab_size")
+        if said not in (None, -1):
+            return said
+        if HEAD not in self._shards[0]:
+            raise CheckpointError(
+                f"{self.config_file} does not say the size of the vocabulary, and {self._paths[0].name} has no {HEAD} "
+                "to tell it from"
+            )
+        return sum(len(shard[HEAD]) if shard[HEAD].dim() else 0 for shard in self._shards)
+
+    def _whole_shape(self, name: str, expected: Shape | None) -> Shape:
+        """The shape of tensor ``name`` merged as ``expected`` asks for or, failing that, as is most likely."""
+        shapes = [tuple(shard[name].shape) for shard in self._shards]
+        if expected is not None and _cut_by_shape(shapes, expected) is not _NO_CUT:
+            return expected
+        usual = _usual_cut(name)
+        if len(shapes) > 1 and usual is not None and usual < len(shapes[0]):
+            return _merged(shapes, usual) or shapes[0]
+        return shapes[0]
+
+    def _check_number_of_shards(self, expected: Mapping[str, Shape]) -> None:
+        """Say that files are missing where that is what the shapes of the layers' matrices mean."""
+        ratios = {
+            _numel(shape) / max(1, self._shards[0][name].numel())
+            for name, shape in expected.items()
+            if name.startswith("layers.") and len(shape) == 2 and name in self._shards[0]
+        }
+        ranks, found = (ratios.pop() if len(ratios) == 1 else 0.0), len(self._shards)
+        vectors_fit = all(
+            tuple(self._shards[0][name].shape) == shape
+            for name, shape in expected.items()
+            if len(shape) == 1 and name in self._shards[0]
+        )
+        if ranks.is_integer() and ranks > 1 and ranks != found and vectors_fit:
+            missing = [
+                _shard_name(rank) for rank in range(int(ranks)) if not (self.directory / _shard_name(rank)).is_file()
+            ]
+            hint = f": {', '.join(missing)} missing" if missing else ""
+            raise CheckpointError(
+                f"the tensors in {self.directory} are cut over {int(ranks)} ranks, and there are {found} files{hint}"
+            )
+
+
+class MetaFormat(CheckpointFormat):
+    """``params.json``, ``consolidated.NN.pth`` cut over any number of ranks, the tokenizer's files."""
+
+    name = "meta"
+
+    def recognises(self, directory: Path) -> bool:
+        return (directory / PARAMS_FILE).is_file()
+
+    def open(self, directory: Path) -> MetaCheckpoint:
+        return MetaCheckpoint(directory)
+
+    def write(self, directory: Path, publication: Publication, *, advance: Callable[[int], None]) -> None:
+        if publication.pp != 1:
+            raise ConfigError(f"the format {self.name} is not cut over pipeline stages: leave out --pp")
+        _check_cut(publication)
+        for rank in range(publication.tp):
+            shard = {tensor.name: _part(tensor, publication.tp, rank) for tensor in publication.tensors}
+            write_torch_file(directory / _shard_name(rank), shard, advance=advance)
+        params = merged_params(publication.origin.get("config", {}), publication.config)
+        (directory / PARAMS_FILE).write_text(json.dumps(params) + "\n", encoding="utf-8")
+        for name, path in publication.tokenizer_files.items():
+            shutil.copyfile(path, directory / name)
+
+
+def _shard_name(rank: int) -> str:
+    return f"consolidated.{rank:02d}.pth"
+
+
+def _shard_paths(directory: Path) -> list[Path]:
+    """The files of all ranks, in order. Raises :class:`CheckpointError` when the numbering has a gap."""
+    found = {int(match[1]): path for path in directory.iterdir() if (match := _SHARD.fullmatch(path.name))}
+    if not found:
+        raise CheckpointError(f"{directory} has {PARAMS_FILE}, but no {_shard_name(0)}: where are the weights?")
+    if missing := [_shard_name(rank) for rank in range(max(found)) if rank not in found]:
+        raise CheckpointError(f"{directory} has {found[max(found)].name}, but {', '.join(missing)} missing")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    shard = read_torch_file(path)
+    if not isinstance(shard, dict) or not all(isinstance(tensor, Tensor) for tensor in shard.values()):
+        raise CorruptCheckpointError(f"{path} is not of Meta's format: it holds something else than tensors by name")
+    return shard
+
+
+# How tensors are cut
+
+_NO_CUT = -1
+
+
+def _cut_by_shape(shapes: Sequence[Shape], whole: Shape) -> int | None:
+    """The dimension that parts of ``shapes`` are joined along to make ``whole``.
+
+    ``None`` when each of them is the whole, ``_NO_CUT`` when nothing makes them so.
+    """
+    if all(shape == whole for shape in shapes):
+        return None
+    return next((dim for dim in range(len(whole)) if _merged(shapes, dim) == whole), _NO_CUT)
+
+
+def _merged(shapes: Sequence[Shape], dim: int) -> Shape | None:
+    """The shape of parts joined along ``dim``; ``None`` when they do not fit beside one another."""
+    if any(len(shape) <= dim for shape in shapes):
+        return None
+    first, *others = ((*shape[:dim], *shape[dim + 1 :]) for shape in shapes)
+    if any(other != first for other in others):
+        return None
+    return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim:])
+
+
+def _usual_cut(name: str) -> int | None:
+    """The dimension that the table above has for tensor ``name``; ``None`` for one that is not cut."""
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return 0 if module in _CUT_ON_ROWS else 1 if module in _CUT_ON_COLUMNS else None
+
+
+def _part(tensor: OutputTensor, tp: int, rank: int) -> OutputTensor:
+    """What rank ``rank`` of ``tp`` has of ``tensor``."""
+    cut = _usual_cut(tensor.name)
+    if cut is None or tp == 1:
+        return tensor
+    size = tensor.shape[cut] // tp
+    mine, all_rows = slice(rank * size, (rank + 1) * size), slice(0, tensor.matrix.rows)
+    rows, columns = (mine, slice(0, tensor.matrix.columns)) if cut == 0 else (all_rows, mine)
+    shape = (*tensor.shape[:cut], size, *tensor.shape[cut + 1 :])
+    return OutputTensor(tensor.name, shape, tensor.dtype, block_of(tensor.matrix, rows, columns))
+
+
+def _check_cut(publication: Publication) -> None:
+    """Refuse a number of ranks that does not divide what each rank has an equal part of.
+
+    Raises:
+        LayoutError: names the numbers that work.
+    """
+    sizes = {"n_heads": publication.config["n_heads"], "n_kv_heads": publication.config["n_kv_heads"]}
+    for tensor in publication.tensors:
+        if (cut := _usual_cut(tensor.name)) is not None:
+            sizes[f"{'rows' if cut == 0 else 'columns'} of {tensor.name}"] = tensor.shape[cut]
+    uneven = [what for what, size in sizes.items() if size % publication.tp]
+    if uneven:
+        working = [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
+        raise LayoutError(
+            f"Meta's format is cut evenly, and {publication.tp} ranks do not divide the {sizes[uneven[0]]} of "
+            f"{uneven[0]}. Numbers of ranks that work: {', '.join(map(str, working))}"
+        )
+
+
+def _numel(shape: Shape) -> int:
+    return torch.Size(shape).numel()

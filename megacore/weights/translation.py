@@ -1,0 +1,76 @@
+"""Translating a published checkpoint from one published format to another, with no native one in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megacore.checkpoint.safetensors_file import MAX_FILE_BYTES
+from megacore.checkpoint.staging import require_space, staged_directory
+from megacore.plugins import Family, get_family
+from megacore.weights.binding import bind
+from megacore.weights.conversion import read_parameters, read_published_config
+from megacore.weights.exporting import published_tensors
+from megacore.weights.formats import Publication, format_for, recognise
+
+
+def translate(
+    model: str | Family,
+    source_directory: Path | str,
+    out: Path | str,
+    *,
+    source: str | None = None,
+    format: str = "hf",
+    dtype: torch.dtype | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    report: Callable[[str], None] = lambda note: None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Write the checkpoint in ``source_directory`` to ``out`` in another published format.
+
+    The same as :func:`convert` followed by :func:`export`, without the native files: tensors stream from the published
+    ones to the published ones.
+
+    Args:
+        model: the family, or its name.
+        source_directory: a published checkpoint.
+        out: is created; must not exist.
+        source: the format of the checkpoint, by default recognised by its files.
+        format: to write.
+        dtype: to convert to; by default every tensor keeps its own.
+        tp: ranks to cut for, in a format that is cut.
+        pp: pipeline stages to cut for, in a format that is cut so.
+        max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
+        report: is told what was assumed, left behind or added, a sentence at a time.
+        advance: is told of every few bytes written.
+
+    Raises:
+        MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
+    """
+    family = get_family(model) if isinstance(model, str) else model
+    directory, out = Path(source_directory), Path(out)
+    source = source or recognise(directory)
+    writer = format_for(family.family, format)
+    published = format_for(family.family, source).open(directory)
+    config = read_published_config(family, published, source)
+    target = bind(family, config, format)
+    parameters = read_parameters(bind(family, config, source), published, dtype)
+    for note in published.notes():
+        report(note)
+    publication = Publication(
+        tensors=published_tensors(target, parameters, dtype),
+        config=family.family.config_to_source(config, format),
+        origin=published.origin() if source == format else {},
+        tokenizer_files=published.tokenizer_files(),
+        tp=tp,
+        pp=pp,
+        max_file_bytes=max_file_bytes,
+        report=report,
+    )
+    with staged_directory(out) as staging:
+        require_space(staging, publication.num_bytes, out)
+        writer.write(staging, publication, advance=advance)
