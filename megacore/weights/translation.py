@@ -62,7 +62,7 @@ def translate(
     for note in published.notes():
         report(note)
     publication = Publication(
-        tensors=published_tensors(target, parameters, dtype),
+        tensors=published_tensors(target, parameters, None),  # they are in the dtype that was asked for already
         config=family.family.config_to_source(config, format),
         origin=published.origin() if source == format else {},
         tokenizer_files=published.tokenizer_files(),
