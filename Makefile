@@ -1,11 +1,11 @@
 # make test    everything CI checks of the code's behaviour     make check   lint, format and types
 # make demo    a real model through every command               make soak    the long kill tests
-# Each sets up .venv by itself, once. On a machine without a GPU, say
-#   make TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu" …
-# the first time, unless pip already finds a CPU build of torch.
+# Each sets up .venv by itself, once. torch is its CPU build, from torch's own index unless pip is configured to look
+# elsewhere; TORCH_INDEX="--index-url …" says where to take another one from.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-TORCH_INDEX ?=
+CPU_BUILD := --index-url https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(if $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -E 'index-url|find-links'),,$(CPU_BUILD))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 

@@ -299,9 +299,9 @@ def moments(seconds: float, number: int, seed: int) -> list[float]:
     return chosen
 
 
+@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_killed_command_leaves_nothing_or_the_whole(program, large, room, command):
-    times = 20
+def test_a_killed_command_leaves_nothing_or_the_whole(program, large, room, command, times):
     out = room / "out"
     hit_in_the_middle = 0
     for moment in moments(typical_seconds(program, large, command, room), times, seed=COMMANDS.index(command)):

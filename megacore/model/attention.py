@@ -1,4 +1,4 @@
-"""Grouped-query self-attention with rotary positions."""
+"""Grouped-query self-attention with rotary positions or linear biases."""
 
 from __future__ import annotations
 

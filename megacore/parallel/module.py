@@ -41,7 +41,8 @@ class ParallelModule(nn.Module):
 def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
     """The specs of all parameters of ``model``, by their full names, in the order of the modules.
 
-    A parameter that was not declared (of a plain ``torch.nn`` module in a plugin's layer) is not cut.
+    A parameter that was not declared (of a plain ``torch.nn`` module in a plugin's layer) is not cut; such a module
+    computes on plain tensors and works in a single process only.
     """
     specs = {}
     for prefix, module in model.named_modules():

@@ -60,7 +60,13 @@ def standard_config_to_hf(
     model_type: str,
     rotary_methods: Mapping[str, type[RotaryScaling]] = ROTARY_METHODS,
 ) -> dict[str, Any]:
-    """The ``config.json`` of ``config``, the inverse of :func:`standard_config_from_hf`."""
+    """The ``config.json`` of ``config``, the inverse of :func:`standard_config_from_hf`.
+
+    Raises:
+        ConfigError: for a model that the keys cannot describe.
+    """
+    if config.qkv_bias != config.attention_output_bias:
+        raise ConfigError("the format has one attention_bias for both projections, and this model has a bias on one")
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
         "architectures": [architecture],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megacore import ModelConfig, ModelFamily, hookimpl
 from megacore.errors import UnsupportedSourceError
 from megacore_llama2.config import config_from_source, config_to_source
-from megacore_llama2.presets import CODELLAMA, LLAMA2
+from megacore_llama2.presets import CODELLAMA, CODELLAMA_HUB, LLAMA2, LLAMA2_HUB
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,9 @@ def model_families() -> list[ModelFamily]:
             config_to_source=config_to_source,
             sources=SOURCES,
             presets=presets,
+            hub=hub,
         )
-        for name, presets in {"llama2": LLAMA2, "codellama": CODELLAMA}.items()
+        for name, presets, hub in (("llama2", LLAMA2, LLAMA2_HUB), ("codellama", CODELLAMA, CODELLAMA_HUB))
     ]
 
 

@@ -37,3 +37,7 @@ CODELLAMA = {
     "34": _codellama(layers=48, hidden=8192, ffn=22016, heads=64, kv_heads=8, vocab=32000),
     "70": _codellama(layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, vocab=32016),
 }
+
+LLAMA2_HUB = {size: f"meta-llama/Llama-2-{size}b-hf" for size in LLAMA2}
+CODELLAMA_HUB = {size: f"codellama/CodeLlama-{size}b-hf" for size in CODELLAMA}
+"""Where on the hub each size is, in the Hugging Face format; those of Llama 2 ask to accept Meta's licence first."""
