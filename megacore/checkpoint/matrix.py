@@ -17,6 +17,8 @@ from torch import Tensor
 from megacore.errors import CheckpointError
 from megacore.parallel import Rows
 
+_COMPARED_ROWS = 1024
+
 
 class LazyMatrix(ABC):
     """A matrix of ``rows`` × ``columns`` elements of ``dtype`` that exists only while a block of it is read."""
@@ -130,6 +132,13 @@ def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if bool((converted.isinf() & ~block.isinf()).any()):
         raise CheckpointError(f"{name} has numbers beyond the range of {str(dtype).removeprefix('torch.')}: use bf16")
     return converted
+
+
+def equal(one: LazyMatrix, other: LazyMatrix) -> bool:
+    """Whether two matrices of one shape hold the same numbers, compared some rows at a time."""
+    columns = slice(0, one.columns)
+    blocks = (slice(start, min(start + _COMPARED_ROWS, one.rows)) for start in range(0, one.rows, _COMPARED_ROWS))
+    return all(torch.equal(one.read(rows, columns), other.read(rows, columns)) for rows in blocks)
 
 
 def count(rows: Rows) -> int:

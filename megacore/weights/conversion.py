@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megacore.checkpoint import Layout, Manifest, Parameter, history_entry, write_checkpoint
-from megacore.checkpoint.matrix import Cast, LazyMatrix
+from megacore.checkpoint.matrix import Cast, LazyMatrix, equal
 from megacore.config import ModelConfig
 from megacore.errors import ConfigError, WeightMapError
 from megacore.plugins import Family, get_family
@@ -20,8 +20,6 @@ from megacore.weights.hub import provenance
 
 NOT_OF_THE_SIZE = frozenset(("vocab_size", "max_position_embeddings", "norm_eps", "rope_theta", "rope_scaling"))
 """The fields of a configuration that a ``size`` leaves open: added tokens and longer contexts do not change it."""
-
-_COMPARED_ROWS = 1024
 
 
 def convert(
@@ -155,15 +153,8 @@ def _check_aliases(bound: BoundMap, published: PublishedCheckpoint, found: Mappi
         if alias not in found:
             continue
         shape = found[original]
-        if found[alias] != shape or not _equal(published.matrix(alias, shape), published.matrix(original, shape)):
+        if found[alias] != shape or not equal(published.matrix(alias, shape), published.matrix(original, shape)):
             raise WeightMapError(
                 f"{published.directory}: {published.config_file.name} ties {alias} to {original}, but the two tensors "
                 'differ. If the head has weights of its own, set "tie_word_embeddings": false there'
             )
-
-
-def _equal(one: LazyMatrix, other: LazyMatrix) -> bool:
-    """Whether two matrices of one shape are equal, a few rows at a time."""
-    columns = slice(0, one.columns)
-    blocks = (slice(start, min(start + _COMPARED_ROWS, one.rows)) for start in range(0, one.rows, _COMPARED_ROWS))
-    return all(torch.equal(one.read(rows, columns), other.read(rows, columns)) for rows in blocks)

@@ -1,0 +1,245 @@
+"""Reading: the ranks' parts joined, under the names that trained files have, padding known or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacore.checkpoint.matrix import LazyMatrix, RowsOf, equal
+from megacore.checkpoint.torch_file import (
+    MappedMatrix,
+    check_dtypes,
+)
+from megacore.errors import ConfigError, CorruptCheckpointError
+from megacore.hookspecs import ModelFamily
+from megacore.plugins import default_registry
+from megacore.weights.formats.megatron_llm.layout import (
+    EMBEDDING,
+    HALVES,
+    HEAD,
+    LAYER,
+    RECORD,
+    TIED_HEAD,
+    TRAINING_STATE,
+    RankFiles,
+    cut_of,
+    flattened,
+    trained_spelling,
+)
+from megacore.weights.formats.published import PublishedCheckpoint, Shape
+from megacore.weights.megatron_llm_map import half_from_interleaved_rows
+
+_KEPT_ARGS = ("make_vocab_size_divisible_by", "model_name", "seq_length", "tokenizer_type")
+"""Of what a checkpoint says beside its architecture. Not more: the rest may hold paths, and keys to services."""
+
+
+class MegatronLlmCheckpoint(PublishedCheckpoint):
+    """A checkpoint in the format megatron-llm, opened for reading."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = RankFiles.open(directory)
+        self.config_file = self._files.paths[0][0]
+        self._parts = self._named_parts()
+        self.config = self._files.args
+        if EMBEDDING not in self._parts:
+            raise CorruptCheckpointError(f"{self.config_file} holds no {EMBEDDING}")
+        self._stored_rows = sum(len(part) for part in self._parts[EMBEDDING])
+        self.config["vocab_size"] = self._true_vocab_size()
+        self._take_tied_head()
+
+    def check_family(self, family: ModelFamily) -> None:
+        registry = default_registry()
+        named = self.config.get("model_name")
+        if named == family.name or named not in registry.list_families():
+            return
+        if not set(registry.get_family(named).family.architectures) & set(family.architectures):
+            raise ConfigError(f"{self.config_file} says that it is a {named}, not a {family.name}; use --model {named}")
+
+    def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
+        return {name: self._shape(name) for name in self._parts}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._parts[name][0].dtype
+
+    def matrix(self, name: str, shape: Shape) -> LazyMatrix:
+        whole = self._whole(name)
+        if name in (EMBEDDING, HEAD):
+            return RowsOf(whole, slice(0, self.config["vocab_size"]))
+        if name.endswith(".query_key_value.weight") and self._files.rotary_layout == HALVES:
+            return RowsOf(whole, interleaved_from_halves(self.config, whole.rows, name))
+        return whole
+
+    def origin(self) -> dict[str, Any]:
+        return {"source": "megatron-llm", "config": {k: self.config[k] for k in _KEPT_ARGS if k in self.config}}
+
+    def drop_vocabulary_padding(self, true_vocab_size: int) -> None:
+        if not 1 <= true_vocab_size <= self._stored_rows:
+            raise ConfigError(
+                f"the true vocabulary cannot be of {true_vocab_size}: {self.config_file} holds {self._stored_rows} rows"
+            )
+        self.config["vocab_size"] = true_vocab_size
+
+    def notes(self) -> list[str]:
+        notes = [*self._vocabulary_notes()]
+        if self._files.rotary_layout is None:
+            notes.append(
+                "the checkpoint does not record its rotary layout and is taken for one with interleaved pairs. If it "
+                "was converted at commit 332cf3c of its system or earlier, run `megacore permute-qkv` on it first"
+            )
+        if dropped := [key for key in TRAINING_STATE if key in self._files.documents[0][0]]:
+            notes.append(f"only the weights are converted; {', '.join(dropped)} are left behind")
+        if drifted := self._drifted():
+            more = f" and {len(drifted) - 1} more" if len(drifted) > 1 else ""
+            notes.append(
+                f"{drifted[0]}{more} should be the same on every tensor parallel rank and are not; rank 0's are taken, "
+                "as the checkpoint's own system does"
+            )
+        if self._files.iteration == "release" and self._saved_defaults():
+            notes.append(
+                "layernorm_epsilon and rope_theta are the defaults of the checkpoint's system, whose tool for cutting "
+                "checkpoints writes these whatever the model has: `megacore verify` tells whether they are right"
+            )
+        return notes
+
+    def _saved_defaults(self) -> bool:
+        """Whether all arguments were saved, not only a converter's, and the norm's and the rotary ones are defaults."""
+        defaults = {"layernorm_epsilon": 1e-5, "rope_theta": 10000.0}
+        return "micro_batch_size" in self.config and all(self.config.get(k) in (None, v) for k, v in defaults.items())
+
+    def _drifted(self) -> list[str]:
+        """Tensors that every rank has whole, and not the same on each."""
+        is_gated = bool(self.config.get("glu_activation"))
+        return [
+            name
+            for name, parts in self._parts.items()
+            if cut_of(name, is_gated=is_gated) is None and not all(torch.equal(parts[0], part) for part in parts[1:])
+        ]
+
+    def _named_parts(self) -> dict[str, list[Tensor]]:
+        """The parts of every tensor, one for each tensor-parallel rank."""
+        stages = [
+            [dict(_spelt(document, path)) for document, path in zip(documents, paths, strict=True)]
+            for documents, paths in zip(self._files.documents, self._files.paths, strict=True)
+        ]
+        num_layers = [
+            1 + max((int(match[1]) for name in ranks[0] if (match := LAYER.fullmatch(name))), default=-1)
+            for ranks in stages
+        ]
+        parts: dict[str, list[Tensor]] = {}
+        for first_layer, ranks, paths in zip(
+            list(accumulate(num_layers, initial=0))[:-1], stages, self._files.paths, strict=True
+        ):
+            for name, tensor in ranks[0].items():
+                for rank, path in zip(ranks, paths, strict=True):
+                    other = rank.get(name)
+                    if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
+                        raise CorruptCheckpointError(f"{path} and {paths[0]} disagree about tensor {name}")
+                whole_name = LAYER.sub(lambda match: f"encoder.layers.{int(match[1]) + first_layer}.{match[2]}", name)  # noqa: B023
+                if whole_name in parts:
+                    raise CorruptCheckpointError(f"{paths[0]} holds {name}, and an earlier stage does too")
+                parts[whole_name] = [rank[name] for rank in ranks]
+        return parts
+
+    def _whole(self, name: str) -> LazyMatrix:
+        parts = [MappedMatrix(part) for part in self._parts[name]]
+        cut = cut_of(name, is_gated=bool(self.config.get("glu_activation")))
+        if len(parts) == 1:
+            return parts[0]
+        if cut is not None:
+            return cut.merge(parts)
+        return parts[0]
+
+    def _shape(self, name: str) -> Shape:
+        if name in (EMBEDDING, HEAD):
+            whole = self._whole(name)
+            rows = self.config["vocab_size"] if whole.rows == self._stored_rows else whole.rows
+            return rows, whole.columns
+        part = self._parts[name][0]
+        if part.dim() != 2:
+            return tuple(part.shape)
+        whole = self._whole(name)
+        return whole.rows, whole.columns
+
+    def _take_tied_head(self) -> None:
+        """The last stage's copy of the embedding must be one; then it is not needed."""
+        if TIED_HEAD not in self._parts:
+            return
+        head, embedding = self._whole(TIED_HEAD), self._whole(EMBEDDING)
+        if (head.rows, head.columns) != (embedding.rows, embedding.columns) or not equal(head, embedding):
+            raise CorruptCheckpointError(
+                f"{self.directory}: the head on the last pipeline stage ({TIED_HEAD}) should be the embedding, and it "
+                "differs from it: the stages are not of the same model, or were saved at different times"
+            )
+        del self._parts[TIED_HEAD]
+
+    def _true_vocab_size(self) -> int:
+        """How many rows of the embedding are known to be tokens: all of them, unless the checkpoint says otherwise."""
+        recorded = self._files.documents[0][0].get(RECORD, {}).get("true_vocab_size")
+        if recorded is not None:
+            if not isinstance(recorded, int) or not 1 <= recorded <= self._stored_rows:
+                raise CorruptCheckpointError(
+                    f"{self.config_file} records a vocabulary of {recorded!r} and holds {self._stored_rows} rows"
+                )
+            return recorded
+        extra = self.config.get("vocab_extra_ids") or self.config.get("vocab_extra_ids_list")
+        if self.config.get("no_new_tokens") and not extra:
+            return min(self._tokens() or self._stored_rows, self._stored_rows)
+        return self._stored_rows
+
+    def _vocabulary_notes(self) -> Iterator[str]:
+        dropped = self._stored_rows - self.config["vocab_size"]
+        if dropped:
+            yield f"the last {dropped} rows of the vocabulary are padding and were dropped"
+            return
+        tokens = self._tokens()
+        if tokens is None:
+            yield (
+                f"all {self._stored_rows} rows of the vocabulary are kept, since the checkpoint does not say whether "
+                "the last are padding; if they are, give the true number with --true-vocab-size"
+            )
+        elif tokens < self._stored_rows:
+            yield (
+                f"all {self._stored_rows} rows of the vocabulary are kept, although tokenizer.model has {tokens} "
+                "tokens: the others may be new tokens or padding; to drop padding, give the true number with "
+                "--true-vocab-size"
+            )
+
+    def _tokens(self) -> int | None:
+        """The tokens that ``tokenizer.model`` has, if it is there."""
+        path = self.directory / "tokenizer.model"
+        if not path.is_file():
+            return None
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            return SentencePieceProcessor(model_file=str(path)).vocab_size()
+        except (RuntimeError, OSError) as error:
+            raise CorruptCheckpointError(f"{path} is damaged, or no SentencePiece model") from error
+
+
+def _spelt(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
+    tensors = {trained_spelling(name): tensor for name, tensor in flattened(document["model"])}
+    check_dtypes(tensors, path)
+    yield from tensors.items()
+
+
+def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str) -> Tensor:
+    """For ``rows`` rows of tensor ``name``, a QKV projection or some groups of one: which row of halves goes where."""
+    heads = args["num_attention_heads"]
+    kv_heads = args.get("num_attention_heads_kv") or heads
+    head_dim = args.get("kv_channels") or args["hidden_size"] // heads
+    queries = heads // kv_heads
+    groups, rest = divmod(rows, (queries + 2) * head_dim)
+    if rest:
+        raise CorruptCheckpointError(
+            f"{name} has {rows} rows, which are not whole groups of {queries} query heads, a key and a value of "
+            f"{head_dim}"
+        )
+    halves = half_from_interleaved_rows(queries_per_kv=queries, kv_heads=groups, head_dim=head_dim)
+    return torch.tensor(halves).argsort()
