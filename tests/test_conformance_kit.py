@@ -143,7 +143,7 @@ FAULTS = {
     "no positions": Fault(
         LOGITS,
         r"at the first position the logits agree: look at what depends on other positions, the rotary embedding",
-        (LAYER, "(hidden), positions)", "(hidden), Positions(None, None))"),
+        (LAYER, "(hidden), positions)", "(hidden), Positions())"),
         (LAYER, "GatedMLP, RMSNorm", "GatedMLP, Positions, RMSNorm"),
     ),
     "a hard-coded eps": Fault(

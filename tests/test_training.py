@@ -439,7 +439,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_in_a_dataset_that_does_not_
 
     said = refusal(place, tmp_path, "--set", f"data.prefix={prefix}")
 
-    assert "was made with a tokenizer of 100 ids, and the checkpoint's vocabulary has 99" in said
+    assert "has token id 99, and the checkpoint's vocabulary is 0 to 98" in said
 
 
 # --- the whole command, on two processes of its own

@@ -26,7 +26,7 @@ def alibi_mask(
     Softmax does not see a shift, so the bias is the slope times the key's position rather than its distance. It is
     rounded to bfloat16, as it was when the published models were trained.
     """
-    positions = torch.arange(sequence_length)
-    biases = (slopes.bfloat16().unsqueeze(-1) * positions).to(dtype) * scale
-    future = torch.ones(sequence_length, sequence_length, dtype=torch.bool).triu(1)
-    return biases.unsqueeze(1).expand(-1, sequence_length, -1).masked_fill(future, -math.inf).to(device)
+    positions = torch.arange(sequence_length, device=device)
+    biases = (slopes.to(device, torch.bfloat16).unsqueeze(-1) * positions).to(dtype) * scale
+    future = positions > positions.unsqueeze(-1)
+    return biases.unsqueeze(1).masked_fill(future, -math.inf)

@@ -16,22 +16,37 @@ from megacore.parallel import ColumnParallelLinear, ParallelContext, RowParallel
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of the positions.
+    """What attention needs to know of the positions, made once for all layers.
 
     Attributes:
         cos: of the rotary angles, ``[sequence, head_dim]``; ``None`` for a model without rotary embedding.
         sin: likewise.
+        mask: what is added to the scores of this rank's heads, ``[local_heads, sequence, sequence]``; ``None`` where
+            attention is causal and nothing else.
     """
 
-    cos: Tensor | None
-    sin: Tensor | None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, sequence_length: int, *, device: torch.device, dtype: torch.dtype) -> Positions:
+    def of(
+        cls,
+        config: ModelConfig,
+        sequence_length: int,
+        parallel: ParallelContext,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Positions:
         """The positions 0 to ``sequence_length - 1``."""
-        if config.position_embedding == "alibi":
-            return cls(None, None)
-        return cls(*rotary_table(config, sequence_length, device=device, dtype=dtype))
+        if config.position_embedding == "rotary":
+            cos, sin = rotary_table(config, sequence_length, device=device, dtype=dtype)
+            return cls(cos=cos, sin=sin)
+        first, last = chunk_bounds(config.num_kv_heads, parallel.tp_size, parallel.tp_rank)
+        heads = slice(first * config.queries_per_kv, last * config.queries_per_kv)
+        slopes = alibi_slopes(config.num_attention_heads)[heads]
+        return cls(mask=alibi_mask(slopes, sequence_length, config.head_dim**-0.5, device=device, dtype=dtype))
 
 
 class SelfAttention(nn.Module):
@@ -49,10 +64,6 @@ class SelfAttention(nn.Module):
         groups, queries, head_dim = config.num_kv_heads, config.queries_per_kv, config.head_dim
         self.queries_per_kv = queries
         self.head_dim = head_dim
-        self.slopes = None
-        if config.position_embedding == "alibi":
-            first, last = chunk_bounds(groups, parallel.tp_size, parallel.tp_rank)
-            self.slopes = alibi_slopes(config.num_attention_heads)[first * queries : last * queries]
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size, (groups, (queries + 2) * head_dim), shard_dim=0, bias=config.qkv_bias, parallel=parallel
         )
@@ -62,19 +73,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         query, key, value = self.split_heads(self.linear_qkv(hidden))
-        mask = None
         if positions.cos is not None and positions.sin is not None:
             query = apply_rotary(query, positions.cos, positions.sin)
             key = apply_rotary(key, positions.cos, positions.sin)
-        if self.slopes is not None:
-            scale = self.head_dim**-0.5
-            mask = alibi_mask(self.slopes, query.shape[1], scale, device=query.device, dtype=query.dtype)
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
+            attn_mask=positions.mask,
+            is_causal=positions.mask is None,
             enable_gqa=True,
         )
         return self.linear_proj(attended.transpose(1, 2).flatten(2))

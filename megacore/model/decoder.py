@@ -73,7 +73,9 @@ class DecoderModel(nn.Module):
                 "which sequence parallelism needs"
             )
         hidden = self.embedding(input_ids)
-        positions = Positions.of(self.config, input_ids.shape[1], device=hidden.device, dtype=hidden.dtype)
+        positions = Positions.of(
+            self.config, input_ids.shape[1], self.parallel, device=hidden.device, dtype=hidden.dtype
+        )
         hidden = self.decoder(hidden, positions)
         if self.config.tie_embeddings:
             return vocab_parallel_logits(hidden, self.embedding.word_embeddings.local("weight"), self.parallel)
