@@ -93,6 +93,56 @@ def model_of(tensors: Mapping[str, Tensor], config: Any, **args: Any) -> Model:
     )
 
 
+def falcon_model_of(tensors: Mapping[str, Tensor], config: Any, **args: Any) -> Model:
+    """A Falcon in the style of 7B or of 40B that transformers saved as ``tensors``, taken apart."""
+    heads = config.num_attention_heads
+    kv_heads = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+    norms = (
+        {"input_layernorm": "ln_attn", "mlp_layernorm": "ln_mlp"}
+        if config.new_decoder_architecture
+        else {"input_layernorm": "input_layernorm"}
+    )
+
+    def layer(number: int) -> Layer:
+        prefix = f"transformer.h.{number}"
+        fused = tensors[f"{prefix}.self_attention.query_key_value.weight"]
+        fused = fused.unflatten(0, (kv_heads, -1, config.hidden_size // heads))
+        return Layer(
+            q=fused[:, :-2].flatten(0, 1),
+            k=fused[:, -2],
+            v=fused[:, -1],
+            dense=tensors[f"{prefix}.self_attention.dense.weight"],
+            gate=tensors[f"{prefix}.mlp.dense_h_to_4h.weight"],
+            up=None,
+            down=tensors[f"{prefix}.mlp.dense_4h_to_h.weight"],
+            norms={
+                f"{theirs}.{part}": tensors[f"{prefix}.{published}.{part}"]
+                for theirs, published in norms.items()
+                for part in ("weight", "bias")
+            },
+        )
+
+    return Model(
+        layers=[layer(number) for number in range(config.num_hidden_layers)],
+        embedding=tensors["transformer.word_embeddings.weight"],
+        head=None,
+        final={part: tensors[f"transformer.ln_f.{part}"] for part in ("weight", "bias")},
+        args={
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": heads,
+            "num_attention_heads_kv": kv_heads,
+            "parallel_attn": True,
+            "position_embedding_type": "rotary",
+            "tokenizer_type": "FalconTokenizer",
+            "max_position_embeddings": 2048,
+            "seq_length": 2048,
+        }
+        | ({"parallel_layernorm": True} if config.new_decoder_architecture else {})
+        | args,
+    )
+
+
 def interleaved(block: Tensor) -> Tensor:
     """A query or key head [head_dim, hidden] from halves to pairs: 0, d/2, 1, d/2 + 1, …"""
     head_dim = block.shape[0]
@@ -181,7 +231,7 @@ def write_megatron_llm(
     folder = "iter_0000040" if trained else "release"
     sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     rows = vocab_rows or len(model.embedding)
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     for stage in range(pp):
         for rank in range(tp):
             path = rank_file(directory, rank, stage, pp, folder=folder)

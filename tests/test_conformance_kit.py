@@ -7,11 +7,15 @@ with one fault put in. All are installed side by side and tested in one run of p
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from megacore.cli.new_plugin import render_plugin
+from megacore.testing import faults
+from megacore.weights.rules import Copy, SwappedHalves
 from plugin_on_path import lay_out, run_pytest
 
 
@@ -298,6 +302,25 @@ FAULTS = {
             "    def test_the_round_trip_is_bit_exact(self):\n        pass\n\n    def tiny_configs",
         ),
     ),
+    "a helper overridden": Fault(
+        "test_the_kit_is_intact",
+        r"deleted or overridden without @pytest\.mark\.xfail\(reason=\.\.\.\): _check_visible$",
+        (
+            TESTS,
+            "    def tiny_configs",
+            "    def _check_visible(self, case, plant):\n        pass\n\n    def tiny_configs",
+        ),
+    ),
+    "no formats": Fault(
+        "test_the_kit_is_intact",
+        r"sources names no format: nothing is tested",
+        (TESTS, "    def tiny_configs", "    sources = ()\n\n    def tiny_configs"),
+    ),
+    "no configurations": Fault(
+        "test_the_kit_is_intact",
+        r"tiny_configs\(\) gives no configuration: nothing is tested",
+        (TESTS, "    def tiny_configs", "    def tiny_configs(self):\n        return {}\n\n    def other_configs"),
+    ),
     "a single layer": Fault(
         "test_the_configuration_can_show_a_fault",
         r"give the tiny configuration 2 layers or more",
@@ -376,3 +399,14 @@ def test_the_check_that_watches_over_the_others_cannot_be_replaced():
 
     with pytest.raises(TypeError, match="TestSly replaces test_the_kit_is_intact"):
         type("TestSly", (ModelFamilyTests,), {"test_the_kit_is_intact": None})
+
+
+def test_a_gate_and_up_in_one_source_tensor_are_swapped_too():
+    rules = {"fc1": SwappedHalves("fc1", "published"), "fc2": Copy("fc2", "other")}
+    parameters = {"fc1": torch.arange(4.0).view(4, 1), "fc2": torch.zeros(2, 2)}
+    case = SimpleNamespace(bound=SimpleNamespace(rules=rules), parameters=parameters, converted_config=None)
+
+    (fault,) = faults.swapped_gate_and_up(case)
+
+    assert fault.what == "the two parts of the SwappedHalves rules (gate and up) are swapped"
+    assert fault.parameters["fc1"].flatten().tolist() == [2, 3, 0, 1]

@@ -151,6 +151,23 @@ def test_the_files_that_an_index_names_are_fetched(hub, in_several_files):
     assert {name for name in names_in(directory) if name.endswith(".safetensors")} == named
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["*", "*.safetensors", "pytorch_model.bin", "modeling_tiny.py", "onnx/model.safetensors", "a[b].safetensors"],
+)
+def test_an_index_that_names_anything_but_safetensors_is_refused_and_nothing_of_it_fetched(hub, in_several_files, name):
+    index = in_several_files / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(document))
+    hub.publish(NAME, in_several_files)
+
+    told = message(CorruptCheckpointError, fetch, NAME)
+
+    assert f"names {name!r}, which is not a safetensors file of its own directory" in told
+    assert all(fetched.endswith(".json") for fetched in hub.fetched)
+
+
 def test_the_default_cache_is_that_of_huggingface_hub(hub, published, tmp_path):
     hub.publish(NAME, published)
 
@@ -475,6 +492,22 @@ def test_convert_takes_revision_and_cache(hub, published, tmp_path):
     assert Path(entry["source"]).is_relative_to(tmp_path / "cache")
 
 
+def test_translate_takes_what_convert_takes(hub, published, tmp_path):
+    commit = hub.publish(NAME, published, revision="v1")
+    hub.publish(NAME, tmp_path)
+
+    result = megacore(
+        "translate", "--model", "llama", "--from", NAME, "--revision", "v1",
+        "--cache-dir", tmp_path / "cache", "--out", tmp_path / "out",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    assert f"Note: {NAME} is at revision {commit}.\n" in result.stderr
+    assert result.stdout == f"Translated {NAME} to {tmp_path / 'out'} (hf).\n"
+    assert (tmp_path / "cache").is_dir()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_conversion_of_a_directory_records_no_repository(published, tmp_path):
     result = megacore("convert", "--model", "llama", "--from", published, "--out", tmp_path / "ckpt")
 
@@ -528,10 +561,11 @@ def test_neither_a_checkpoint_nor_a_size_is_a_mistake(tmp_path):
     assert "Give --from, or --size to fetch a published model." in result.stderr
 
 
-def test_an_output_that_exists_is_refused_before_anything_is_fetched(hub, published, tmp_path):
+@pytest.mark.parametrize("command", ["convert", "translate"])
+def test_an_output_that_exists_is_refused_before_anything_is_fetched(hub, published, tmp_path, command):
     hub.publish(NAME, published)
 
-    result = megacore("convert", "--model", "llama", "--from", NAME, "--out", tmp_path)
+    result = megacore(command, "--model", "llama", "--from", NAME, "--out", tmp_path)
 
     assert result.exit_code == 2
     assert "exists already" in result.stderr

@@ -69,6 +69,24 @@ def qkv_parts(config: ModelConfig, columns: int) -> list[Tensor]:
     return list(numbered(sum(rows), columns).split(rows))
 
 
+class Shifted(Copy):
+    """A rule of a plugin's own, with an attribute of its own."""
+
+    def __init__(self, native: str, source: str, *, shift: int) -> None:
+        super().__init__(native, source)
+        self.shift = shift
+
+
+def test_a_rule_for_a_layer_keeps_what_a_plugins_own_kind_of_rule_holds():
+    rule = Shifted("layers.*.a", "blocks.*.b", shift=3)
+
+    [first, second] = WeightMap(rule).expand(2)
+
+    assert isinstance(second, Shifted)
+    assert (second.native, second.sources, second.shift) == ("layers.1.a", ("blocks.1.b",), 3)
+    assert (first.native, rule.native) == ("layers.0.a", "layers.*.a")
+
+
 # The order of the fused QKV projection
 
 

@@ -12,12 +12,16 @@ from megacore.cli.options import (
     DtypeType,
     FamilyType,
     cache_dir_option,
+    from_option,
     out_option,
     pp_option,
     revision_option,
+    source_option,
     tp_option,
+    true_vocab_size_option,
 )
-from megacore.cli.progress import bytes_progress
+from megacore.cli.origin import published_directory
+from megacore.cli.progress import bytes_progress, published_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +31,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--model", type=FamilyType(), required=True, help="Model family; `megacore plugins` lists them.")
-@click.option(
-    "--from",
-    "origin",
-    metavar="DIR_OR_HUB_ID",
-    help="Checkpoint to convert: a directory, or owner/name on the Hugging Face hub.  [default: where --size is]",
-)
+@from_option("convert", default="where --size is")
 @click.option(
     "--size",
     help="Published size to fetch from the hub; with --from, refuse a checkpoint that is not of this size.",
@@ -40,15 +39,11 @@ if TYPE_CHECKING:
 @cache_dir_option
 @revision_option
 @out_option
-@click.option("--source", help="Format of the checkpoint to convert.  [default: recognised by its files]")
+@source_option
 @click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
 @tp_option
 @pp_option
-@click.option(
-    "--true-vocab-size",
-    type=click.IntRange(min=1),
-    help="Rows of the vocabulary that are tokens, where a checkpoint pads it and does not say so.",
-)
+@true_vocab_size_option
 def convert(
     model: Family,
     origin: str | None,
@@ -70,22 +65,16 @@ def convert(
     """
     if origin is None and size is None:
         raise click.UsageError("Give --from, or --size to fetch a published model.")
-    from megacore.checkpoint.staging import reported_as_output_error, require_absent
     from megacore.parallel import describe_imbalance
     from megacore.weights import convert
-    from megacore.weights.hub import fetch, locate, provenance, repository_of_size
+    from megacore.weights.hub import repository_of_size
 
-    with reported_as_output_error(out):
-        require_absent(out)  # said before a download, not after it
-    if origin is not None:
-        source_directory = locate(origin, cache_dir=cache_dir, revision=revision)
-    else:
+    is_on_hub = origin is None
+    if origin is None:
         assert size is not None
-        source_directory = fetch(repository_of_size(model, size), cache_dir=cache_dir, revision=revision)
-    if fetched := provenance(source_directory):
-        print_note(f"{fetched['repository']} is at revision {fetched['revision']}")
-    total = sum(path.stat().st_size for path in source_directory.glob("*.safetensors"))
-    with bytes_progress("converting", total) as advance:
+        origin = repository_of_size(model, size)
+    source_directory = published_directory(origin, out=out, cache_dir=cache_dir, revision=revision, is_on_hub=is_on_hub)
+    with bytes_progress("converting", published_bytes(source_directory, source)) as advance:
         manifest = convert(
             model,
             source_directory,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.options import DtypeType, checkpoint_argument, out_option, pp_option, tp_option
+from megacore.cli.options import DtypeType, checkpoint_argument, format_option, out_option, pp_option, tp_option
 from megacore.cli.progress import bytes_progress
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @checkpoint_argument
 @out_option
-@click.option("--format", default="hf", show_default=True, help="Format to write.")
+@format_option
 @click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
 @tp_option
 @pp_option

@@ -81,6 +81,39 @@ def parallel_size_option(name: str, help: str, default: int | None = 1) -> Calla
 tp_option = parallel_size_option("--tp", "Tensor-parallel size to cut for.")
 pp_option = parallel_size_option("--pp", "Pipeline-parallel size to cut for.")
 
+FORMAT_NAMES = ("hf", "meta", "megatron-llm")
+"""The published formats; those of :data:`megacore.weights.formats.FORMATS`, which would be slow to import."""
+
+source_option = click.option(
+    "--source", help=f"Format of the checkpoint: {', '.join(FORMAT_NAMES)}.  [default: recognised by its files]"
+)
+"""The format that a command reads."""
+
+format_option = click.option(
+    "--format", default="hf", show_default=True, help=f"Format to write: {', '.join(FORMAT_NAMES)}."
+)
+"""The format that a command writes."""
+
+true_vocab_size_option = click.option(
+    "--true-vocab-size",
+    type=click.IntRange(min=1),
+    help="Rows of the vocabulary that are tokens, where a checkpoint pads it and does not say so.",
+)
+"""What a command is told of the vocabulary."""
+
+
+def from_option(verb: str, *, default: str | None = None) -> Callable[[Command], Command]:
+    """An option for the published checkpoint that a command reads; required unless there is a ``default``."""
+    return click.option(
+        "--from",
+        "origin",
+        metavar="DIR_OR_HUB_ID",
+        required=default is None,
+        help=f"Checkpoint to {verb}: a directory, or owner/name on the Hugging Face hub."
+        + (f"  [default: {default}]" if default else ""),
+    )
+
+
 cache_dir_option = click.option(
     "--cache-dir",
     type=click.Path(file_okay=False, path_type=Path),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.progress import bytes_progress
+from megacore.cli.progress import bytes_progress, published_bytes
 
 
 @click.command("permute-qkv")
@@ -29,7 +29,6 @@ def permute_qkv(input_dir: Path, output_dir: Path, layout: str | None) -> None:
     """
     from megacore.weights.rotary_update import permute_qkv
 
-    total = sum(path.stat().st_size for path in input_dir.glob("*/*/*.pt"))
-    with bytes_progress("permuting", total) as advance:
+    with bytes_progress("permuting", published_bytes(input_dir, "megatron-llm")) as advance:
         num_permuted = permute_qkv(input_dir, output_dir, layout=layout, report=print_note, advance=advance)
     click.echo(f"Permuted {num_permuted} QKV projections of {input_dir} to interleaved rotary pairs in {output_dir}.")

@@ -8,8 +8,21 @@ from typing import TYPE_CHECKING
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.options import DtypeType, FamilyType, out_option, pp_option, tp_option
-from megacore.cli.progress import bytes_progress
+from megacore.cli.options import (
+    DtypeType,
+    FamilyType,
+    cache_dir_option,
+    format_option,
+    from_option,
+    out_option,
+    pp_option,
+    revision_option,
+    source_option,
+    tp_option,
+    true_vocab_size_option,
+)
+from megacore.cli.origin import published_directory
+from megacore.cli.progress import bytes_progress, published_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -19,24 +32,28 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--model", type=FamilyType(), required=True, help="Model family; `megacore plugins` lists them.")
-@click.option(
-    "--from", "source_directory", type=click.Path(path_type=Path), required=True, help="Checkpoint to translate."
-)
+@from_option("translate")
+@cache_dir_option
+@revision_option
 @out_option
-@click.option("--source", help="Format of the checkpoint to translate.  [default: recognised by its files]")
-@click.option("--format", default="hf", show_default=True, help="Format to write.")
+@source_option
+@format_option
 @click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
 @tp_option
 @pp_option
+@true_vocab_size_option
 def translate(
     model: Family,
-    source_directory: Path,
+    origin: str,
+    cache_dir: Path | None,
+    revision: str | None,
     out: Path,
     source: str | None,
     format: str,
     dtype: torch.dtype | None,
     tp: int,
     pp: int,
+    true_vocab_size: int | None,
 ) -> None:
     """Write a published checkpoint in another published format, streaming from file to file.
 
@@ -45,10 +62,8 @@ def translate(
     """
     from megacore.weights import translate
 
-    total = sum(
-        path.stat().st_size for kind in ("safetensors", "pth", "pt") for path in source_directory.rglob(f"*.{kind}")
-    )
-    with bytes_progress("translating", total) as advance:
+    source_directory = published_directory(origin, out=out, cache_dir=cache_dir, revision=revision)
+    with bytes_progress("translating", published_bytes(source_directory, source)) as advance:
         translate(
             model,
             source_directory,
@@ -58,7 +73,8 @@ def translate(
             dtype=dtype,
             tp=tp,
             pp=pp,
+            true_vocab_size=true_vocab_size,
             report=print_note,
             advance=advance,
         )
-    click.echo(f"Translated {source_directory} to {out} ({format}).")
+    click.echo(f"Translated {origin} to {out} ({format}).")

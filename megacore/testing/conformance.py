@@ -6,6 +6,7 @@ Each check's docstring says what it demands and, under *Troubleshooting*, what t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -46,6 +47,17 @@ from megacore.weights.rules import FusedQKV, QKVOrder
 
 _CONFIG_MISTAKES = (ConfigError, KeyError, TypeError, ValueError, ArithmeticError)
 """What ``config_from_source`` may raise for a bad file: the core turns it into a ConfigError that names the file."""
+
+_OF_THE_AUTHOR = (
+    "sources",
+    "tiny_config",
+    "tiny_configs",
+    "publish",
+    "reference",
+    "reference_parameters",
+    "_cases",
+)
+"""The attributes of :class:`ModelFamilyTests` that a subclass may have of its own."""
 
 _LOAD_LIGHTLY = """
 import sys
@@ -167,7 +179,9 @@ class ModelFamilyTests:
     # The plugin
 
     def test_the_kit_is_intact(self) -> None:
-        """No check is deleted or overridden, except under ``@pytest.mark.xfail(reason="…")``.
+        """No check is deleted or overridden, except under ``@pytest.mark.xfail(reason="…")``; there is a model to check.
+
+        Neither is what the checks are run by: the fixture ``case``, ``pytest_generate_tests``, the kit's own helpers.
 
         Troubleshooting: say why the check cannot hold for this family, and let the override call the original::
 
@@ -178,11 +192,14 @@ class ModelFamilyTests:
         changed = [
             name
             for name, check in vars(ModelFamilyTests).items()
-            if name.startswith("test_")
-            and (found := getattr(type(self), name)) is not check
-            and not any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in getattr(found, "pytestmark", ()))
+            if not name.startswith("__")
+            and name not in _OF_THE_AUTHOR
+            and (found := inspect.getattr_static(type(self), name)) is not check
+            and not (name.startswith("test_") and _is_excused(found))
         ]
         assert not changed, f"deleted or overridden without @pytest.mark.xfail(reason=...): {', '.join(changed)}"
+        assert self.tiny_configs(), "tiny_configs() gives no configuration: nothing is tested"
+        assert self.sources, "sources names no format: nothing is tested"
 
     def test_the_plugin_is_found(self) -> None:
         """An entry point in the group ``megacore`` leads to a plugin that declares the family.
@@ -273,12 +290,12 @@ class ModelFamilyTests:
         for size in family.family.presets:
             config = dataclasses.replace(family.preset(size), num_layers=2)
             refusals = {}
-            for source in self.sources:
+            for source in family.family.sources:
                 try:
                     bind(family, config, source)
                 except ConfigError as error:
                     refusals[source] = str(error)
-            assert len(refusals) < len(self.sources), f"no source can hold size {size}: {refusals}"
+            assert len(refusals) < len(family.family.sources), f"no source can hold size {size}: {refusals}"
 
     # The configuration
 
@@ -564,6 +581,10 @@ class ModelFamilyTests:
 
 
 _CPU = torch.device("cpu")
+
+
+def _is_excused(check: Any) -> bool:
+    return any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in getattr(check, "pytestmark", ()))
 
 
 def _all_subclasses(tests: type[ModelFamilyTests]) -> Iterator[type[ModelFamilyTests]]:

@@ -13,6 +13,7 @@ from megacore.config import ModelConfig
 from megacore.testing.case import Case
 from megacore.testing.numerics import logits_with
 from megacore.weights import Stacked
+from megacore.weights.rules import Rule, SwappedHalves
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -104,10 +105,15 @@ def layers_off_by_one(case: Case, *, step: int = 1) -> Iterator[Fault]:
 
 def swapped_gate_and_up(case: Case) -> Iterator[Fault]:
     """The two parts of each gated projection, exchanged in every layer."""
-    gated = [name for name, rule in case.bound.rules.items() if isinstance(rule, Stacked) and len(rule.sources) == 2]
+    gated = {name: type(rule).__name__ for name, rule in case.bound.rules.items() if _makes_two_parts(rule)}
     if gated:
         flipped = {name: torch.cat(case.parameters[name].chunk(2)[::-1]) for name in gated}
-        yield _fault(case, "the two parts of the Stacked rules (gate and up) are swapped", flipped)
+        kinds = " and ".join(dict.fromkeys(gated.values()))
+        yield _fault(case, f"the two parts of the {kinds} rules (gate and up) are swapped", flipped)
+
+
+def _makes_two_parts(rule: Rule) -> bool:
+    return isinstance(rule, SwappedHalves) or (isinstance(rule, Stacked) and len(rule.sources) == 2)
 
 
 def _qkv_fault(case: Case, what: str, change: Callable[[Tensor], Tensor], of: str = "") -> Iterator[Fault]:

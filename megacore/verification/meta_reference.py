@@ -6,7 +6,6 @@ not by megacore's reader, so that a fault of that one does not hide on both side
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megacore.checkpoint.json_file import read_json_object
 from megacore.errors import CheckpointError, PluginError
 
 _SIDE_BY_SIDE = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
@@ -77,14 +77,18 @@ class MetaReference:
                 f"is not installed ({error}): pip install '{extra}'. Or name the same model in the Hugging Face format "
                 "as the reference"
             ) from error
-        params = json.loads((path / "params.json").read_text(encoding="utf-8"))
+        params = read_json_object(path / "params.json")
+        if "dim" not in params:
+            raise CheckpointError(f"{path / 'params.json'} lacks 'dim'")
         state = _merged_state(path, params["dim"])
+        if "output.weight" not in state:
+            raise CheckpointError(f"the reference {path} lacks output.weight")
         params |= {"vocab_size": len(state["output.weight"]), "max_seq_len": max_seq_len, "max_batch_size": 1}
         with _model_parallel_group_of_this_rank():
             model = transformer_class(arguments_class(**{"rope_theta": _ROPE_THETA, **params}))
         for layer in model.layers:  # a call makes its own; these are of the longest sequence there may be
             layer.attention.cache_k = layer.attention.cache_v = None
-        weights = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+        weights = {name: state.pop(name).to(device, dtype) for name in list(state)}  # never two models
         try:
             missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
         except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from megacore.weights.conversion import convert
 from megacore.weights.exporting import export
+from megacore.weights.formats import recognise
 from megacore.weights.meta_config import config_from_meta, config_to_meta
 from megacore.weights.rotary_settings import ROTARY_METHODS, rotary_from_hf, rotary_to_hf
 from megacore.weights.rules import Copy, FusedQKV, Rule, Stacked, SwappedHalves, WeightMap, grouped_qkv_rows
@@ -23,6 +24,7 @@ __all__ = [
     "export",
     "grouped_qkv_rows",
     "meta_map",
+    "recognise",
     "rotary_from_hf",
     "rotary_to_hf",
     "standard_config_from_hf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,58 @@ def convert(
     """
     family = get_family(model) if isinstance(model, str) else model
     directory = Path(source_directory)
+    opened = open_published(
+        family, directory, source=source, size=size, dtype=dtype, true_vocab_size=true_vocab_size, report=report
+    )
+    noted: dict[str, Any] = {"notes": opened.notes} if opened.notes else {}
+    noted |= provenance(directory)
+    return write_checkpoint(
+        Path(out),
+        opened.parameters,
+        family=family.name,
+        config=opened.config.to_dict(),
+        layout=Layout.even(tp=tp, pp=pp, num_layers=opened.config.num_layers),
+        tokenizer_files=opened.published.tokenizer_files(),
+        origin=opened.published.origin(),
+        history=(history_entry("convert", source=str(directory), format=opened.source, plugin=family.label, **noted),),
+        advance=advance,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A published checkpoint as its family reads it.
+
+    Attributes:
+        published: the checkpoint, opened.
+        source: its format.
+        config: of the model.
+        parameters: the native ones, by name, not read yet.
+        notes: what was assumed of the checkpoint or is left behind.
+    """
+
+    published: PublishedCheckpoint
+    source: str
+    config: ModelConfig
+    parameters: Mapping[str, Parameter]
+    notes: list[str]
+
+
+def open_published(
+    family: Family,
+    directory: Path,
+    *,
+    source: str | None,
+    size: str | None = None,
+    dtype: torch.dtype | None,
+    true_vocab_size: int | None,
+    report: Callable[[str], None],
+) -> PublishedModel:
+    """Open the checkpoint in ``directory`` and check that it is of ``family``; the arguments are those of ``convert``.
+
+    Raises:
+        MegacoreError: in one of its kinds, for whatever does not fit.
+    """
     source = source or recognise(directory)
     published = format_for(family.family, source).open(directory)
     if true_vocab_size is not None:
@@ -70,19 +123,7 @@ def convert(
     notes = published.notes()
     for note in notes:
         report(note)
-    noted: dict[str, Any] = {"notes": notes} if notes else {}
-    noted |= provenance(directory)
-    return write_checkpoint(
-        Path(out),
-        parameters,
-        family=family.name,
-        config=config.to_dict(),
-        layout=Layout.even(tp=tp, pp=pp, num_layers=config.num_layers),
-        tokenizer_files=published.tokenizer_files(),
-        origin=published.origin(),
-        history=(history_entry("convert", source=str(directory), format=source, plugin=family.label, **noted),),
-        advance=advance,
-    )
+    return PublishedModel(published=published, source=source, config=config, parameters=parameters, notes=notes)
 
 
 def read_published_config(family: Family, published: PublishedCheckpoint, source: str) -> ModelConfig:

@@ -36,7 +36,8 @@ def export(
     Args:
         checkpoint: a native checkpoint, cut in any way. Its digests are checked on the way.
         out: is created; must not exist.
-        format: ``"hf"`` is a Hugging Face directory.
+        format: ``"hf"`` is a Hugging Face directory, ``"meta"`` Meta's own format, ``"megatron-llm"`` Megatron-LLM's;
+            a family has some of them.
         dtype: to convert to; by default every tensor keeps its own.
         tp: ranks to cut for, in a format that is cut.
         pp: pipeline stages to cut for, in a format that is cut so.

@@ -95,7 +95,7 @@ def sizes_from_args(args: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": args.get("layernorm_epsilon") or 1e-5,
         "rope_theta": args.get("rope_theta") or 10000.0,
         "rope_scaling": None if factor == 1.0 else LinearScaling(factor=factor),
-        "tie_embeddings": args.get("tie_embed_logits", True),
+        "tie_embeddings": True if args.get("tie_embed_logits") is None else args["tie_embed_logits"],
     }
 
 

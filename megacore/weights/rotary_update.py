@@ -53,7 +53,8 @@ def permute_qkv(
         the number of QKV projections of the whole model.
 
     Raises:
-        ConfigError: when the layout is neither given nor recorded, is interleaved already, or contradicts the record.
+        ConfigError: when the layout is neither given nor recorded, is interleaved already, or contradicts the record;
+            when the saved arguments do not say what the heads are.
         CheckpointError: when ``source`` is no such checkpoint.
     """
     source, out = Path(source), Path(out)
@@ -70,7 +71,7 @@ def permute_qkv(
         require_space(staging, sum(_num_bytes(document) for stage in files.documents for document in stage), out)
         for paths, documents in zip(files.paths, files.documents, strict=True):
             for rank, (path, document) in enumerate(zip(paths, documents, strict=True)):
-                model, permuted = _updated(document["model"], args)
+                model, permuted = _updated(document["model"], args, path)
                 num_permuted += permuted if rank == 0 else 0
                 record = {**document.get(RECORD, {}), "rotary_layout": INTERLEAVED}
                 kept = {key: value for key, value in document.items() if key not in TRAINING_STATE}
@@ -103,20 +104,22 @@ def _require_halves(files: RankFiles, layout: str | None) -> None:
         raise ConfigError(f"only the layout {HALVES!r} can be updated, not {layout!r}")
 
 
-def _updated(tree: Mapping[str, Any], args: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], int]:
+def _updated(
+    tree: Mapping[str, Any], args: Mapping[str, Any], file: Path, prefix: str = ""
+) -> tuple[dict[str, Any], int]:
     """The model of one rank with its tensors to be written anew, and how many QKV projections are in it."""
     updated: dict[str, Any] = {}
     permuted = 0
     for key, value in tree.items():
         name = prefix + str(key)
         if isinstance(value, Mapping):
-            updated[key], below = _updated(value, args, f"{name}.")
+            updated[key], below = _updated(value, args, file, f"{name}.")
             permuted += below
         elif not isinstance(value, Tensor):
             updated[key] = value
         elif ".query_key_value." in (spelt := trained_spelling(name)):
             matrix = MappedMatrix(value)
-            order = interleaved_from_halves(args, matrix.rows, spelt)
+            order = interleaved_from_halves(args, matrix.rows, spelt, file)
             updated[key] = OutputTensor(name, tuple(value.shape), value.dtype, RowsOf(matrix, order))
             permuted += 1
         else:

@@ -7,6 +7,7 @@ for the number of the layer.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,9 @@ class Rule(ABC):
 
     def for_layer(self, layer: int) -> Rule:
         """The same rule with ``*`` replaced by ``layer``."""
-        rule = object.__new__(type(self))
-        Rule.__init__(
-            rule, self.native.replace("*", str(layer)), tuple(name.replace("*", str(layer)) for name in self.sources)
-        )
+        rule = copy.copy(self)  # with whatever a plugin's own kind of rule holds
+        rule.native = self.native.replace("*", str(layer))
+        rule.sources = tuple(name.replace("*", str(layer)) for name in self.sources)
         return rule
 
     def __repr__(self) -> str:

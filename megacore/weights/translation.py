@@ -11,9 +11,9 @@ from megacore.checkpoint.safetensors_file import MAX_FILE_BYTES
 from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.plugins import Family, get_family
 from megacore.weights.binding import bind
-from megacore.weights.conversion import read_parameters, read_published_config
+from megacore.weights.conversion import open_published
 from megacore.weights.exporting import published_tensors
-from megacore.weights.formats import Publication, format_for, recognise
+from megacore.weights.formats import Publication, format_for
 
 
 def translate(
@@ -26,6 +26,7 @@ def translate(
     dtype: torch.dtype | None = None,
     tp: int = 1,
     pp: int = 1,
+    true_vocab_size: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     report: Callable[[str], None] = lambda note: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
@@ -44,6 +45,7 @@ def translate(
         dtype: to convert to; by default every tensor keeps its own.
         tp: ranks to cut for, in a format that is cut.
         pp: pipeline stages to cut for, in a format that is cut so.
+        true_vocab_size: rows of the vocabulary that are tokens, in a format that pads it without recording that.
         max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
         report: is told what was assumed, left behind or added, a sentence at a time.
         advance: is told of every few bytes written.
@@ -52,20 +54,17 @@ def translate(
         MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
     """
     family = get_family(model) if isinstance(model, str) else model
-    directory, out = Path(source_directory), Path(out)
-    source = source or recognise(directory)
+    out = Path(out)
     writer = format_for(family.family, format)
-    published = format_for(family.family, source).open(directory)
-    config = read_published_config(family, published, source)
-    target = bind(family, config, format)
-    parameters = read_parameters(bind(family, config, source), published, dtype)
-    for note in published.notes():
-        report(note)
+    opened = open_published(
+        family, Path(source_directory), source=source, dtype=dtype, true_vocab_size=true_vocab_size, report=report
+    )
+    target = bind(family, opened.config, format)
     publication = Publication(
-        tensors=published_tensors(target, parameters, None),  # they are in the dtype that was asked for already
-        config=family.family.config_to_source(config, format),
-        origin=published.origin() if source == format else {},
-        tokenizer_files=published.tokenizer_files(),
+        tensors=published_tensors(target, opened.parameters, None),  # they are in the dtype that was asked for already
+        config=family.family.config_to_source(opened.config, format),
+        origin=opened.published.origin() if opened.source == format else {},
+        tokenizer_files=opened.published.tokenizer_files(),
         tp=tp,
         pp=pp,
         max_file_bytes=max_file_bytes,

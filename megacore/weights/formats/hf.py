@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +24,14 @@ GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_INDEXED_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+"""No pickle, no code, and no pattern, as which the hub's library takes a name."""
+
 _NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that do not outlive the files they describe; ``auto_map`` would have code fetched and run."""
+
+_LOADED_TOKENIZERS = frozenset(("tokenizer.json", "tokenizer_config.json"))
+"""The files that tell transformers which tokenizer there is."""
 
 
 class HuggingFaceCheckpoint(PublishedCheckpoint):
@@ -87,7 +94,7 @@ def indexed_file_names(directory: Path) -> list[str] | None:
     """The weight files that the index in ``directory`` names; ``None`` if there is no index, as of a single file.
 
     Raises:
-        CorruptCheckpointError: when the index is damaged or names a file of another directory.
+        CorruptCheckpointError: when the index is damaged or names anything but safetensors files of its own directory.
     """
     if not (directory / INDEX_FILE).is_file():
         return None
@@ -95,9 +102,9 @@ def indexed_file_names(directory: Path) -> list[str] | None:
     if not isinstance(index, dict):
         raise CorruptCheckpointError(f"{directory / INDEX_FILE} has no weight_map")
     for name in index.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not _INDEXED_NAME.fullmatch(name):
             raise CorruptCheckpointError(
-                f"{directory / INDEX_FILE} names {name!r}, which is not a file of its own directory"
+                f"{directory / INDEX_FILE} names {name!r}, which is not a safetensors file of its own directory"
             )
     return sorted(set(index.values()))
 
@@ -130,6 +137,12 @@ class HuggingFaceFormat(CheckpointFormat):
             _write_json(directory / GENERATION_FILE, generation)
         for name, path in publication.tokenizer_files.items():
             shutil.copyfile(path, directory / name)
+        names = publication.tokenizer_files.keys()
+        if "tokenizer.model" in names and not names & _LOADED_TOKENIZERS:
+            publication.report(
+                "the tokenizer is a tokenizer.model alone, and transformers needs tokenizer_config.json and "
+                "tokenizer.json: copy them from a checkpoint with the same tokenizer in the Hugging Face format"
+            )
 
     def _write_weights(self, directory: Path, publication: Publication, advance: Callable[[int], None]) -> None:
         files = split_by_size(publication.tensors, publication.max_file_bytes)

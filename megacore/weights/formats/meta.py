@@ -23,13 +23,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megacore.checkpoint.json_file import read_json_object
 from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, block_of
 from megacore.checkpoint.safetensors_file import OutputTensor
 from megacore.checkpoint.torch_file import MappedMatrix, check_dtypes, read_torch_file, write_torch_file
@@ -43,6 +45,7 @@ TOKENIZER_FILE = "tokenizer.model"
 HEAD = "output.weight"
 
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+_MOST_SHARDS = 10_000
 _CUT_ON_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
 _CUT_ON_COLUMNS = ("wo", "w2", "tok_embeddings")
 
@@ -101,19 +104,22 @@ class MetaCheckpoint(PublishedCheckpoint):
 
     def tokenizer_files(self) -> dict[str, Path]:
         """The tokenizer's files; Meta's downloads have one ``tokenizer.model`` beside the directories of all sizes."""
-        beside = self.directory.absolute().parent / TOKENIZER_FILE
+        beside = self._tokenizer_beside()
         return super().tokenizer_files() or ({TOKENIZER_FILE: beside} if beside.is_file() else {})
+
+    def notes(self) -> list[str]:
+        beside = self._tokenizer_beside()
+        if beside not in self.tokenizer_files().values():
+            return []
+        return [f"the tokenizer is {beside}, from beside the checkpoint's directory: is it the model's?"]
+
+    def _tokenizer_beside(self) -> Path:
+        return self.directory.absolute().parent / TOKENIZER_FILE
 
     def _read_params(self) -> dict[str, Any]:
         if not self.config_file.is_file():
             raise CheckpointError(f"{self.directory} has no {PARAMS_FILE}: it is not a checkpoint in Meta's format")
-        try:
-            params = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{self.config_file} is damaged: {error}") from error
-        if not isinstance(params, dict):
-            raise CorruptCheckpointError(f"{self.config_file} is damaged: it holds no object")
-        return params
+        return read_json_object(self.config_file)
 
     def _vocab_size(self) -> int:
         """What ``params.json`` says or, where it leaves that to the tokenizer (-1), the rows of the head."""
@@ -151,10 +157,9 @@ class MetaCheckpoint(PublishedCheckpoint):
             if len(shape) == 1 and name in self._shards[0]
         )
         if ranks.is_integer() and ranks > 1 and ranks != found and vectors_fit:
-            missing = [
-                _shard_name(rank) for rank in range(int(ranks)) if not (self.directory / _shard_name(rank)).is_file()
-            ]
-            hint = f": {', '.join(missing)} missing" if missing else ""
+            names = (_shard_name(rank) for rank in range(int(ranks)))
+            missing = _some(name for name in names if not (self.directory / name).is_file())
+            hint = f": {missing} missing" if missing else ""
             raise CheckpointError(
                 f"the tensors in {self.directory} are cut over {int(ranks)} ranks, and there are {found} files{hint}"
             )
@@ -189,13 +194,32 @@ def _shard_name(rank: int) -> str:
 
 
 def _shard_paths(directory: Path) -> list[Path]:
-    """The files of all ranks, in order. Raises :class:`CheckpointError` when the numbering has a gap."""
-    found = {int(match[1]): path for path in directory.iterdir() if (match := _SHARD.fullmatch(path.name))}
+    """The files of all ranks, in order.
+
+    Raises:
+        CheckpointError: when the numbering has a gap or gives a rank two files.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(directory.iterdir()):
+        if (match := _SHARD.fullmatch(path.name)) is None:
+            continue
+        if (rank := int(match[1])) >= _MOST_SHARDS:
+            raise CheckpointError(f"{path} has a number that no rank has: at most {_MOST_SHARDS} files are read")
+        if rank in found:
+            raise CheckpointError(f"{directory} has two files of rank {rank}, {found[rank].name} and {path.name}")
+        found[rank] = path
     if not found:
         raise CheckpointError(f"{directory} has {PARAMS_FILE}, but no {_shard_name(0)}: where are the weights?")
-    if missing := [_shard_name(rank) for rank in range(max(found)) if rank not in found]:
-        raise CheckpointError(f"{directory} has {found[max(found)].name}, but {', '.join(missing)} missing")
+    if missing := _some(_shard_name(rank) for rank in range(max(found)) if rank not in found):
+        raise CheckpointError(f"{directory} has {found[max(found)].name}, but {missing} missing")
     return [found[rank] for rank in sorted(found)]
+
+
+def _some(names: Iterable[str]) -> str:
+    """At most eight of ``names``, to be read by a person."""
+    names = iter(names)
+    some = ", ".join(islice(names, 8))
+    return f"{some} and more" if next(names, None) is not None else some
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:

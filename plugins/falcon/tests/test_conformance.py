@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import pytest
+from torch import Tensor
 
 from megacore import ModelConfig
 from megacore.testing import ModelFamilyTests
 from megacore_falcon.config import FalconConfig
+from megatron_llm_conformance import MegatronLlmFormatTests, heads_in_halves
+from megatron_llm_files import Model, falcon_model_of
 
 ODD: dict[str, Any] = {
     "family": "falcon",
@@ -58,6 +61,39 @@ class TestFalcon(ModelFamilyTests):
             ),
         }
 
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
+
+class TestFalconOfMegatronLlm(MegatronLlmFormatTests):
+    """In the two styles that the format has."""
+
+    family = "falcon"
+
+    def tiny_configs(self) -> dict[str, ModelConfig]:
+        styles = TestFalcon().tiny_configs()
+        return {name: styles[name] for name in ("7B", "40B")}
+
+    def taken_apart(self, model: Any, config: ModelConfig) -> Model:
+        return falcon_model_of(
+            model.state_dict(),
+            model.config,
+            ffn_hidden_size=config.ffn_hidden_size,
+            max_position_embeddings=config.max_position_embeddings,
+            layernorm_epsilon=config.norm_eps,
+            rope_theta=config.rope_theta,
+        )
+
+    def put_together(self, stored: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        two_norms = "encoder.layers.0.mlp_layernorm.weight" in stored
+        norms = {"encoder.final_layernorm": "transformer.ln_f"}
+        published = {"transformer.word_embeddings.weight": stored["embedding.word_embeddings.weight"]}
+        for number in range(config.num_layers):
+            theirs, ours = f"transformer.h.{number}", f"encoder.layers.{number}"
+            qkv = heads_in_halves(stored[f"{ours}.self_attention.query_key_value.weight"], config)
+            published[f"{theirs}.self_attention.query_key_value.weight"] = qkv.flatten(0, 2)
+            for name in ("self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
+                published[f"{theirs}.{name}.weight"] = stored[f"{ours}.{name}.weight"]
+            norms[f"{ours}.input_layernorm"] = f"{theirs}.{'ln_attn' if two_norms else 'input_layernorm'}"
+            if two_norms:
+                norms[f"{ours}.mlp_layernorm"] = f"{theirs}.ln_mlp"
+        for ours, theirs in norms.items():
+            published |= {f"{theirs}.{part}": stored[f"{ours}.{part}"] for part in ("weight", "bias")}
+        return published

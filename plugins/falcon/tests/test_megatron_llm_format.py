@@ -15,9 +15,9 @@ from megacore.errors import ConfigError, CorruptCheckpointError, LayoutError
 from megacore.weights import convert, export
 from megacore.weights.rotary_update import permute_qkv
 from megatron_llm_files import (
-    Layer,
     Model,
     assert_same_tensors,
+    falcon_model_of,
     flat,
     load,
     native_tensors,
@@ -45,55 +45,10 @@ def publish(directory: Path, settings: dict) -> Path:
     return directory
 
 
-def as_model(directory: Path, style: str, **args) -> Model:
+def as_model(directory: Path, **args) -> Model:
     """What transformers saved, taken apart."""
     tensors = load_file(directory / "model.safetensors")
-    config = FalconConfig.from_pretrained(directory)
-    heads, kv_heads = config.num_attention_heads, 1 if style == "7B" else config.num_kv_heads
-    head_dim = config.hidden_size // heads
-    norms = (
-        {"input_layernorm": "input_layernorm"}
-        if style == "7B"
-        else {"input_layernorm": "ln_attn", "mlp_layernorm": "ln_mlp"}
-    )
-
-    def layer(number: int) -> Layer:
-        prefix = f"transformer.h.{number}"
-        fused = tensors[f"{prefix}.self_attention.query_key_value.weight"].unflatten(0, (kv_heads, -1, head_dim))
-        return Layer(
-            q=fused[:, :-2].flatten(0, 1),
-            k=fused[:, -2],
-            v=fused[:, -1],
-            dense=tensors[f"{prefix}.self_attention.dense.weight"],
-            gate=tensors[f"{prefix}.mlp.dense_h_to_4h.weight"],
-            up=None,
-            down=tensors[f"{prefix}.mlp.dense_4h_to_h.weight"],
-            norms={
-                f"{theirs}.{part}": tensors[f"{prefix}.{published}.{part}"]
-                for theirs, published in norms.items()
-                for part in ("weight", "bias")
-            },
-        )
-
-    return Model(
-        layers=[layer(number) for number in range(config.num_hidden_layers)],
-        embedding=tensors["transformer.word_embeddings.weight"],
-        head=None,
-        final={part: tensors[f"transformer.ln_f.{part}"] for part in ("weight", "bias")},
-        args={
-            "num_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": heads,
-            "num_attention_heads_kv": kv_heads,
-            "parallel_attn": True,
-            "position_embedding_type": "rotary",
-            "tokenizer_type": "FalconTokenizer",
-            "max_position_embeddings": 2048,
-            "seq_length": 2048,
-        }
-        | ({"parallel_layernorm": True} if style == "40B" else {})
-        | args,
-    )
+    return falcon_model_of(tensors, FalconConfig.from_pretrained(directory), **args)
 
 
 @pytest.fixture
@@ -119,7 +74,7 @@ def test_it_converts_to_the_tensors_that_the_hugging_face_files_convert_to(
 ):
     directory = published(style)
     convert("falcon", directory, tmp_path / "native")
-    write_megatron_llm(tmp_path / "meg", as_model(directory, style), tp=tp, pp=pp, spelling=spelling, vocab_rows=256)
+    write_megatron_llm(tmp_path / "meg", as_model(directory), tp=tp, pp=pp, spelling=spelling, vocab_rows=256)
 
     convert("falcon", tmp_path / "meg", tmp_path / "ckpt", true_vocab_size=100)
 
@@ -139,11 +94,11 @@ def test_what_is_written_is_what_the_format_asks_for_and_comes_back(published, t
         for rank in range(tp):
             document = load(rank_file(tmp_path / "out", rank, stage, pp))
             expected = rank_model(
-                as_model(directory, style), rank=rank, tp=tp, stage=stage, pp=pp, spelling="trained",
+                as_model(directory), rank=rank, tp=tp, stage=stage, pp=pp, spelling="trained",
                 layout="interleaved", vocab_rows=128 * tp,
             )  # fmt: skip
             assert_same_tensors(flat(document["model"]), flat(expected))
-            described = as_model(directory, style).args
+            described = as_model(directory).args
             assert {name: getattr(document["args"], name) for name in described} == described
     assert_same_tensors(native_tensors(tmp_path / "back"), native_tensors(tmp_path / "native"))
     assert config_of(tmp_path / "back") == config_of(tmp_path / "native")
@@ -154,7 +109,7 @@ def test_what_is_written_is_what_the_format_asks_for_and_comes_back(published, t
 def test_an_old_checkpoint_converts_to_the_same_once_it_is_updated(published, tmp_path, style, tp, pp, spelling):
     directory = published(style)
     convert("falcon", directory, tmp_path / "native")
-    write_megatron_llm(tmp_path / "old", as_model(directory, style), tp=tp, pp=pp, spelling=spelling, layout="halves")
+    write_megatron_llm(tmp_path / "old", as_model(directory), tp=tp, pp=pp, spelling=spelling, layout="halves")
 
     assert permute_qkv(tmp_path / "old", tmp_path / "new", layout="halves") == 4
     convert("falcon", tmp_path / "new", tmp_path / "ckpt")
@@ -163,7 +118,7 @@ def test_an_old_checkpoint_converts_to_the_same_once_it_is_updated(published, tm
 
 
 def test_a_head_on_the_last_stage_that_differs_is_refused(published, tmp_path):
-    write_megatron_llm(tmp_path / "meg", as_model(published("40B"), "40B"), tp=2, pp=2, spelling="converted")
+    write_megatron_llm(tmp_path / "meg", as_model(published("40B")), tp=2, pp=2, spelling="converted")
     path = rank_file(tmp_path / "meg", 1, 1, 2)
     document = load(path)
     document["model"]["word_embeddings_for_head"]["weight"][-1, -1] += 1
@@ -218,7 +173,7 @@ def test_other_styles_are_refused_by_name(tmp_path, settings, style):
     ],
 )
 def test_arguments_that_ask_for_another_model_are_refused(published, tmp_path, args, answer):
-    write_megatron_llm(tmp_path / "meg", as_model(published("40B"), "40B", **args))
+    write_megatron_llm(tmp_path / "meg", as_model(published("40B"), **args))
 
     said = refusal(ConfigError, convert, "falcon", tmp_path / "meg", tmp_path / "ckpt")
 
@@ -226,7 +181,7 @@ def test_arguments_that_ask_for_another_model_are_refused(published, tmp_path, a
 
 
 def test_in_a_trained_checkpoint_a_head_tied_by_default_is_tied(published, tmp_path):
-    write_megatron_llm(tmp_path / "meg", as_model(published("7B"), "7B", tie_embed_logits=True))
+    write_megatron_llm(tmp_path / "meg", as_model(published("7B"), tie_embed_logits=True))
 
     convert("falcon", tmp_path / "meg", tmp_path / "ckpt")
 

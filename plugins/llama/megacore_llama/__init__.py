@@ -58,8 +58,9 @@ def load_reference(config: ModelConfig, path: Path | None, dtype: torch.dtype, d
     from transformers.utils import logging
 
     from megacore.verification import MetaReference, TransformersReference
+    from megacore.weights import recognise
 
-    if path is not None and (path / "params.json").is_file():
+    if path is not None and recognise(path) == "meta":
         return MetaReference.load(
             path,
             implementation="llama_models.llama3",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from megacore import ModelConfig
 from megacore.config import FrequencyBandScaling
 from megacore.testing import ModelFamilyTests
+from megatron_llm_conformance import MegatronLlmFormatTests
 from meta_conformance import MetaFormatTests
 
 ODD: dict[str, Any] = {
@@ -45,15 +44,18 @@ class TestLlama(ModelFamilyTests):
             ),
         }
 
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
-
 
 class TestLlamaOfMeta(MetaFormatTests):
     family = "llama"
     context_length = 2048
 
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
+
+class TestLlamaOfMegatronLlm(MegatronLlmFormatTests):
+    family = "llama"
+
+    def tiny_configs(self) -> dict[str, ModelConfig]:
+        return {
+            "multi-head": ModelConfig(**ODD | {"num_kv_heads": 6}),
+            "grouped": ModelConfig(**ODD),
+            "tied": ModelConfig(**ODD, tie_embeddings=True),
+        }

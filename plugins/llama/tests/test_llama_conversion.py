@@ -355,7 +355,7 @@ def test_an_index_that_names_a_file_of_another_directory_is_refused(publish, tmp
 
     refusal = message(CorruptCheckpointError, convert, "llama", published.directory, tmp_path / "ckpt")
 
-    assert f"names {name!r}, which is not a file of its own directory" in refusal
+    assert f"names {name!r}, which is not a safetensors file of its own directory" in refusal
     assert not (tmp_path / "ckpt").exists()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -246,10 +247,10 @@ def test_padding_that_is_not_known_is_kept_and_said(published, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "no_new_tokens, extra, kept", [(True, None, 100), (True, "<|a|>,<|b|>", 128), (False, None, 128)]
+    "new_tokens, extra, kept", [(False, None, 100), (False, "<|a|>,<|b|>", 128), (True, None, 128), (None, None, 128)]
 )
-def test_the_tokenizer_tells_when_no_tokens_were_added_to_it(published, tmp_path, no_new_tokens, extra, kept):
-    model = as_model(published, no_new_tokens=no_new_tokens, vocab_extra_ids_list=extra)
+def test_the_tokenizer_tells_when_no_tokens_were_added_to_it(published, tmp_path, new_tokens, extra, kept):
+    model = as_model(published, new_tokens=new_tokens, vocab_extra_ids_list=extra)
     write_megatron_llm(tmp_path / "meg", model, vocab_rows=128)
     sentencepiece_model(tmp_path / "meg/tokenizer.model", 100)
 
@@ -337,6 +338,27 @@ def test_the_tokenizer_and_what_the_checkpoint_said_of_itself_come_back(publishe
     assert (saved["make_vocab_size_divisible_by"], saved["padded_vocab_size"]) == (16, 112)
     assert (saved["seq_length"], saved["model_name"]) == (32, "llama")
     assert (tmp_path / "out/tokenizer.model").read_bytes() == (tmp_path / "meg/tokenizer.model").read_bytes()
+
+
+def test_an_argument_that_was_saved_without_a_value_has_the_default(published, native, tmp_path):
+    model = as_model(published, make_vocab_size_divisible_by=None, tokenizer_type=None, seq_length=None)
+    write_megatron_llm(tmp_path / "meg", model)
+
+    convert("llama", tmp_path / "meg", tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "out", format="megatron-llm")
+
+    saved = vars(load(rank_file(tmp_path / "out", 0, 0, 1))["args"])
+    assert (saved["make_vocab_size_divisible_by"], saved["padded_vocab_size"]) == (128, 128)
+    assert (saved["tokenizer_type"], saved["seq_length"]) == ("SentencePieceTokenizer", 64)
+
+
+def test_embeddings_are_tied_when_it_was_saved_without_a_value(publish, tmp_path):
+    published = publish(**SHAPE | {"tie_word_embeddings": True})
+    write_megatron_llm(tmp_path / "meg", as_model(published, tie_embed_logits=None))
+
+    convert("llama", tmp_path / "meg", tmp_path / "ckpt")
+
+    assert manifest(tmp_path / "ckpt")["config"]["tie_embeddings"] is True
 
 
 def test_the_padding_is_said(native, tmp_path):
@@ -486,6 +508,35 @@ def test_an_old_checkpoint_that_was_not_updated_is_another_model(published, nati
     assert not torch.equal(native_tensors(tmp_path / "ckpt")[name], native_tensors(native)[name])
 
 
+@pytest.mark.parametrize(
+    "args, answer",
+    [
+        ({"num_attention_heads": None}, "lacks 'num_attention_heads' among its args"),
+        ({"num_attention_heads": 0}, ": num_attention_heads is 0 instead of a positive number"),
+        ({"hidden_size": "96"}, ": hidden_size is '96' instead of a positive number"),
+        ({"num_attention_heads_kv": 5}, ": num_attention_heads 12 is no multiple of num_attention_heads_kv 5"),
+        ({"kv_channels": 7}, ": kv_channels is 7, and rotary pairs need an even number"),
+    ],
+)
+def test_an_update_needs_to_know_the_heads(published, tmp_path, args, answer):
+    old = write_megatron_llm(tmp_path / "old", as_model(published, **args), layout="halves", spelling="converted")
+
+    said = message(ConfigError, permute_qkv, old, tmp_path / "new", layout="halves")
+
+    assert said == f"{rank_file(old, 0, 0, 1)}{' ' if answer.startswith('lacks') else ''}{answer}"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_number_of_numpy_among_the_arguments_does_no_harm(published, native, tmp_path):
+    old = write_megatron_llm(tmp_path / "old", as_model(published, lr=np.float64(0.1)), layout="halves")
+
+    permute_qkv(old, tmp_path / "new", layout="halves")
+    convert("llama", tmp_path / "new", tmp_path / "ckpt")
+
+    assert_same_tensors(native_tensors(tmp_path / "ckpt"), native_tensors(native))
+    assert load(rank_file(tmp_path / "new", 0, 0, 1, folder="iter_0000040"))["args"].lr == 0.1
+
+
 def test_a_checkpoint_is_not_updated_in_place(published, tmp_path):
     old = write_megatron_llm(tmp_path / "old", as_model(published), layout="halves")
 
@@ -594,6 +645,21 @@ def test_arguments_that_ask_for_another_model_are_refused(published, tmp_path, a
     assert answer in convert_refused(meg, tmp_path / "ckpt", exit_code=2)
 
 
+@pytest.mark.parametrize(
+    "args, answer",
+    [
+        ({"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by is 0 instead of a positive number"),
+        ({"tokenizer_type": ["some"]}, "tokenizer_type is ['some'] instead of a name"),
+    ],
+)
+def test_what_an_export_would_write_again_is_checked(published, tmp_path, args, answer):
+    meg = write_megatron_llm(tmp_path / "meg", as_model(published, **args), spelling="converted")
+
+    said = convert_refused(meg, tmp_path / "ckpt", exit_code=2)
+
+    assert said == f"Error: {rank_file(meg, 0, 0, 1)}: {answer}\n"
+
+
 def test_arguments_that_are_missing_are_named(published, tmp_path):
     model = as_model(published)
     del model.args["num_layers"]
@@ -637,6 +703,15 @@ def test_another_family_is_told_by_the_name_that_was_saved(published, tmp_path):
     assert said.endswith("says that it is a falcon, not a llama; use --model falcon\n")
 
 
+def test_another_family_of_the_same_architecture_is_converted_as_asked_with_a_note(published, tmp_path):
+    meg = write_megatron_llm(tmp_path / "meg", as_model(published, model_name="llama2"))
+    notes: list[str] = []
+
+    convert("llama", meg, tmp_path / "ckpt", report=notes.append)
+
+    assert "the checkpoint says that it is a llama2, and is converted as a llama, as asked" in notes
+
+
 # Memory
 
 MEASURED = """
@@ -647,7 +722,7 @@ from megacore.weights import convert, export
 from megacore.weights.rotary_update import permute_qkv
 
 def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1004
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 import megacore_llama.layer
 peak, done = [0.0], []

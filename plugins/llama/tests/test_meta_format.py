@@ -23,6 +23,7 @@ from megacore.cli import cli
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, LayoutError, WeightMapError
 from megacore.model import load_model
 from megacore.parallel import ParallelContext
+from megacore.verification import meta_reference
 from megacore.verification.meta_reference import _model_parallel_group_of_this_rank
 from megacore.weights import config_to_meta, convert, export, translate
 from meta_files import CASES, INPUT_IDS, MODELS, in_hugging_face_names, read_shards
@@ -223,6 +224,37 @@ def test_the_tokenizer_is_carried(copied, tmp_path, place):
     assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == b"sentencepiece's own bytes"
 
 
+def test_a_tokenizer_from_beside_the_directory_is_told(copied, tmp_path):
+    directory, notes = copied("multi-head", 1), []
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece's own bytes")
+
+    convert("llama", directory, tmp_path / "ckpt", report=notes.append)
+
+    [note] = notes
+    assert f"the tokenizer is {tmp_path / 'tokenizer.model'}, from beside the checkpoint's directory" in note
+
+
+def test_a_tokenizer_that_is_in_the_directory_needs_no_note(copied, tmp_path):
+    directory, notes = copied("multi-head", 1), []
+    for place in (directory, tmp_path):
+        (place / "tokenizer.model").write_bytes(b"sentencepiece's own bytes")
+
+    convert("llama", directory, tmp_path / "ckpt", report=notes.append)
+
+    assert notes == []
+
+
+@pytest.mark.parametrize("names", [(), ("tokenizer_config.json",)], ids=["alone", "with its settings"])
+def test_a_tokenizer_that_transformers_does_not_load_is_told(copied, tmp_path, names):
+    directory, notes = copied("multi-head", 1), []
+    for name in ("tokenizer.model", *names):
+        (directory / name).write_text("{}")
+
+    translate("llama", directory, tmp_path / "hf", report=notes.append)
+
+    assert ["transformers needs tokenizer_config.json" in note for note in notes] == ([] if names else [True])
+
+
 @pytest.mark.parametrize(
     "dim, width, settings",
     [
@@ -388,6 +420,34 @@ def test_a_gap_in_the_numbering_is_named(copied, tmp_path):
     refusal = message(CheckpointError, convert, "llama", directory, tmp_path / "ckpt")
 
     assert refusal == f"{directory} has consolidated.03.pth, but consolidated.00.pth, consolidated.02.pth missing"
+
+
+def test_a_long_list_of_missing_files_is_cut_short(copied, tmp_path):
+    directory = copied("multi-head", 1)
+    (directory / "consolidated.00.pth").rename(directory / "consolidated.09.pth")
+
+    refusal = message(CheckpointError, convert, "llama", directory, tmp_path / "ckpt")
+
+    assert refusal.endswith("consolidated.06.pth, consolidated.07.pth and more missing")
+
+
+def test_two_files_of_one_rank_are_refused(copied, tmp_path):
+    directory = copied("multi-head", 1)
+    shutil.copy(directory / "consolidated.00.pth", directory / "consolidated.0.pth")
+
+    refusal = message(CheckpointError, convert, "llama", directory, tmp_path / "ckpt")
+
+    assert refusal == f"{directory} has two files of rank 0, consolidated.0.pth and consolidated.00.pth"
+
+
+def test_a_number_that_no_rank_has_is_refused(copied, tmp_path):
+    directory = copied("multi-head", 1)
+    name = f"consolidated.{'9' * 30}.pth"
+    (directory / "consolidated.00.pth").rename(directory / name)
+
+    refusal = message(CheckpointError, convert, "llama", directory, tmp_path / "ckpt")
+
+    assert refusal == f"{directory / name} has a number that no rank has: at most 10000 files are read"
 
 
 @pytest.mark.parametrize("vocab_size", [102, -1], ids=["said", "left to the tokenizer"])
@@ -666,6 +726,54 @@ def test_the_reference_of_metas_files_is_metas_own_implementation(meta_files, ca
     for input_ids, logits in ((INPUT_IDS, files.logits), (INPUT_IDS[1:, :7], files.logits[1:, :7])):
         assert_close(reference(input_ids), logits, **FP32)
     assert not torch.distributed.is_initialized()
+
+
+def load_reference(directory: Path, files):
+    family = megacore.get_family("llama")
+    config = family.family.config_from_source(files.params, "meta")
+    return family.load_reference(config, directory, torch.float32, torch.device("cpu"))
+
+
+def test_a_directory_in_both_formats_is_verified_as_it_is_converted(meta_files, copied):
+    files = meta_files["multi-head", 1, "vocabulary"]
+    directory = copied("multi-head", 1)
+    transformers_model(files).save_pretrained(directory)
+
+    assert type(load_reference(directory, files)).__name__ == "TransformersReference"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("{", "is damaged"), ("[1]", "is damaged"), ('{"n_heads": 4}', "lacks 'dim'")],
+    ids=["no JSON", "a list", "no dim"],
+)
+def test_a_reference_with_a_configuration_of_no_use_is_refused(meta_files, copied, text, said):
+    directory = copied("multi-head", 1)
+    (directory / "params.json").write_text(text)
+
+    refusal = message(CheckpointError, load_reference, directory, meta_files["multi-head", 1, "vocabulary"])
+
+    assert f"{directory / 'params.json'} {said}" in refusal
+
+
+def test_a_reference_without_a_head_is_refused(meta_files, copied):
+    directory = copied("multi-head", 1)
+    edit_tensors(directory / "consolidated.00.pth", lambda tensors: tensors.pop("output.weight"))
+
+    refusal = message(CheckpointError, load_reference, directory, meta_files["multi-head", 1, "vocabulary"])
+
+    assert refusal == f"the reference {directory} lacks output.weight"
+
+
+def test_a_reference_is_not_held_twice_while_it_is_cast(meta_files, monkeypatch):
+    files = meta_files["multi-head", 2, "vocabulary"]
+    states = []
+    merged = meta_reference._merged_state
+    monkeypatch.setattr(meta_reference, "_merged_state", lambda *a: states.append(merged(*a)) or states[-1])
+
+    load_reference(files.directory, files)
+
+    assert states == [{}]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

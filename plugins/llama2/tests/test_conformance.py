@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from megacore import ModelConfig
 from megacore.testing import ModelFamilyTests
+from megatron_llm_conformance import MegatronLlmFormatTests
 from meta_conformance import MetaFormatTests
 
 ODD: dict[str, Any] = {
@@ -32,18 +31,10 @@ class TestLlama2(ModelFamilyTests):
             "grouped, as 70B": ModelConfig(**ODD, family="llama2", num_kv_heads=3),
         }
 
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
-
 
 class TestLlama2OfMeta(MetaFormatTests):
     family = "llama2"
     context_length = 4096
-
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
 
 
 class TestCodeLlama(ModelFamilyTests):
@@ -52,15 +43,21 @@ class TestCodeLlama(ModelFamilyTests):
     def tiny_config(self) -> ModelConfig:
         return ModelConfig(**ODD, family="codellama", num_kv_heads=3)
 
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
-
 
 class TestCodeLlamaOfMeta(MetaFormatTests):
     family = "codellama"
     context_length = 16384
 
-    @pytest.mark.xfail(reason="test_megatron_llm_format.py tests megatron-llm, for which there is no reference")
-    def test_every_source_is_tested(self) -> None:
-        super().test_every_source_is_tested()
+
+class TestLlama2OfMegatronLlm(MegatronLlmFormatTests):
+    family = "llama2"
+
+    def tiny_config(self) -> ModelConfig:
+        return ModelConfig(**ODD, family="llama2", num_kv_heads=3)
+
+
+class TestCodeLlamaOfMegatronLlm(MegatronLlmFormatTests):
+    family = "codellama"
+
+    def tiny_config(self) -> ModelConfig:
+        return ModelConfig(**ODD, family="codellama", num_kv_heads=3)

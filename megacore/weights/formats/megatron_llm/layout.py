@@ -49,8 +49,9 @@ _ALLOWED = (
         for module in ("core", "model")
         for name in ("AttnMaskType", "AttnType", "LayerType", "ModelType", "PositionEmbeddingType")
     ),
-    # The state of numpy's random numbers, which nobody looks at here.
+    # The state of numpy's random numbers, and numbers of numpy among the arguments: nobody looks at them here.
     *(foreign(f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(foreign(f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     foreign("numpy.ndarray"),
     foreign("numpy.dtype"),
 )

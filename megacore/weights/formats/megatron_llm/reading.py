@@ -34,7 +34,7 @@ from megacore.weights.formats.megatron_llm.layout import (
 from megacore.weights.formats.published import PublishedCheckpoint, Shape
 from megacore.weights.megatron_llm_map import half_from_interleaved_rows
 
-_KEPT_ARGS = ("make_vocab_size_divisible_by", "model_name", "seq_length", "tokenizer_type")
+_KEPT_ARGS = {"make_vocab_size_divisible_by": int, "model_name": str, "seq_length": int, "tokenizer_type": str}
 """Of what a checkpoint says beside its architecture. Not more: the rest may hold paths, and keys to services."""
 
 
@@ -52,6 +52,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         self._stored_rows = sum(len(part) for part in self._parts[EMBEDDING])
         self.config["vocab_size"] = self._true_vocab_size()
         self._take_tied_head()
+        self._family_note: str | None = None
 
     def check_family(self, family: ModelFamily) -> None:
         registry = default_registry()
@@ -60,6 +61,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
             return
         if not set(registry.get_family(named).family.architectures) & set(family.architectures):
             raise ConfigError(f"{self.config_file} says that it is a {named}, not a {family.name}; use --model {named}")
+        self._family_note = f"the checkpoint says that it is a {named}, and is converted as a {family.name}, as asked"
 
     def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
         return {name: self._shape(name) for name in self._parts}
@@ -72,11 +74,17 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         if name in (EMBEDDING, HEAD):
             return RowsOf(whole, slice(0, self.config["vocab_size"]))
         if name.endswith(".query_key_value.weight") and self._files.rotary_layout == HALVES:
-            return RowsOf(whole, interleaved_from_halves(self.config, whole.rows, name))
+            return RowsOf(whole, interleaved_from_halves(self.config, whole.rows, name, self.config_file))
         return whole
 
     def origin(self) -> dict[str, Any]:
-        return {"source": "megatron-llm", "config": {k: self.config[k] for k in _KEPT_ARGS if k in self.config}}
+        kept = {name: self.config[name] for name in _KEPT_ARGS if self.config.get(name) is not None}
+        for name, value in kept.items():
+            if _KEPT_ARGS[name] is int:
+                _positive(kept, name, self.config_file)
+            elif not isinstance(value, str):
+                raise ConfigError(f"{self.config_file}: {name} is {value!r} instead of a name")
+        return {"source": "megatron-llm", "config": kept}
 
     def drop_vocabulary_padding(self, true_vocab_size: int) -> None:
         if not 1 <= true_vocab_size <= self._stored_rows:
@@ -87,6 +95,8 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
 
     def notes(self) -> list[str]:
         notes = [*self._vocabulary_notes()]
+        if self._family_note is not None:
+            notes.append(self._family_note)
         if self._files.rotary_layout is None:
             notes.append(
                 "the checkpoint does not record its rotary layout and is taken for one with interleaved pairs. If it "
@@ -188,7 +198,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
                 )
             return recorded
         extra = self.config.get("vocab_extra_ids") or self.config.get("vocab_extra_ids_list")
-        if self.config.get("no_new_tokens") and not extra:
+        if self.config.get("new_tokens") is False and not extra:  # what --no_new_tokens is saved as
             return min(self._tokens() or self._stored_rows, self._stored_rows)
         return self._stored_rows
 
@@ -229,12 +239,14 @@ def _spelt(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]
     yield from tensors.items()
 
 
-def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str) -> Tensor:
-    """For ``rows`` rows of tensor ``name``, a QKV projection or some groups of one: which row of halves goes where."""
-    heads = args["num_attention_heads"]
-    kv_heads = args.get("num_attention_heads_kv") or heads
-    head_dim = args.get("kv_channels") or args["hidden_size"] // heads
-    queries = heads // kv_heads
+def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str, file: Path) -> Tensor:
+    """For ``rows`` rows of tensor ``name``, a QKV projection or some groups of one: which row of halves goes where.
+
+    Raises:
+        ConfigError: when the ``args`` of ``file`` do not say what the heads are.
+        CorruptCheckpointError: when the rows are not whole groups of them.
+    """
+    queries, head_dim = _heads(args, file)
     groups, rest = divmod(rows, (queries + 2) * head_dim)
     if rest:
         raise CorruptCheckpointError(
@@ -243,3 +255,31 @@ def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str) -> Te
         )
     halves = half_from_interleaved_rows(queries_per_kv=queries, kv_heads=groups, head_dim=head_dim)
     return torch.tensor(halves).argsort()
+
+
+def _heads(args: Mapping[str, Any], file: Path) -> tuple[int, int]:
+    """The query heads of each key-value head, and the rows of a head."""
+    heads = _positive(args, "num_attention_heads", file)
+    kv_heads = _positive({"num_attention_heads_kv": heads, **_given(args)}, "num_attention_heads_kv", file)
+    if heads % kv_heads:
+        raise ConfigError(f"{file}: num_attention_heads {heads} is no multiple of num_attention_heads_kv {kv_heads}")
+    if args.get("kv_channels") is not None:
+        head_dim, says = _positive(args, "kv_channels", file), "kv_channels"
+    else:
+        head_dim, says = _positive(args, "hidden_size", file) // heads, "hidden_size // num_attention_heads"
+    if head_dim == 0 or head_dim % 2:
+        raise ConfigError(f"{file}: {says} is {head_dim}, and rotary pairs need an even number")
+    return heads // kv_heads, head_dim
+
+
+def _given(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in args.items() if value is not None}
+
+
+def _positive(args: Mapping[str, Any], name: str, file: Path) -> int:
+    if args.get(name) is None:
+        raise ConfigError(f"{file} lacks {name!r} among its args")
+    value = args[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{file}: {name} is {value!r} instead of a positive number")
+    return value
