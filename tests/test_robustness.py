@@ -595,7 +595,9 @@ def test_an_index_may_not_name_a_file_elsewhere(program, damaged, room):
     index = damaged.published / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("b.safetensors", "../published/b.safetensors"))
     finished = program(*damaged.arguments("convert", room / "out"))
-    assert_refused(finished, 1, rf"{index} names '../published/b.safetensors', which is not a file of its own.*")
+    assert_refused(
+        finished, 1, rf"{index} names '../published/b.safetensors', which is not a safetensors file of its own.*"
+    )
     assert listing(room) == []
 
 

@@ -179,9 +179,10 @@ class ModelFamilyTests:
     # The plugin
 
     def test_the_kit_is_intact(self) -> None:
-        """No check is deleted or overridden, except under ``@pytest.mark.xfail(reason="…")``; there is a model to check.
+        """No check is deleted or overridden, except under ``@pytest.mark.xfail(reason="…")``.
 
         Neither is what the checks are run by: the fixture ``case``, ``pytest_generate_tests``, the kit's own helpers.
+        And there is something to check: a configuration and a format at least.
 
         Troubleshooting: say why the check cannot hold for this family, and let the override call the original::
 

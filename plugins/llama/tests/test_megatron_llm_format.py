@@ -657,7 +657,7 @@ def test_what_an_export_would_write_again_is_checked(published, tmp_path, args, 
 
     said = convert_refused(meg, tmp_path / "ckpt", exit_code=2)
 
-    assert said == f"Error: {rank_file(meg, 0, 0, 1)}: {answer}\n"
+    assert said.endswith(f"Error: {rank_file(meg, 0, 0, 1)}: {answer}\n")
 
 
 def test_arguments_that_are_missing_are_named(published, tmp_path):

@@ -52,7 +52,7 @@ def test_a_true_vocabulary_for_a_format_that_does_not_pad_is_refused(padded, tmp
 def test_the_formats_are_named_in_the_help(command, option):
     assert tuple(FORMATS) == FORMAT_NAMES
 
-    help = " ".join(CliRunner().invoke(cli, [command, "--help"]).output.split())
+    help = " ".join(CliRunner().invoke(cli, [command, "--help"]).output.split()).replace("- ", "-")  # of broken lines
 
     assert ", ".join(FORMATS) in help.partition(f" {option} ")[2].partition(" --")[0]
 
