@@ -19,6 +19,8 @@ def lay_out(files: Mapping[str, str], site: Path) -> None:
     metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()
     requirements = "".join(f"Requires-Dist: {requirement}\n" for requirement in project["dependencies"])
+    for extra, needs in project.get("optional-dependencies", {}).items():
+        requirements += "".join(f'Requires-Dist: {requirement}; extra == "{extra}"\n' for requirement in needs)
     (metadata / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n{requirements}"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
 from megacore.data import DatasetDescription, IndexedDataset, SampleOrder, TokenWindows, check_token_ids
-from megacore.errors import DataError, TrainingError
+from megacore.errors import ConfigError, DataError, TrainingError
 from megacore.model import DecoderModel, load_model
 from megacore.parallel import (
     ParallelContext,
@@ -75,6 +75,11 @@ def train(
     """
     if not isinstance(run, RunConfig):
         run = read_run_config(Path(run))
+    if not run.model.checkpoint.is_dir():
+        raise ConfigError(
+            f"model.checkpoint: {run.model.checkpoint} is not a directory (paths in a run file are relative to the "
+            "directory that the command is started in)"
+        )
     checkpoint = Checkpoint(run.model.checkpoint)
     get_family(checkpoint.manifest.family)
     check_tensor_parallel(checkpoint.manifest.specs, run.parallel.tensor_parallel)
@@ -96,6 +101,9 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
     """What a person should know before the run starts."""
     if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
         yield imbalance
+    description, tokenizer = DatasetDescription.read(run.data.prefix), checkpoint.manifest.tokenizer
+    if description is not None and tokenizer and description.tokenizer_sha256 not in tokenizer.values():
+        yield f"the dataset {run.data.prefix} was made with another tokenizer than the checkpoint carries"
     context = checkpoint.manifest.config["max_position_embeddings"]
     if run.data.seq_length > context:
         yield f"data.seq_length {run.data.seq_length} is more than the {context} positions the model was made for"

@@ -563,6 +563,17 @@ def test_a_reference_that_lacks_a_tensor_is_refused(published, ckpt):
     assert "lacks model.layers.2.mlp.up_proj.weight" in result.stderr
 
 
+def test_a_truncated_reference_is_refused_in_one_line(published, ckpt):
+    file = published.directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+    result = verify(ckpt, published)
+
+    assert result.exit_code == 2
+    assert "transformers cannot load the reference" in result.stderr
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize("missing", ["reference", "checkpoint"])
 def test_a_directory_that_is_not_there_is_a_mistake(published, ckpt, tmp_path, missing):
     nowhere = tmp_path / "nowhere"
