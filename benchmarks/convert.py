@@ -1,6 +1,6 @@
 """How fast conversion is, next to ``cp`` of the same files in the same run, and how much memory it takes.
 
-    python benchmarks/convert.py [--dir DIR] [--rounds N]
+    python benchmarks/convert.py [--dir DIR] [--rounds N] [--cold]
 
 Makes Hugging Face checkpoints of 0.5 and 2 GB (bfloat16, random bytes, in files of at most 1 GB) in a temporary
 directory and removes them again; 5 GB are needed. In each round, in alternating order:
@@ -11,6 +11,10 @@ directory and removes them again; 5 GB are needed. In each round, in alternating
   hashes what it writes and ends when all is on the disk, which ``cp + sync`` is the fair measure of; the goal is
   set against ``cp`` alone;
 * ``command``: the wall time of ``python -m megacore convert``, from start to end, importing torch included.
+
+Before each, as much memory as the output takes is touched and freed. A virtual machine may give memory that was free for
+some seconds back to its host and get it again page by page, which would be charged to whatever runs after a pause.
+``--cold`` leaves that out.
 
 The memory is the anonymous memory (``RssAnon``) of the process at its highest while ``megacore.convert`` runs, less
 what it was before, with torch and megacore loaded. Mapped files are not anonymous: the system takes them back when it
@@ -139,17 +143,24 @@ def flush(directory: Path) -> None:
         os.close(descriptor)
 
 
-def measure_copy(files: list[Path], out: Path) -> dict[str, float]:
+def touch_free_memory(num_bytes: int) -> None:
+    """Make sure that the next ``num_bytes`` of memory that anybody asks for are there."""
+    np.ones(num_bytes, dtype=np.uint8)
+
+
+def measure_copy(files: list[Path], out: Path, prepare: Callable[[], None]) -> dict[str, float]:
     out.mkdir()
+    prepare()
     copying = seconds(lambda: subprocess.run(["cp", *map(str, files), str(out)], check=True))
     return {"cp": copying, "cp + sync": copying + seconds(lambda: flush(out))}
 
 
-def measure_convert(source: Path, out: Path) -> dict[str, float]:
+def measure_convert(source: Path, out: Path, prepare: Callable[[], None]) -> dict[str, float]:
     arguments = [sys.executable, "-c", CONVERT, str(source), str(out)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with subprocess.Popen(arguments, **pipes) as process, ThreadPoolExecutor(1) as reader:
         assert process.stdout.readline() == "ready\n"
+        prepare()
         before = peak = anonymous_bytes(process.pid)
         process.stdin.write("go\n")
         answer = reader.submit(process.stdout.readline)
@@ -178,7 +189,8 @@ def sha256_seconds(num_bytes: int) -> float:
     return seconds(hash_all)
 
 
-def measure_command(source: Path, out: Path) -> dict[str, float]:
+def measure_command(source: Path, out: Path, prepare: Callable[[], None]) -> dict[str, float]:
+    prepare()
     arguments = [
         sys.executable,
         "-m",
@@ -194,23 +206,29 @@ def measure_command(source: Path, out: Path) -> dict[str, float]:
     return {"command": seconds(lambda: subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True))}
 
 
-def rounds(directory: Path, num_layers: int, num_rounds: int) -> Iterator[dict[str, float]]:
+def rounds(directory: Path, num_layers: int, num_rounds: int, *, cold: bool) -> Iterator[dict[str, float]]:
     """Measure everything ``num_rounds`` times, each time in another order, with nothing waiting to be written."""
     source = directory / "published"
     files = write_checkpoint(source, num_layers)
     out = directory / "out"
+    num_bytes = sum(path.stat().st_size for path in files)
+
+    def prepare() -> None:
+        if not cold:
+            touch_free_memory(num_bytes)
+
     measurements: list[Callable[[], dict[str, float]]] = [
-        lambda: measure_copy(files, out),
-        lambda: measure_convert(source, out),
-        lambda: measure_command(source, out),
+        lambda: measure_copy(files, out, prepare),
+        lambda: measure_convert(source, out, prepare),
+        lambda: measure_command(source, out, prepare),
     ]
     for number in range(num_rounds):
-        found: dict[str, float] = {"bytes": sum(path.stat().st_size for path in files)}
+        found: dict[str, float] = {"bytes": num_bytes}
         for measure in measurements[number % 3 :] + measurements[: number % 3]:
             os.sync()
             found |= measure()
             shutil.rmtree(out)
-        found["sha256"] = sha256_seconds(int(found["bytes"]))
+        found["sha256"] = sha256_seconds(num_bytes)
         yield found
 
 
@@ -218,13 +236,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="Where to make the checkpoints.  [default: the temporary directory]")
     parser.add_argument("--rounds", type=int, default=5, help="Number of rounds.  [default: 5]")
+    parser.add_argument("--cold", action="store_true", help="Do not touch free memory beforehand.")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores; medians of {options.rounds} rounds\n")
     print("         cp [s]  cp + sync  convert  command  SHA-256    ÷ cp  ÷ (cp + sync)  memory [MB]")
     ratios, memory = [], []
     for label, num_layers in NUM_LAYERS.items():
         with tempfile.TemporaryDirectory(dir=options.dir, prefix="megacore-benchmark-") as directory:
-            found = list(rounds(Path(directory), num_layers, options.rounds))
+            found = list(rounds(Path(directory), num_layers, options.rounds, cold=options.cold))
         cp, synced, convert, command, sha256 = (
             median(each[name] for each in found) for name in ("cp", "cp + sync", "convert", "command", "sha256")
         )
