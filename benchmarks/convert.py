@@ -12,8 +12,8 @@ directory and removes them again; 5 GB are needed. In each round, in alternating
   set against ``cp`` alone;
 * ``command``: the wall time of ``python -m megacore convert``, from start to end, importing torch included.
 
-Before each, as much memory as the output takes is touched and freed. A virtual machine may give memory that was free for
-some seconds back to its host and get it again page by page, which would be charged to whatever runs after a pause.
+Before each, as much memory as the output takes is touched and freed. A virtual machine may give memory that was free
+for some seconds back to its host and get it again page by page, which would be charged to whatever runs after a pause.
 ``--cold`` leaves that out.
 
 The memory is the anonymous memory (``RssAnon``) of the process at its highest while ``megacore.convert`` runs, less

@@ -156,9 +156,8 @@ class _Storage:
         self.tensor = tensor
 
 
-class _DocumentPickler(
-    pickle._Pickler
-):  # the one in Python, since the one in C would import what it writes the name of
+# The pickler in Python, since the one in C would import what it writes the name of.
+class _DocumentPickler(pickle._Pickler):
     """Pickles a document as ``torch.save`` does, and collects its tensors."""
 
     dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickle._Pickler.dispatch)
