@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megacore.errors import DataError
-from megacore.parallel import ParallelContext, on_ranks
+from megacore.parallel import ParallelContext, ParallelSizes, on_ranks
 
 
 class OfAPluginError(DataError):
@@ -22,8 +22,8 @@ class OfAPluginError(DataError):
 def place_and_sum(parallel: ParallelContext, number: int) -> tuple[int, int, bool, float]:
     """This rank, the size, whether the sequence is cut, and ``number`` times each rank + 1, summed over the ranks."""
     total = torch.tensor(float(number * (parallel.tp_rank + 1)))
-    if parallel.tp_mesh is not None:
-        dist.all_reduce(total, group=parallel.tp_group)
+    if parallel.mesh is not None:
+        dist.all_reduce(total)
     return parallel.tp_rank, parallel.tp_size, parallel.sequence_parallel, total.item()
 
 
@@ -57,4 +57,4 @@ def sleep_between_two_files(parallel: ParallelContext, prefix: str) -> None:
 
 
 if __name__ == "__main__":  # `python -m launched PREFIX`: two ranks that sleep
-    on_ranks(sleep_between_two_files, sys.argv[1], tp=2)
+    on_ranks(sleep_between_two_files, sys.argv[1], sizes=ParallelSizes(tp=2))

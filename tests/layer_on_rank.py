@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
-from megacore.parallel import ParallelContext, materialize, vocab_parallel_cross_entropy
+from megacore.parallel import ParallelContext, ParameterSpec, linear_cross_entropy, loss, materialize
 
 
 @dataclass
@@ -35,11 +35,7 @@ def run_module(
     """Forward and backward of ``build(parallel=parallel)``; ``values`` are whole, lists have an item a rank."""
     module = build(parallel=parallel)
     rank, size = parallel.tp_rank, parallel.tp_size
-    materialize(
-        module,
-        parallel,
-        lambda name, spec: values[name] if spec.shard_dim is None else values[name].chunk(size, spec.shard_dim)[rank],
-    )
+    materialize(module, parallel, lambda name, spec: part_of(values[name], spec, size, rank))
     given = inputs[rank].requires_grad_(inputs[rank].is_floating_point())
     output = module(given)
     output.backward(output_gradients[rank])
@@ -56,15 +52,38 @@ def run_module(
     )
 
 
+def part_of(whole: Tensor, spec: ParameterSpec, size: int, rank: int) -> Tensor:
+    """What a rank holds of a parameter."""
+    if spec.ranks_per_unit(size) == 1:
+        return whole if spec.shard_dim is None else whole.chunk(size, spec.shard_dim)[rank]
+    assert spec.shard_dim is not None
+    unit, part = divmod(rank, spec.ranks_per_unit(size))
+    own, shared = whole.narrow(spec.shard_dim, unit, 1).split(
+        [whole.shape[spec.shard_dim + 1] - spec.num_shared, spec.num_shared], dim=spec.shard_dim + 1
+    )
+    dealt = own.chunk(spec.ranks_per_unit(size), dim=spec.shard_dim + 1)[part]
+    return torch.cat([dealt, shared], dim=spec.shard_dim + 1)
+
+
 def run_cross_entropy(
-    parallel: ParallelContext, logits: list[Tensor], targets: Tensor, output_gradient: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """The losses, and the gradients of this rank's logits."""
-    given = logits[parallel.tp_rank].requires_grad_()
-    losses = vocab_parallel_cross_entropy(given, targets, vocab_size=vocab_size, parallel=parallel)
-    losses.backward(output_gradient)
-    assert given.grad is not None
-    return losses.detach(), given.grad
+    parallel: ParallelContext,
+    hidden: list[Tensor],
+    weights: list[Tensor],
+    targets: Tensor,
+    token_weights: Tensor,
+    vocab_size: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of what this rank holds of hidden states and head."""
+    loss.CHUNK_BYTES = chunk_bytes
+    own_hidden, own_weight = hidden[parallel.tp_rank].requires_grad_(), weights[parallel.tp_rank].requires_grad_()
+    result = linear_cross_entropy(
+        own_hidden, own_weight, targets, token_weights, vocab_size=vocab_size, parallel=parallel
+    )
+    result.backward()
+    assert own_hidden.grad is not None
+    assert own_weight.grad is not None
+    return result.detach(), own_hidden.grad, own_weight.grad
 
 
 def run_collective(

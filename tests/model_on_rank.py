@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megacore.checkpoint import Checkpoint
 from megacore.model import load_model
-from megacore.parallel import ParallelContext, vocab_parallel_cross_entropy
+from megacore.parallel import ParallelContext, parameter_specs
+from megacore.testing.numerics import whole_tensor
 from megacore.verification.comparison import whole_logits
 
 
@@ -19,13 +19,12 @@ def logits_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The logits of ``ckpt`` and the gradients of its summed loss, all whole, on ``[batch, sequence + 1]`` tokens."""
     model = load_model(Checkpoint(ckpt), parallel, dtype=dtype)
-    vocab_size = model.config.vocab_size
-    logits = model(tokens[:, :-1])
-    losses = vocab_parallel_cross_entropy(logits, tokens[:, 1:], vocab_size=vocab_size, parallel=parallel)
-    losses.sum().backward()
+    with torch.no_grad():
+        logits = model(tokens[:, :-1])
+    model(tokens[:, :-1], targets=tokens[:, 1:], token_weights=torch.ones(tokens[:, 1:].shape, dtype=dtype)).backward()
+    specs = parameter_specs(model)
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        grad = parameter.grad
-        gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return whole_logits(logits.detach(), vocab_size, parallel), gradients
+        gradients[name] = whole_tensor(parameter.grad, specs[name], parallel)
+    return whole_logits(logits, model.config.vocab_size, parallel), gradients

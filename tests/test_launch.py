@@ -18,7 +18,7 @@ import megacore
 from launched import OfAPluginError, killed_on, place_and_sum, programming_error_on, refuse_on
 from megacore.checkpoint import Checkpoint
 from megacore.errors import DataError, WorkerError
-from megacore.parallel import on_ranks
+from megacore.parallel import ParallelSizes, on_ranks
 from tiny_llama import VOCAB, published_model, write_dataset
 
 TESTS = Path(__file__).parent
@@ -39,7 +39,7 @@ def bounded():
 def test_one_rank_is_this_process(monkeypatch):
     monkeypatch.setattr("torch.distributed.launcher.api.launch_agent", None)  # not needed
 
-    assert on_ranks(place_and_sum, 5, tp=1) == (0, 1, False, 5.0)
+    assert on_ranks(place_and_sum, 5, sizes=ParallelSizes()) == (0, 1, False, 5.0)
 
 
 def test_what_rank_0_returns_comes_back_and_signals_loggers_and_temporary_files_are_as_before(
@@ -54,7 +54,7 @@ def test_what_rank_0_returns_comes_back_and_signals_loggers_and_temporary_files_
 
     before = surroundings()
 
-    assert on_ranks(place_and_sum, 5, tp=2, sequence_parallel=True) == (0, 2, True, 15.0)
+    assert on_ranks(place_and_sum, 5, sizes=ParallelSizes(tp=2, sequence_parallel=True)) == (0, 2, True, 15.0)
 
     assert surroundings() == before
     assert capfd.readouterr() == ("", "")
@@ -68,7 +68,7 @@ def test_a_mistake_found_on_one_rank_arrives_in_the_kind_that_the_core_knows_tho
     kind, capfd
 ):
     with pytest.raises(DataError) as raised:
-        on_ranks(refuse_on, 1, kind, tp=2)
+        on_ranks(refuse_on, 1, kind, sizes=ParallelSizes(tp=2))
 
     assert type(raised.value) is DataError
     assert str(raised.value) == "line 7: not a number.\nWrite one"
@@ -77,7 +77,7 @@ def test_a_mistake_found_on_one_rank_arrives_in_the_kind_that_the_core_knows_tho
 
 def test_a_programming_error_on_one_rank_arrives_with_its_traceback_and_not_that_of_its_echo_on_another():
     with pytest.raises(WorkerError) as raised:
-        on_ranks(programming_error_on, 1, tp=2)
+        on_ranks(programming_error_on, 1, sizes=ParallelSizes(tp=2))
 
     assert str(raised.value).startswith("rank 1 failed:\nTraceback")
     assert str(raised.value).endswith("ZeroDivisionError: one over nothing")
@@ -85,7 +85,7 @@ def test_a_programming_error_on_one_rank_arrives_with_its_traceback_and_not_that
 
 def test_a_killed_rank_is_named_with_the_signal_and_not_the_one_that_waits_for_it(capfd):
     with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL: was there too little memory\?$"):
-        on_ranks(killed_on, 1, tp=2)
+        on_ranks(killed_on, 1, sizes=ParallelSizes(tp=2))
 
     assert capfd.readouterr() == ("", "")
 

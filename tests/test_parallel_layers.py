@@ -13,7 +13,15 @@ from torch.nn import functional as F  # noqa: N812
 from layer_on_rank import Outcome, run_collective, run_cross_entropy, run_module
 from megacore import ModelConfig
 from megacore.model import LayerNorm, RMSNorm
-from megacore.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from megacore.parallel import (
+    ColumnParallelLinear,
+    ParallelContext,
+    ParallelSizes,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    linear_cross_entropy,
+)
 from megacore.parallel.collectives import all_reduce, gather_sequence, scatter_sequence, sum_gradients
 from megacore.parallel.layers import enter_parallel_region, leave_parallel_region
 
@@ -23,6 +31,10 @@ either_sequence = pytest.mark.parametrize(
     "sequence_parallel", [False, True], ids=["whole sequence", "sequence parallel"]
 )
 either_bias = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+
+
+def two_ranks(sequence_parallel: bool) -> ParallelSizes:
+    return ParallelSizes(tp=2, sequence_parallel=sequence_parallel)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -65,7 +77,7 @@ def run_column(ranks, out_shape, shard_dim, bias, sequence_parallel) -> tuple[li
         values,
         between_layers(hidden, sequence_parallel),
         parts(gradient, out_shape, shard_dim),
-        sequence_parallel=sequence_parallel,
+        sizes=two_ranks(sequence_parallel),
     )
 
     def linear(hidden, weight, bias=None):
@@ -107,7 +119,7 @@ def run_row(ranks, in_shape, bias, sequence_parallel) -> tuple[list[Outcome], tu
         values,
         parts(inputs, in_shape, 0),
         between_layers(gradient, sequence_parallel),
-        sequence_parallel=sequence_parallel,
+        sizes=two_ranks(sequence_parallel),
     )
 
     def linear(inputs, weight, bias=None):
@@ -167,7 +179,7 @@ def test_a_norm_has_outputs_and_gradients_of_the_whole_on_every_rank(ranks, norm
         values,
         between_layers(hidden, sequence_parallel),
         between_layers(gradient, sequence_parallel),
-        sequence_parallel=sequence_parallel,
+        sizes=two_ranks(sequence_parallel),
     )
 
     output, hidden_gradient, *gradients = truth(written_out, hidden, *values.values(), gradient=gradient)
@@ -195,7 +207,7 @@ def test_the_embedding_has_outputs_and_gradients_of_the_whole_wherever_the_ids_a
         {"weight": weight},
         [ids, ids],
         between_layers(gradient, sequence_parallel),
-        sequence_parallel=sequence_parallel,
+        sizes=two_ranks(sequence_parallel),
     )
 
     output, weight_gradient = truth(lambda weight: F.embedding(ids, weight), weight, gradient=gradient)
@@ -213,7 +225,7 @@ def test_the_head_has_outputs_and_gradients_of_the_whole(ranks, sequence_paralle
         {"weight": weight},
         between_layers(hidden, sequence_parallel),
         parts(gradient, (VOCAB,), 0),
-        sequence_parallel=sequence_parallel,
+        sizes=two_ranks(sequence_parallel),
     )
 
     output, hidden_gradient, weight_gradient = truth(F.linear, hidden, weight, gradient=gradient)
@@ -289,64 +301,105 @@ def test_regions_are_entered_and_left_with_the_collective_of_the_mode(ranks, reg
     shapes = [tensor.shape for tensor in expected(x)]
 
     answers = ranks.run(
-        run_collective, region, x, [random(*shape) for shape in shapes], sequence_parallel=sequence_parallel
+        run_collective, region, x, [random(*shape) for shape in shapes], sizes=two_ranks(sequence_parallel)
     )
 
     for (output, _), wanted in zip(answers, expected(x), strict=True):
         close(output, wanted)
 
 
-# --- cross-entropy
+# --- the loss
 
 
-def cross_entropy(ranks, logits: Tensor, targets: Tensor = IDS) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The ranks' losses and joined gradients, and those of the whole."""
-    gradient = random(BATCH, SEQUENCE).to(torch.promote_types(logits.dtype, torch.float32))
-    cut = [part.clone() for part in logits.chunk(2, dim=-1)]
-    losses, gradients = zip(*ranks.run(run_cross_entropy, cut, targets, gradient, VOCAB), strict=True)
+def run_loss(ranks, hidden: Tensor, weight: Tensor, targets: Tensor, *, sequence_parallel=False, chunk_bytes=2**24):
+    """The ranks' losses and joined gradients, and those of the whole, of a weighted sum."""
+    token_weights = random(BATCH, SEQUENCE, seed=5).abs()
+    outcomes = ranks.run(
+        run_cross_entropy,
+        between_layers(hidden, sequence_parallel),
+        [part.clone() for part in weight.chunk(2)],
+        targets,
+        token_weights,
+        VOCAB,
+        chunk_bytes,
+        sizes=two_ranks(sequence_parallel),
+    )
 
-    def whole(logits):
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    def whole(hidden, weight):
+        losses = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten(), reduction="none")
+        return (losses @ token_weights.flatten()).reshape(1)
 
-    return list(losses), torch.cat(gradients, dim=-1), *truth(whole, logits.to(gradient.dtype), gradient=gradient)
+    losses, hidden_gradients, weight_gradients = zip(*outcomes, strict=True)
+    assert torch.equal(losses[0], losses[1])
+    for gradient in hidden_gradients if not sequence_parallel else []:
+        assert torch.equal(gradient, hidden_gradients[0])
+    hidden_gradient = torch.cat(hidden_gradients, dim=1) if sequence_parallel else hidden_gradients[0]
+    expected = truth(whole, hidden, weight, gradient=torch.ones(1, dtype=torch.float64))
+    return (losses[0], hidden_gradient, torch.cat(weight_gradients)), expected
 
 
+@either_sequence
+@pytest.mark.parametrize("chunk_bytes", [2**24, 4 * 50 * 3, 1], ids=["at once", "3 tokens at a time", "one at a time"])
 @pytest.mark.parametrize(
     "targets", [IDS, IDS % 50, IDS % 49 + 50], ids=["both parts", "the first part", "the second part"]
 )
-def test_the_cross_entropy_of_a_cut_vocabulary_is_that_of_the_whole(ranks, targets):
-    losses, gradient, expected_loss, expected_gradient = cross_entropy(ranks, random(BATCH, SEQUENCE, VOCAB), targets)
+def test_the_loss_over_a_cut_vocabulary_is_that_of_the_whole(ranks, targets, chunk_bytes, sequence_parallel):
+    found, expected = run_loss(
+        ranks,
+        random(BATCH, SEQUENCE, HIDDEN),
+        random(VOCAB, HIDDEN),
+        targets,
+        sequence_parallel=sequence_parallel,
+        chunk_bytes=chunk_bytes,
+    )
 
-    close(losses[0], expected_loss)
-    close(gradient, expected_gradient)
-    assert torch.equal(losses[0], losses[1])
-
-
-def test_the_cross_entropy_of_large_logits_is_finite_and_right(ranks):
-    logits = random(BATCH, SEQUENCE, VOCAB) * 1000 + 1e5  # exp() of one of them would overflow
-
-    losses, gradient, expected_loss, expected_gradient = cross_entropy(ranks, logits)
-
-    close(losses[0], expected_loss, tolerance=1e-9)
-    close(gradient, expected_gradient)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
 
 
-def test_the_cross_entropy_does_not_mind_a_rank_whose_logits_are_all_far_below_the_others(ranks):
-    logits = random(BATCH, SEQUENCE, VOCAB)
-    logits[..., 50:] -= 1e5
+def test_the_loss_of_large_logits_is_finite_and_right(ranks):
+    hidden, weight = random(BATCH, SEQUENCE, HIDDEN), random(VOCAB, HIDDEN) * 1e4  # exp() of one of them would overflow
 
-    losses, gradient, expected_loss, expected_gradient = cross_entropy(ranks, logits)
+    found, expected = run_loss(ranks, hidden, weight, IDS)
 
-    close(losses[0], expected_loss, tolerance=1e-9)
-    close(gradient, expected_gradient)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, tolerance=1e-7)
+    assert found[0] > 1e4
 
 
-def test_the_cross_entropy_of_bfloat16_logits_is_computed_in_float32(ranks):
-    logits = random(BATCH, SEQUENCE, VOCAB).bfloat16()
+def test_the_loss_does_not_mind_a_rank_whose_logits_are_all_far_below_the_others(ranks):
+    hidden, weight = random(BATCH, SEQUENCE, HIDDEN), random(VOCAB, HIDDEN)
+    hidden[..., 0] = 1
+    weight[50:, 0] = -1e5
 
-    losses, gradient, expected_loss, expected_gradient = cross_entropy(ranks, logits)
+    found, expected = run_loss(ranks, hidden, weight, IDS)
 
-    assert losses[0].dtype == torch.float32
-    assert gradient.dtype == torch.bfloat16
-    close(losses[0], expected_loss, tolerance=1e-5)
-    close(gradient, expected_gradient.bfloat16(), tolerance=1e-2)  # a step of bfloat16 near 1
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, tolerance=1e-9)
+
+
+def test_a_loss_that_was_scaled_afterwards_is_refused():
+    hidden, weight = random(BATCH, SEQUENCE, HIDDEN).requires_grad_(), random(VOCAB, HIDDEN)
+    loss = linear_cross_entropy(
+        hidden, weight, IDS, torch.ones(IDS.shape), vocab_size=VOCAB, parallel=ParallelContext.single()
+    )
+
+    with pytest.raises(RuntimeError, match="scale token_weights instead"):
+        (2 * loss).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_16_bit_hidden_states_has_a_32_bit_gradient_of_a_32_bit_head(dtype):
+    hidden, weight = random(BATCH, SEQUENCE, HIDDEN).to(dtype).requires_grad_(), random(VOCAB, HIDDEN).float()
+    weight.requires_grad_()
+
+    loss = linear_cross_entropy(
+        hidden, weight, IDS, torch.ones(IDS.shape), vocab_size=VOCAB, parallel=ParallelContext.single()
+    )
+    loss.backward()
+
+    expected = F.cross_entropy(
+        F.linear(hidden.detach().float(), weight.detach()).flatten(0, 1), IDS.flatten(), reduction="sum"
+    )
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, dtype, torch.float32)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)

@@ -23,7 +23,7 @@ from megacore.cli import cli
 from megacore.data import DatasetDescription, IndexedDataset, IndexedDatasetWriter, SampleOrder, TokenWindows
 from megacore.errors import ConfigError, CorruptCheckpointError, DataError, TrainingError
 from megacore.model import load_model
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, ParallelSizes, parameter_specs
 from megacore.training import RunConfig, Step, loop, read_run_config
 from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer import build_optimizer
@@ -84,6 +84,10 @@ def run_of(place: Path, out: Path, *overrides: str, model: str = "untied", layou
     return read_run_config(run_file(place, out, model, layout), overrides)
 
 
+def two_ranks(sequence_parallel: bool) -> ParallelSizes:
+    return ParallelSizes(tp=2, sequence_parallel=sequence_parallel)
+
+
 def weights(checkpoint: Path) -> dict[str, Tensor]:
     """All parameters of a checkpoint, each as one matrix."""
     opened = Checkpoint(checkpoint)
@@ -119,7 +123,7 @@ def test_two_ranks_train_as_a_single_process_does_from_any_layout(
 ):
     run = run_of(place, tmp_path / "out", "model.dtype=fp64", model=model, layout=layout)
 
-    steps, same_steps = ranks.run(_train_on_rank, run, None, sequence_parallel=sequence_parallel)
+    steps, same_steps = ranks.run(_train_on_rank, run, None, sizes=two_ranks(sequence_parallel))
 
     assert len(steps) == STEPS
     expected = single[model]
@@ -137,7 +141,7 @@ def test_two_ranks_train_as_a_single_process_does_from_any_layout(
 def test_two_ranks_have_the_gradients_of_a_single_process(ranks, place, tmp_path, model, sequence_parallel):
     run = run_of(place, tmp_path / "out", "model.dtype=fp64", model=model)
 
-    (loss, gradients), _ = ranks.run(whole_gradients, run, sequence_parallel=sequence_parallel)
+    (loss, gradients), _ = ranks.run(whole_gradients, run, sizes=two_ranks(sequence_parallel))
 
     expected_loss, expected = whole_gradients(ParallelContext.single(), run)
     assert loss == pytest.approx(expected_loss, rel=1e-13)
@@ -149,7 +153,7 @@ def test_two_ranks_have_the_gradients_of_a_single_process(ranks, place, tmp_path
 def test_parameters_that_every_rank_holds_stay_equal_to_the_bit(ranks, place, tmp_path, sequence_parallel):
     run = run_of(place, tmp_path / "out", model="tied, with biases")
 
-    first, second = ranks.run(trained_replicas, run, 5, sequence_parallel=sequence_parallel)
+    first, second = ranks.run(trained_replicas, run, 5, sizes=two_ranks(sequence_parallel))
 
     per_layer = {"input_layernorm.weight", "pre_mlp_layernorm.weight",
                  "self_attention.linear_proj.bias", "mlp.linear_fc2.bias"}  # fmt: skip
@@ -251,7 +255,8 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases_alone(place):
     checkpoint = Checkpoint(place / "tied, with biases" / "unsplit")
     model = load_model(checkpoint, ParallelContext.single(), dtype=torch.float64)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimizerSection(lr=0.5, weight_decay=0.25))
+    settings = OptimizerSection(lr=0.5, weight_decay=0.25)
+    optimizer = build_optimizer(model.named_parameters(), parameter_specs(model), settings)
 
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -544,7 +549,7 @@ def test_training_refuses_damaged_weights_instead_of_passing_them_on(place, tmp_
 
 def test_the_output_is_taken_before_training_begins(place, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(loop, "load_model", lambda *arguments, **options: taken.extend(tmp_path.iterdir()) or 1 / 0)
+    monkeypatch.setattr(loop, "Engine", lambda *arguments, **options: taken.extend(tmp_path.iterdir()) or 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
         megacore.train(run_of(place, tmp_path / "out"))

@@ -100,6 +100,7 @@ class Manifest:
                     "dtype": entry.dtype,
                     "shard_dim": entry.spec.shard_dim,
                     "row_dims": entry.spec.row_dims,
+                    **_finer_cut(entry.spec),
                 }
                 for name, entry in self.parameters.items()
             },
@@ -127,7 +128,13 @@ class Manifest:
             layout=Layout(tp=document["tp"], stages=tuple((start, stop) for start, stop in document["stages"])),
             parameters={
                 name: ParameterEntry(
-                    spec=ParameterSpec(tuple(entry["shape"]), entry["shard_dim"], entry["row_dims"]),
+                    spec=ParameterSpec(
+                        tuple(entry["shape"]),
+                        entry["shard_dim"],
+                        entry["row_dims"],
+                        entry.get("num_subunits", 1),
+                        entry.get("num_shared", 0),
+                    ),
                     dtype=entry["dtype"],
                 )
                 for name, entry in document["parameters"].items()
@@ -160,11 +167,30 @@ class Manifest:
             whole = all(_is_size(size) for size in spec.shape) and 0 < spec.row_dims <= len(spec.shape)
             if not whole or entry.dtype not in DTYPES or spec.shard_dim not in (None, *range(len(spec.shape))):
                 raise ValueError(f"parameter {name} is none")
+            if not _can_be_cut_finer(spec):
+                raise ValueError(f"parameter {name} cannot be cut in {spec.num_subunits!r} and {spec.num_shared!r}")
             self.layout.stage_of(name)
         if strangers := self.tokenizer.keys() - set(TOKENIZER_FILES):
             raise ValueError(f"{min(strangers)} is no file of a tokenizer")
         if self.rotary_layout != "half":
             raise ValueError(f"rotary_layout {self.rotary_layout!r} is not known")
+
+
+def _finer_cut(spec: ParameterSpec) -> dict[str, int]:
+    """What the manifest says of a parameter whose units can be dealt out to several ranks; else nothing."""
+    if spec.num_subunits == 1:
+        return {}
+    return {"num_subunits": spec.num_subunits, "num_shared": spec.num_shared}
+
+
+def _can_be_cut_finer(spec: ParameterSpec) -> bool:
+    """Whether ``num_subunits`` and ``num_shared`` describe the axis after ``shard_dim``."""
+    if (spec.num_subunits, spec.num_shared) == (1, 0):
+        return True
+    if spec.shard_dim is None or spec.shard_dim + 1 >= len(spec.shape):
+        return False
+    dealt = spec.shape[spec.shard_dim + 1] - spec.num_shared if isinstance(spec.num_shared, int) else 0
+    return _is_size(spec.num_subunits) and spec.num_shared >= 0 and dealt > 0 and dealt % spec.num_subunits == 0
 
 
 def _is_size(number: Any) -> bool:

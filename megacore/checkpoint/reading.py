@@ -75,7 +75,7 @@ class Checkpoint:
         spec, tp = entry.spec, self.manifest.layout.tp
         if spec.shard_dim is None or tp == 1:
             return self._part(name, 0, *spec.matrix_shape)
-        blocks = [spec.block(tp, rank) for rank in range(tp)]
+        blocks = [spec.stored_block(tp, rank) for rank in range(tp)]
         parts = [
             self._part(name, rank, count(rows), columns.stop - columns.start)
             for rank, (rows, columns) in enumerate(blocks)
@@ -103,7 +103,8 @@ class Checkpoint:
             CheckpointError: names the parameters that differ.
         """
         stored = self.manifest.specs
-        differing = [name for name in sorted(stored.keys() | specs.keys()) if stored.get(name) != specs.get(name)]
+        differing = sorted(stored.keys() ^ specs.keys())
+        differing += [name for name in stored.keys() & specs.keys() if not stored[name].describes_as(specs[name])]
         if differing:
             listed = ", ".join(differing[:8]) + (" and more" if len(differing) > 8 else "")
             raise CheckpointError(
@@ -138,7 +139,7 @@ class Checkpoint:
         if file_name is None:
             raise CorruptCheckpointError(f"{self.path}: no file holds {name} of tp rank {tp_rank}; make it again")
         entry = self.manifest.parameters[name]
-        shape = entry.spec.local_shape(self.manifest.layout.tp, tp_rank)
+        shape = entry.spec.stored_shape(self.manifest.layout.tp, tp_rank)
         dtype = DTYPES[entry.dtype]
         return StoredMatrix(rows, columns, dtype, lambda: self._load(file_name, name, shape, dtype))
 

@@ -72,7 +72,7 @@ def write_checkpoint(
                 tensors = [
                     local_tensor(name, parameters[name], tp_size=layout.tp, tp_rank=tp_rank)
                     for name in names
-                    if is_stored_by(parameters[name].spec, tp_rank)
+                    if parameters[name].spec.is_stored_by(tp_rank)
                 ]
                 files |= write_weight_files(staging, tensors, tp_rank=tp_rank, stage=stage, advance=advance)
         manifest = Manifest(
@@ -93,19 +93,14 @@ def write_checkpoint(
     return manifest
 
 
-def is_stored_by(spec: ParameterSpec, tp_rank: int) -> bool:
-    """Whether the file of ``tp_rank`` holds some of the parameter: what is not cut is stored once, by rank 0."""
-    return spec.shard_dim is not None or tp_rank == 0
-
-
 def local_tensor(name: str, parameter: Parameter, *, tp_size: int, tp_rank: int) -> OutputTensor:
     """What rank ``tp_rank`` of ``tp_size`` stores of ``parameter``."""
     spec = parameter.spec
     return OutputTensor(
         name=name,
-        shape=spec.local_shape(tp_size, tp_rank),
+        shape=spec.stored_shape(tp_size, tp_rank),
         dtype=parameter.dtype,
-        matrix=block_of(parameter.matrix, *spec.block(tp_size, tp_rank)),
+        matrix=block_of(parameter.matrix, *spec.stored_block(tp_size, tp_rank)),
     )
 
 

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from megacore.config import ModelConfig
 from megacore.model.alibi import alibi_mask, alibi_slopes
+from megacore.model.dropout import Dropout
+from megacore.model.kernels import AttentionKernel, attention_kernel
 from megacore.model.rotary import apply_rotary, rotary_table
-from megacore.parallel import ColumnParallelLinear, ParallelContext, RowParallelLinear, chunk_bounds
+from megacore.parallel import ColumnParallelLinear, ParallelContext, ParameterSpec, RowParallelLinear
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How attention computes.
+
+    Attributes:
+        kernel: what computes the heads' outputs.
+        dropout: of the attention probabilities.
+        recompute: compute what lies between the two projections again in the backward pass, instead of keeping it.
+    """
+
+    kernel: AttentionKernel = field(default_factory=attention_kernel)
+    dropout: Dropout = field(default_factory=Dropout)
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of the positions, made once for all layers.
+    """What the layers need to know of the positions of their tokens, made once for all of them.
 
     Attributes:
         cos: of the rotary angles, ``[sequence, head_dim]``; ``None`` for a model without rotary embedding.
         sin: likewise.
         mask: what is added to the scores of this rank's heads, ``[local_heads, sequence, sequence]``; ``None`` where
             attention is causal and nothing else.
+        sample_ids: the number of each sample among all of the run, ``[batch]``, on the CPU, which dropout draws its
+            masks from; ``None`` outside of training.
     """
 
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
+    sample_ids: Tensor | None = None
 
     @classmethod
     def of(
@@ -38,15 +58,16 @@ class Positions:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        sample_ids: Tensor | None = None,
     ) -> Positions:
         """The positions 0 to ``sequence_length - 1``."""
         if config.position_embedding == "rotary":
             cos, sin = rotary_table(config, sequence_length, device=device, dtype=dtype)
-            return cls(cos=cos, sin=sin)
-        first, last = chunk_bounds(config.num_kv_heads, parallel.tp_size, parallel.tp_rank)
-        heads = slice(first * config.queries_per_kv, last * config.queries_per_kv)
-        slopes = alibi_slopes(config.num_attention_heads)[heads]
-        return cls(mask=alibi_mask(slopes, sequence_length, config.head_dim**-0.5, device=device, dtype=dtype))
+            return cls(cos=cos, sin=sin, sample_ids=sample_ids)
+        first, last = local_heads(config, parallel)
+        slopes = alibi_slopes(config.num_attention_heads)[first:last]
+        mask = alibi_mask(slopes, sequence_length, config.head_dim**-0.5, device=device, dtype=dtype)
+        return cls(mask=mask, sample_ids=sample_ids)
 
 
 class SelfAttention(nn.Module):
@@ -56,37 +77,60 @@ class SelfAttention(nn.Module):
 
     ``linear_qkv`` is ``[kv_groups, (queries_per_kv + 2) * head_dim, hidden_size]``: of each group the query heads, the
     key, the value. ``linear_proj`` is ``[hidden_size, kv_groups, queries_per_kv * head_dim]``. Tensor parallelism cuts
-    both between groups.
+    both between groups; over more ranks than there are groups, between the query heads of a group, and each of its
+    ranks has a replica of the key and the value.
     """
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
         groups, queries, head_dim = config.num_kv_heads, config.queries_per_kv, config.head_dim
-        self.queries_per_kv = queries
-        self.head_dim = head_dim
         self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size, (groups, (queries + 2) * head_dim), shard_dim=0, bias=config.qkv_bias, parallel=parallel
+            config.hidden_size,
+            (groups, (queries + 2) * head_dim),
+            shard_dim=0,
+            num_subunits=queries,
+            num_shared=2 * head_dim,
+            bias=config.qkv_bias,
+            parallel=parallel,
         )
         self.linear_proj = RowParallelLinear(
-            (groups, queries * head_dim), config.hidden_size, bias=config.attention_output_bias, parallel=parallel
+            (groups, queries * head_dim),
+            config.hidden_size,
+            num_subunits=queries,
+            bias=config.attention_output_bias,
+            parallel=parallel,
         )
+        self.queries_per_kv = queries // self.linear_qkv.specs["weight"].ranks_per_unit(parallel.tp_size)
+        self.head_dim = head_dim
+        self.first_head, _ = local_heads(config, parallel)
+        self.options = AttentionOptions()
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
-        query, key, value = self.split_heads(self.linear_qkv(hidden))
+        qkv = self.linear_qkv(hidden)
+        if self.options.recompute and torch.is_grad_enabled():
+            # Dropout draws its mask from seeds of its own, so that no state of a generator has to be put back.
+            attended = checkpoint(self.attend, qkv, positions, use_reentrant=False, preserve_rng_state=False)
+        else:
+            attended = self.attend(qkv, positions)
+        return self.linear_proj(attended)
+
+    def attend(self, qkv: Tensor, positions: Positions) -> Tensor:
+        """What each of this rank's heads attends to, ``[batch, sequence, local_heads * head_dim]``."""
+        query, key, value = self.split_heads(qkv)
         if positions.cos is not None and positions.sin is not None:
             query = apply_rotary(query, positions.cos, positions.sin)
             key = apply_rotary(key, positions.cos, positions.sin)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=positions.mask,
-            is_causal=positions.mask is None,
-            enable_gqa=True,
-        )
-        return self.linear_proj(attended.transpose(1, 2).flatten(2))
+        with self.options.dropout.seeded(positions.sample_ids, self.first_head, device=qkv.device):
+            attended = self.options.kernel(query, key, value, positions.mask, self.options.dropout.probability)
+        return attended.flatten(2)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take ``[batch, sequence, local_rows]`` apart: query, key, value, ``[batch, sequence, heads, head_dim]``."""
         groups = qkv.unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
         return groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
+
+
+def local_heads(config: ModelConfig, parallel: ParallelContext) -> tuple[int, int]:
+    """The half-open range of query heads that this rank computes."""
+    heads = ParameterSpec((config.num_kv_heads, config.queries_per_kv), 0, 1, num_subunits=config.queries_per_kv)
+    return heads.subunit_bounds(parallel.tp_size, parallel.tp_rank)

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: embedding, the family's layers, final norm, head."""
+"""The decoder-only transformer: embedding, the family's layers, final norm, head; all of it or one pipeline stage."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megacore.config import ModelConfig
 from megacore.errors import LayoutError
 from megacore.model.attention import Positions
+from megacore.model.dropout import HiddenDropout
 from megacore.model.norms import build_norm
 from megacore.parallel import (
     ParallelContext,
+    ParallelModule,
     ParameterSpec,
+    Stage,
     VocabParallelEmbedding,
     VocabParallelHead,
+    linear_cross_entropy,
     parameter_specs,
     vocab_parallel_logits,
 )
@@ -25,61 +30,132 @@ LayerBuilder = Callable[[ModelConfig, int, ParallelContext], nn.Module]
 
 
 class Embedding(nn.Module):
-    """Token embeddings; the module is there for its parameter's name."""
+    """Token embeddings."""
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel=parallel)
+        self.hidden_dropout = HiddenDropout(parallel)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.word_embeddings(input_ids)
+    def forward(self, input_ids: Tensor, sample_ids: Tensor | None) -> Tensor:
+        return self.hidden_dropout(self.word_embeddings(input_ids), sample_ids)
 
 
 class Decoder(nn.Module):
-    """The layers, named by their number in the whole model, and the final norm."""
+    """The layers of a stage, named by their number in the whole model, and on the last stage the final norm.
 
-    def __init__(self, config: ModelConfig, build_layer: LayerBuilder, parallel: ParallelContext) -> None:
+    Attributes:
+        recompute_layers: how many layers at a time keep nothing but their input and are computed again in the backward
+            pass (Chen et al., 2016, arXiv:1604.06174); 0 for none.
+    """
+
+    def __init__(self, config: ModelConfig, build_layer: LayerBuilder, parallel: ParallelContext, stage: Stage) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(i): build_layer(config, i, parallel) for i in range(config.num_layers)})
-        self.final_layernorm = build_norm(config, parallel)
+        self.layers = nn.ModuleDict({str(i): build_layer(config, i, parallel) for i in stage.layers})
+        if stage.is_last:
+            self.final_layernorm = build_norm(config, parallel)
+        self.is_last = stage.is_last
+        self.recompute_layers = 0
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
-        for layer in self.layers.values():
-            hidden = layer(hidden, positions)
-        return self.final_layernorm(hidden)
+        layers = list(self.layers.values())
+        if self.recompute_layers and torch.is_grad_enabled():
+            for first in range(0, len(layers), self.recompute_layers):
+                block = layers[first : first + self.recompute_layers]
+                # Dropout draws its masks from seeds of its own, so that no state of a generator has to be put back.
+                hidden = checkpoint(_through, block, hidden, positions, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = _through(layers, hidden, positions)
+        return self.final_layernorm(hidden) if self.is_last else hidden
+
+
+def _through(layers: list[nn.Module], hidden: Tensor, positions: Positions) -> Tensor:
+    for layer in layers:
+        hidden = layer(hidden, positions)
+    return hidden
 
 
 class DecoderModel(nn.Module):
-    """Token ids to logits. Built without values, on the meta device; see :func:`megacore.parallel.materialize`."""
+    """Token ids to logits or to a loss, or the part of that way that one pipeline stage goes.
 
-    def __init__(self, config: ModelConfig, build_layer: LayerBuilder, parallel: ParallelContext) -> None:
+    Built without values, on the meta device; see :func:`megacore.parallel.materialize`. Stages have the parameter names
+    of the whole model; where the head is the embedding, the last stage has a copy of it under the embedding's name.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        build_layer: LayerBuilder,
+        parallel: ParallelContext,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.parallel = parallel
-        self.embedding = Embedding(config, parallel)
-        self.decoder = Decoder(config, build_layer, parallel)
-        if not config.tie_embeddings:
+        self.stage = stage = stage or Stage.whole(config.num_layers)
+        if stage.is_first or (stage.is_last and config.tie_embeddings):
+            self.embedding = Embedding(config, parallel)
+        self.decoder = Decoder(config, build_layer, parallel, stage)
+        if stage.is_last and not config.tie_embeddings:
             self.output_layer = VocabParallelHead(config.vocab_size, config.hidden_size, parallel=parallel)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """``[batch, sequence]`` token ids to this rank's logits, ``[batch, sequence, local_vocab]``.
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        targets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Go through this stage.
+
+        Args:
+            inputs: on the first stage token ids, ``[batch, sequence]``; on the others what the stage before returned.
+            targets: token ids, ``[batch, sequence]``; the last stage then returns the loss instead of logits.
+            token_weights: of the loss; see :func:`megacore.parallel.linear_cross_entropy`.
+            sample_ids: numbers of the samples, ``[batch]``, on the CPU, for dropout; none without.
+
+        Returns:
+            On the last stage this rank's logits, ``[batch, sequence, local_vocab]``, or the loss, ``[1]``; on the
+            others hidden states, ``[batch, sequence, hidden]``, under sequence parallelism this rank's slice of them.
 
         Raises:
             LayoutError: under sequence parallelism, when the sequence is no multiple of the tensor-parallel size.
         """
-        if self.parallel.sequence_parallel and input_ids.shape[1] % self.parallel.tp_size:
-            raise LayoutError(
-                f"a sequence of {input_ids.shape[1]} tokens cannot be cut into {self.parallel.tp_size} equal slices, "
-                "which sequence parallelism needs"
-            )
-        hidden = self.embedding(input_ids)
+        parallel = self.parallel
+        sequence_length = inputs.shape[1]
+        if self.stage.is_first:
+            if parallel.sequence_parallel and sequence_length % parallel.tp_size:
+                raise LayoutError(
+                    f"a sequence of {sequence_length} tokens cannot be cut into {parallel.tp_size} equal slices, "
+                    "which sequence parallelism needs"
+                )
+            hidden = self.embedding(inputs, sample_ids)
+        else:
+            hidden = inputs
+            sequence_length *= parallel.tp_size if parallel.sequence_parallel else 1
         positions = Positions.of(
-            self.config, input_ids.shape[1], self.parallel, device=hidden.device, dtype=hidden.dtype
+            self.config, sequence_length, parallel, device=hidden.device, dtype=hidden.dtype, sample_ids=sample_ids
         )
         hidden = self.decoder(hidden, positions)
-        if self.config.tie_embeddings:
-            return vocab_parallel_logits(hidden, self.embedding.word_embeddings.local("weight"), self.parallel)
-        return self.output_layer(hidden)
+        if not self.stage.is_last:
+            return hidden
+        if targets is None:
+            return vocab_parallel_logits(hidden, self.head.local("weight"), parallel)
+        assert token_weights is not None, "a loss needs the weights of the tokens"
+        return linear_cross_entropy(
+            hidden,
+            self.head.held("weight"),
+            targets,
+            token_weights,
+            vocab_size=self.config.vocab_size,
+            parallel=parallel,
+        )
+
+    @property
+    def head(self) -> ParallelModule:
+        """The module whose weight, ``[local_vocab, hidden]``, projects to logits."""
+        return self.embedding.word_embeddings if self.config.tie_embeddings else self.output_layer
 
 
 def model_specs(config: ModelConfig, build_layer: LayerBuilder) -> dict[str, ParameterSpec]:

@@ -9,8 +9,8 @@ import torch
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.reading import checked_meanwhile
 from megacore.config import ModelConfig
-from megacore.model.decoder import DecoderModel
-from megacore.parallel import ParallelContext, ParameterSpec, check_tensor_parallel, materialize, parameter_specs
+from megacore.model.decoder import DecoderModel, model_specs
+from megacore.parallel import ParallelContext, ParameterSpec, Stage, check_tensor_parallel, materialize
 from megacore.plugins import Family, get_family
 
 
@@ -19,10 +19,12 @@ def read_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
     return family.family.config_class.from_dict(checkpoint.manifest.config)
 
 
-def load_model(checkpoint: Checkpoint, parallel: ParallelContext, *, dtype: torch.dtype) -> DecoderModel:
-    """Build the model of ``checkpoint`` with this rank's part of the weights, in ``dtype``.
+def load_model(
+    checkpoint: Checkpoint, parallel: ParallelContext, *, dtype: torch.dtype, stage: Stage | None = None
+) -> DecoderModel:
+    """Build the model of ``checkpoint``, or one pipeline stage, with this rank's part of the weights, in ``dtype``.
 
-    Meanwhile rank 0 compares the digests of all of its files.
+    Meanwhile the first of all ranks compares the digests of all of its files.
 
     Raises:
         CorruptCheckpointError: when a file is not what was written.
@@ -30,18 +32,27 @@ def load_model(checkpoint: Checkpoint, parallel: ParallelContext, *, dtype: torc
         LayoutError: when the model cannot be cut over the ranks.
         CheckpointError: when the checkpoint does not hold the parameters of the model.
     """
+    return load_stages(checkpoint, parallel, [stage], dtype=dtype)[0]
+
+
+def load_stages(
+    checkpoint: Checkpoint, parallel: ParallelContext, stages: list[Stage] | list[Stage | None], *, dtype: torch.dtype
+) -> list[DecoderModel]:
+    """As :func:`load_model`, several stages of one model; ``None`` stands for the whole."""
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
-    check_tensor_parallel(checkpoint.manifest.specs, parallel.tp_size)
-    model = DecoderModel(config, family.build_layer, parallel)
-    checkpoint.check_parameters(parameter_specs(model))
+    specs = model_specs(config, family.build_layer)
+    check_tensor_parallel(specs, parallel.tp_size)
+    checkpoint.check_parameters(specs)
 
     def values(name: str, spec: ParameterSpec) -> torch.Tensor:
         local = checkpoint.read_local(name, spec, tp_size=parallel.tp_size, tp_rank=parallel.tp_rank)
         return local.to(parallel.device, dtype)
 
-    with checked_meanwhile(checkpoint) if parallel.tp_rank == 0 else nullcontext() as wait_for_check:
-        materialize(model, parallel, values)
+    with checked_meanwhile(checkpoint) if parallel.rank == 0 else nullcontext() as wait_for_check:
+        models = [DecoderModel(config, family.build_layer, parallel, stage) for stage in stages]
+        for model in models:
+            materialize(model, parallel, values)
         if wait_for_check is not None:
             wait_for_check()
-    return model
+    return models

@@ -7,39 +7,59 @@ from megacore.parallel.cuts import (
     check_tensor_parallel,
     chunk_bounds,
     describe_imbalance,
+    join_parts,
 )
+from megacore.parallel.data_parallel import GradientBuckets, gathered, shard
+from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
 from megacore.parallel.launch import end_process, is_first_process, on_ranks
 from megacore.parallel.layers import (
     ColumnParallelLinear,
-    ReplicatedModule,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
     vocab_parallel_logits,
 )
-from megacore.parallel.loss import vocab_parallel_cross_entropy
-from megacore.parallel.module import ParallelModule, materialize, parameter_specs
+from megacore.parallel.loss import linear_cross_entropy
+from megacore.parallel.module import ParallelModule, ReplicatedModule, materialize, parameter_specs
+from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, stages_on_rank
+from megacore.parallel.sizes import ParallelSizes
+from megacore.parallel.stages import Stage, balanced_stages, stages_of
 
 __all__ = [
+    "SCHEDULES",
     "ColumnParallelLinear",
+    "GradientBuckets",
     "ParallelContext",
     "ParallelModule",
+    "ParallelSizes",
     "ParameterSpec",
+    "Pipeline",
     "ReplicatedModule",
     "RowParallelLinear",
     "Rows",
+    "Stage",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "balanced_stages",
+    "check_schedule",
     "check_tensor_parallel",
     "chunk_bounds",
     "describe_imbalance",
     "end_process",
+    "gathered",
     "is_first_process",
+    "join_parts",
+    "linear_cross_entropy",
     "local_device",
+    "local_gradients",
     "materialize",
     "on_ranks",
+    "own_square_norm",
     "parameter_specs",
     "process_group",
-    "vocab_parallel_cross_entropy",
+    "scale_gradients",
+    "shard",
+    "stages_of",
+    "stages_on_rank",
     "vocab_parallel_logits",
 ]

@@ -7,6 +7,7 @@ arXiv:2205.05198):
     function            forward              backward
     ==================  ===================  ====================
     sum_gradients       identity             all-reduce
+    sum_shared_...      identity             all-reduce of some
     all_reduce          all-reduce           identity
     gather_sequence     all-gather, axis 1   reduce-scatter
     scatter_sequence    reduce-scatter       all-gather
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacore.parallel.context import ParallelContext
+from megacore.parallel.cuts import ParameterSpec
 
 SEQUENCE = 1
 """The sequence axis of activations."""
@@ -33,6 +35,17 @@ SEQUENCE = 1
 def sum_gradients(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Pass ``x``, which is equal on all ranks, into a computation that differs between them."""
     return x if parallel.tp_mesh is None else _SumGradients.apply(x, parallel.tp_group)
+
+
+def sum_shared_gradients(local: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor:
+    """Pass a parameter of which several ranks hold some entries into a computation that differs between them.
+
+    ``local`` is ``[..., 1, local_entries, ...]``, the last ``spec.num_shared`` entries those that the ranks of the unit
+    share. Their gradients are summed over these ranks, so that the replicas stay equal.
+    """
+    assert spec.shard_dim is not None
+    group = parallel.tp_subgroup(spec.ranks_per_unit(parallel.tp_size))
+    return _SumSharedGradients.apply(local, spec.shard_dim + 1, spec.num_shared, group)
 
 
 def all_reduce(x: Tensor, parallel: ParallelContext) -> Tensor:
@@ -79,6 +92,18 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, ctx.group), None
+
+
+class _SumSharedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, num_shared: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.num_shared, ctx.group = dim, num_shared, group
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        own, shared = gradient.split([gradient.shape[ctx.dim] - ctx.num_shared, ctx.num_shared], dim=ctx.dim)
+        return torch.cat([own, _summed(shared, ctx.group)], dim=ctx.dim), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):

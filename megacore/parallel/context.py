@@ -5,29 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megacore.errors import LayoutError
+from megacore.parallel.sizes import ParallelSizes
+
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+"""The axes of the mesh; ranks next to each other differ in the last."""
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """The tensor-parallel group of this process and its place in it.
+    """The place of this process on the mesh of all processes.
 
     Attributes:
         device: where this process computes.
-        tp_mesh: the one-dimensional mesh of the tensor-parallel ranks; ``None`` in a single process.
-        sequence_parallel: between the parallel layers, each rank holds a slice of the sequence instead of all of it
-            (Korthikanti et al., 2022, arXiv:2205.05198).
+        sizes: of the axes.
+        mesh: all processes, with the axes :data:`AXES`; ``None`` for a process on its own.
     """
 
     device: torch.device
-    tp_mesh: DeviceMesh | None = None
-    sequence_parallel: bool = False
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
+    mesh: DeviceMesh | None = None
+    _subgroups: dict[int, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -35,32 +39,86 @@ class ParallelContext:
         return cls(device=torch.device(device))
 
     @classmethod
-    def of_world(cls, *, tp: int, device: torch.device, sequence_parallel: bool = False) -> ParallelContext:
-        """The place of this process in an initialized process group of ``tp`` ranks.
+    def of_world(cls, sizes: ParallelSizes, *, device: torch.device) -> ParallelContext:
+        """The place of this process in an initialized process group.
 
         Raises:
-            LayoutError: when the world has another size.
+            LayoutError: when ``sizes`` do not take as many processes as there are.
         """
-        world = dist.get_world_size()
-        if world != tp:
-            raise LayoutError(
-                f"{world} processes were started for tp {tp}. Start {tp}, or set the tensor-parallel size to {world}"
-            )
-        mesh = init_device_mesh(device.type, (tp,), mesh_dim_names=("tp",))
-        return cls(device=device, tp_mesh=mesh if tp > 1 else None, sequence_parallel=sequence_parallel and tp > 1)
+        sizes.check_world(dist.get_world_size())
+        if sizes.world == 1:
+            return cls(device=device)
+        shape = tuple(getattr(sizes, axis) for axis in AXES)
+        return cls(device=device, sizes=sizes, mesh=init_device_mesh(device.type, shape, mesh_dim_names=AXES))
+
+    @property
+    def rank(self) -> int:
+        """Among all processes."""
+        return 0 if self.mesh is None else self.mesh.get_rank()
 
     @property
     def tp_size(self) -> int:
-        return 1 if self.tp_mesh is None else self.tp_mesh.size()
+        return self.sizes.tp
 
     @property
     def tp_rank(self) -> int:
-        return 0 if self.tp_mesh is None else self.tp_mesh.get_local_rank()
+        return self._coordinate("tp")
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        """The one-dimensional mesh of the tensor-parallel ranks; ``None`` where each layer is in one process."""
+        return None if self.mesh is None or self.tp_size == 1 else self.mesh["tp"]
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
-        assert self.tp_mesh is not None, "a single process has no group"
-        return self.tp_mesh.get_group()
+        return self.group("tp")
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.sizes.sequence_parallel and self.tp_size > 1
+
+    @property
+    def pp_size(self) -> int:
+        return self.sizes.pp
+
+    @property
+    def pp_rank(self) -> int:
+        return self._coordinate("pp")
+
+    @property
+    def dp_size(self) -> int:
+        return self.sizes.dp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of a global batch this process sees."""
+        return self._coordinate("dp_replicate") * self.sizes.dp_shard + self._coordinate("dp_shard")
+
+    @property
+    def dp_replicate_rank(self) -> int:
+        return self._coordinate("dp_replicate")
+
+    @property
+    def dp_shard_rank(self) -> int:
+        return self._coordinate("dp_shard")
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes that differ from this one along ``axis`` only."""
+        assert self.mesh is not None, "a single process has no group"
+        return self.mesh.get_group(axis)
+
+    def tp_subgroup(self, size: int) -> dist.ProcessGroup:
+        """The ``size`` consecutive tensor-parallel ranks that this one is among; all of them must ask for it."""
+        if size == self.tp_size:
+            return self.tp_group
+        if size not in self._subgroups:
+            first = self.tp_rank // size * size
+            ranks = dist.get_process_group_ranks(self.tp_group)[first : first + size]
+            self._subgroups[size] = dist.new_group(ranks, use_local_synchronization=True)
+        return self._subgroups[size]
+
+    def _coordinate(self, axis: str) -> int:
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
 
 
 def local_device() -> torch.device:
@@ -71,11 +129,14 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), and leave them at the end."""
+def process_group(device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), and leave them at the end.
+
+    ``timeout`` is how long a collective waits for a process that does not come; by default torch's own.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield
     finally:

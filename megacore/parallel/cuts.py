@@ -8,7 +8,7 @@ hidden]`` say, so that a cut is a ``narrow``. As files hold it, it is a matrix `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +33,25 @@ def chunk_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
 class ParameterSpec:
     """The shape of a parameter of the whole model, and how tensor parallelism cuts it.
 
+    The axis ``shard_dim`` counts units, each of which goes to one rank. Where there are more ranks than units, a unit
+    with ``num_subunits`` > 1 is dealt to several ranks: of the entries of the next axis, the last ``num_shared`` go to
+    each of them, and the others are dealt out in equal parts. So the query heads that share a key-value head can be on
+    different ranks, each with a replica of that head. Replicas exist in memory only: files hold one.
+
     Attributes:
         shape: of the uncut parameter.
         shard_dim: the axis that tensor parallelism cuts; ``None`` where every rank holds the whole.
         row_dims: how many leading axes number the rows of the matrix; the rest number its columns. A vector has its
             one axis in the rows.
+        num_subunits: into how many parts a unit can be dealt out; 1 where it cannot.
+        num_shared: entries of the axis after ``shard_dim`` that each rank of a unit holds.
     """
 
     shape: tuple[int, ...]
     shard_dim: int | None
     row_dims: int
+    num_subunits: int = 1
+    num_shared: int = 0
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -54,35 +63,128 @@ class ParameterSpec:
         """The shape that published checkpoints have: ``[rows, columns]``, or ``[rows]`` for a vector."""
         return self.matrix_shape if self.row_dims < len(self.shape) else self.matrix_shape[:1]
 
-    def local_shape(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
-        """The shape of the part that rank ``tp_rank`` of ``tp_size`` holds."""
+    def describes_as(self, other: ParameterSpec) -> bool:
+        """Whether both describe one parameter; how far it can be cut beyond its units does not matter for that."""
+        return (self.shape, self.shard_dim, self.row_dims) == (other.shape, other.shard_dim, other.row_dims)
+
+    @property
+    def num_units(self) -> int:
+        """Units along ``shard_dim``; 1 where nothing is cut."""
+        return 1 if self.shard_dim is None else self.shape[self.shard_dim]
+
+    def ranks_per_unit(self, tp_size: int) -> int:
+        """How many ranks a unit is dealt out to: 1, unless there are more ranks than units."""
+        return 1 if self.shard_dim is None or tp_size <= self.num_units else tp_size // self.num_units
+
+    def can_be_cut_over(self, tp_size: int) -> bool:
+        """Whether a cut over ``tp_size`` ranks leaves each with something of the parameter."""
         if self.shard_dim is None:
+            return tp_size >= 1
+        if not 1 <= tp_size <= self.num_units:
+            share, rest = divmod(tp_size, self.num_units)
+            return share > 0 and rest == 0 and self.num_subunits % share == 0
+        return chunk_bounds(self.num_units, tp_size, tp_size - 1)[0] < self.num_units
+
+    def local_shape(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
+        """The shape of the part that rank ``tp_rank`` of ``tp_size`` holds, replicas included."""
+        return self._shape_of(tp_size, tp_rank, with_replicas=True)
+
+    def stored_shape(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
+        """The shape of the part that the file of rank ``tp_rank`` of ``tp_size`` holds; see :meth:`stored_block`."""
+        return self._shape_of(tp_size, tp_rank, with_replicas=False)
+
+    def global_shape(self, tp_size: int) -> tuple[int, ...]:
+        """What the parts of all ranks are together, joined along ``shard_dim``: ``shape``, unless there are replicas.
+
+        As ``torch.distributed.tensor`` sees the parameter.
+        """
+        share = self.ranks_per_unit(tp_size)
+        if share == 1 or self.shard_dim is None:
             return self.shape
-        start, stop = chunk_bounds(self.shape[self.shard_dim], tp_size, tp_rank)
-        return (*self.shape[: self.shard_dim], stop - start, *self.shape[self.shard_dim + 1 :])
+        local = self.local_shape(tp_size, 0)
+        return (*local[: self.shard_dim], tp_size, *local[self.shard_dim + 1 :])
 
     def block(self, tp_size: int, tp_rank: int) -> tuple[Rows, slice]:
-        """The rows and columns of the matrix that rank ``tp_rank`` of ``tp_size`` holds."""
+        """The rows and columns of the matrix that rank ``tp_rank`` of ``tp_size`` holds, replicas included."""
+        return self._block(tp_size, tp_rank, with_replicas=True)
+
+    def stored_block(self, tp_size: int, tp_rank: int) -> tuple[Rows, slice]:
+        """The rows and columns that the file of rank ``tp_rank`` of ``tp_size`` holds: each is in one file only.
+
+        What several ranks hold is in the file of the first of them; see :meth:`is_stored_by`.
+        """
+        return self._block(tp_size, tp_rank, with_replicas=False)
+
+    def is_stored_by(self, tp_rank: int) -> bool:
+        """Whether the file of ``tp_rank`` holds some of the parameter: what is not cut is stored once, by rank 0."""
+        return self.shard_dim is not None or tp_rank == 0
+
+    def subunit_bounds(self, tp_size: int, tp_rank: int) -> tuple[int, int]:
+        """The half-open range of subunits, counted through all units, that rank ``tp_rank`` holds."""
+        share = self.ranks_per_unit(tp_size)
+        if share == 1:
+            first, last = chunk_bounds(self.num_units, tp_size, tp_rank)
+            return first * self.num_subunits, last * self.num_subunits
+        size = self.num_subunits // share
+        return tp_rank * size, (tp_rank + 1) * size
+
+    def _parts(self, tp_size: int, tp_rank: int, *, with_replicas: bool) -> tuple[slice, list[slice]]:
+        """The units of a rank, and the parts of each along the axis after ``shard_dim``; none where it is not cut."""
+        share = self.ranks_per_unit(tp_size)
+        if share == 1:
+            return slice(*chunk_bounds(self.num_units, tp_size, tp_rank)), []
+        assert self.shard_dim is not None
+        unit, part = divmod(tp_rank, share)
+        size = self.shape[self.shard_dim + 1]
+        dealt = (size - self.num_shared) // share
+        parts = [slice(part * dealt, (part + 1) * dealt)]
+        if self.num_shared and (with_replicas or part == 0):
+            parts.append(slice(size - self.num_shared, size))
+        return slice(unit, unit + 1), parts
+
+    def _shape_of(self, tp_size: int, tp_rank: int, *, with_replicas: bool) -> tuple[int, ...]:
+        if self.shard_dim is None:
+            return self.shape
+        units, parts = self._parts(tp_size, tp_rank, with_replicas=with_replicas)
+        shape = list(self.shape)
+        shape[self.shard_dim] = units.stop - units.start
+        if parts:
+            shape[self.shard_dim + 1] = sum(part.stop - part.start for part in parts)
+        return tuple(shape)
+
+    def _block(self, tp_size: int, tp_rank: int, *, with_replicas: bool) -> tuple[Rows, slice]:
         rows, columns = self.matrix_shape
         if self.shard_dim is None:
             return slice(0, rows), slice(0, columns)
-        start, stop = chunk_bounds(self.shape[self.shard_dim], tp_size, tp_rank)
+        units, parts = self._parts(tp_size, tp_rank, with_replicas=with_replicas)
         if self.shard_dim >= self.row_dims:
             assert self.shard_dim == self.row_dims, "columns are cut along their first axis"
             inner = math.prod(self.shape[self.shard_dim + 1 :])
-            return slice(0, rows), slice(start * inner, stop * inner)
+            if not parts:
+                return slice(0, rows), slice(units.start * inner, units.stop * inner)
+            assert len(parts) == 1, "columns have no replicas"
+            entry = inner // self.shape[self.shard_dim + 1]
+            first = units.start * inner
+            return slice(0, rows), slice(first + parts[0].start * entry, first + parts[0].stop * entry)
         outer = math.prod(self.shape[: self.shard_dim])
         inner = math.prod(self.shape[self.shard_dim + 1 : self.row_dims])
-        if outer == 1:
-            return slice(start * inner, stop * inner), slice(0, columns)
-        numbers = torch.arange(rows).view(outer, self.shape[self.shard_dim], inner)
-        return numbers[:, start:stop].flatten(), slice(0, columns)
+        if outer == 1 and not parts:
+            return slice(units.start * inner, units.stop * inner), slice(0, columns)
+        numbers = torch.arange(rows).view(outer, self.num_units, inner)[:, units]
+        if parts:
+            entries = numbers.unflatten(-1, (self.shape[self.shard_dim + 1], -1))
+            numbers = torch.cat([entries[:, :, part] for part in parts], dim=2)
+        return numbers.flatten(), slice(0, columns)
 
 
-def leaves_no_rank_empty(specs: Mapping[str, ParameterSpec], tp_size: int) -> bool:
-    """Whether a cut over ``tp_size`` ranks leaves every rank something of every cut parameter."""
-    sizes = {spec.shape[spec.shard_dim] for spec in specs.values() if spec.shard_dim is not None}
-    return all(chunk_bounds(size, tp_size, tp_size - 1)[0] < size for size in sizes)
+def join_parts(parts: Sequence[torch.Tensor], spec: ParameterSpec) -> torch.Tensor:
+    """The uncut parameter, made of the parts that all ranks hold, in their order."""
+    rows, columns = spec.matrix_shape
+    whole = parts[0].new_empty(rows, columns)
+    for rank, part in enumerate(parts):
+        block_rows, block_columns = spec.block(len(parts), rank)
+        whole[block_rows, block_columns] = part.reshape(-1, block_columns.stop - block_columns.start)
+    return whole.view(spec.shape)
 
 
 def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> None:
@@ -91,16 +193,19 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
     Raises:
         LayoutError: names the parameter and the sizes that work.
     """
-    if tp_size >= 1 and leaves_no_rank_empty(specs, tp_size):
+    cut = [spec for spec in specs.values() if spec.shard_dim is not None]
+    failing = [name for name, spec in specs.items() if spec.shard_dim is not None and not spec.can_be_cut_over(tp_size)]
+    if tp_size >= 1 and not failing:
         return
-    units = {name: spec.shape[spec.shard_dim] for name, spec in specs.items() if spec.shard_dim is not None}
-    failing = [name for name in units if tp_size < 1 or not leaves_no_rank_empty({name: specs[name]}, tp_size)]
-    smallest = min(failing, key=lambda name: units[name])
-    size = units[smallest]
-    working = [str(tp) for tp in range(1, min(units.values()) + 1) if leaves_no_rank_empty(specs, tp)]
+    smallest = min(failing, key=lambda name: specs[name].num_units)
+    largest = min((spec.num_units * spec.num_subunits for spec in cut), default=1)
+    working = [str(tp) for tp in range(1, largest + 1) if all(spec.can_be_cut_over(tp) for spec in cut)]
+    spec = specs[smallest]
+    finer = f", or into equal parts of the {spec.num_subunits} in each" if spec.num_subunits > 1 else ""
     raise LayoutError(
-        f"this model cannot be cut over tp {tp_size}: {smallest} {list(specs[smallest].shape)} is cut into "
-        f"{size} units at most, and a rank would be left with none. tp sizes that work: {', '.join(working)}"
+        f"this model cannot be cut over tp {tp_size}: {smallest} {list(spec.shape)} is cut into "
+        f"{spec.num_units} units at most{finer}, and a rank would be left with none. "
+        f"tp sizes that work: {', '.join(working)}"
     )
 
 
@@ -108,7 +213,8 @@ def describe_imbalance(specs: Mapping[str, ParameterSpec], tp_size: int) -> str 
     """Say in a line how unequal the ranks' parts are; ``None`` where tp divides everything."""
     uneven: dict[str, str] = {}
     for name, spec in specs.items():
-        if spec.shard_dim is not None and (size := spec.shape[spec.shard_dim]) % tp_size:
+        size = spec.num_units
+        if spec.shard_dim is not None and spec.ranks_per_unit(tp_size) == 1 and size % tp_size:
             parts = [stop - start for start, stop in (chunk_bounds(size, tp_size, rank) for rank in range(tp_size))]
             uneven.setdefault(name.rsplit(".", 2)[-2], f"{size} as {' + '.join(map(str, parts))}")
     if not uneven:

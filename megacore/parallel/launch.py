@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from megacore import errors
 from megacore.errors import MegacoreError, WorkerError
 from megacore.parallel.context import ParallelContext, local_device, process_group
+from megacore.parallel.sizes import ParallelSizes
 
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 """The loggers of torch's launcher begin with this."""
@@ -36,7 +37,7 @@ _LET_THE_LAUNCHER_NOTICE = 2.0
 """Seconds that a rank stays after an error that may only be the echo of another rank's death."""
 
 
-def on_ranks(function: Callable[..., Any], *arguments: Any, tp: int, sequence_parallel: bool = False) -> Any:
+def on_ranks(function: Callable[..., Any], *arguments: Any, sizes: ParallelSizes) -> Any:
     """Call ``function(parallel, *arguments)`` on every rank and return what rank 0 returned.
 
     One rank is this process. Several are started by torch's elastic launcher, unless this process was itself started
@@ -48,14 +49,14 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, tp: int, sequence_pa
         WorkerError: when a rank died of something else.
     """
     if "RANK" in os.environ:
-        return _on_this_rank(_told_to_all, (function, arguments), tp, sequence_parallel)
-    if tp == 1:
+        return _on_this_rank(_told_to_all, (function, arguments), sizes)
+    if sizes.world == 1:
         return function(ParallelContext.single(local_device()), *arguments)
     with tempfile.TemporaryDirectory(prefix="megacore-ranks-") as directory, _undisturbed():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=tp,
+            nproc_per_node=sizes.world,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -65,7 +66,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, tp: int, sequence_pa
         )
         reports = Path(directory)
         try:
-            return elastic_launch(config, _on_started_rank)(reports, function, arguments, tp, sequence_parallel)[0]
+            return elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes)[0]
         except ChildFailedError as failed:
             raise _cause(*failed.get_first_failure(), reports) from None
         except SignalException as stopped:
@@ -91,30 +92,30 @@ def end_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _on_this_rank(function: Callable[..., Any], arguments: tuple[Any, ...], tp: int, sequence_parallel: bool) -> Any:
+def _on_this_rank(function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes) -> Any:
     device = local_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     with process_group(device):
-        parallel = ParallelContext.of_world(tp=tp, device=device, sequence_parallel=sequence_parallel)
+        parallel = ParallelContext.of_world(sizes, device=device)
         return function(parallel, *arguments)
 
 
 def _told_to_all(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """What ``function`` returns on rank 0, on every rank."""
     result = [function(parallel, *arguments)]
-    if parallel.tp_mesh is not None:
-        dist.broadcast_object_list(result, group=parallel.tp_group, group_src=0)
+    if parallel.mesh is not None:
+        dist.broadcast_object_list(result, src=0)
     return result[0]
 
 
 def _on_started_rank(
-    reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...], tp: int, sequence_parallel: bool
+    reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes
 ) -> Any:
     """What the launcher calls in each process that it starts."""
     signal.signal(signal.SIGTERM, _leave_cleanly)  # the launcher's, when another rank failed
-    result = _on_this_rank(_reporting, (reports, function, arguments), tp, sequence_parallel)
+    result = _on_this_rank(_reporting, (reports, function, arguments), sizes)
     atexit.register(end_process, 0)
     return result
 
@@ -135,14 +136,14 @@ def _reporting(
         kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), None)
         report = {
             "time": time.time_ns(),
-            "rank": parallel.tp_rank,
+            "rank": parallel.rank,
             "kind": kind and kind.__name__,
             "message": str(error),
             "traceback": traceback.format_exc(),
         }
-        unfinished = reports / f"{parallel.tp_rank}.unfinished"
+        unfinished = reports / f"{parallel.rank}.unfinished"
         unfinished.write_text(json.dumps(report), encoding="utf-8")
-        unfinished.rename(_report_of(reports, parallel.tp_rank))
+        unfinished.rename(_report_of(reports, parallel.rank))
         if kind is None:
             time.sleep(_LET_THE_LAUNCHER_NOTICE)
         raise

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from megacore.parallel.collectives import all_reduce, gather_sequence, scatter_sequence, sum_gradients
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import chunk_bounds
-from megacore.parallel.module import ParallelModule
+from megacore.parallel.module import ParallelModule, ReplicatedModule
 
 
 def enter_parallel_region(hidden: Tensor, parallel: ParallelContext) -> Tensor:
@@ -25,34 +25,37 @@ def leave_parallel_region(partial: Tensor, parallel: ParallelContext) -> Tensor:
     return scatter_sequence(partial, parallel) if parallel.sequence_parallel else all_reduce(partial, parallel)
 
 
-class ReplicatedModule(ParallelModule):
-    """A module whose parameters every rank holds whole."""
-
-    def replicated(self, name: str) -> Tensor:
-        """Parameter ``name`` for use between the parallel layers.
-
-        Under sequence parallelism each rank sees a slice of the sequence, so the gradients are summed over the ranks;
-        otherwise they are equal on all of them already.
-        """
-        local = self.local(name)
-        return sum_gradients(local, self.parallel) if self.parallel.sequence_parallel else local
-
-
 class ColumnParallelLinear(ParallelModule):
     """``y = x W^T + b`` with the outputs cut over the ranks.
 
     The weight is ``[*out_shape, in_features]`` and is cut along axis ``shard_dim`` of ``out_shape``; the bias is
-    ``out_shape``. The result has this rank's outputs, flattened: ``[batch, sequence, local_out_features]``.
+    ``out_shape``. ``num_subunits`` and ``num_shared`` say how that axis can be cut over more ranks than it is long; see
+    :class:`~megacore.parallel.ParameterSpec`. The result has this rank's outputs, flattened:
+    ``[batch, sequence, local_out_features]``.
     """
 
     def __init__(
-        self, in_features: int, out_shape: tuple[int, ...], *, shard_dim: int, bias: bool, parallel: ParallelContext
+        self,
+        in_features: int,
+        out_shape: tuple[int, ...],
+        *,
+        shard_dim: int,
+        num_subunits: int = 1,
+        num_shared: int = 0,
+        bias: bool,
+        parallel: ParallelContext,
     ) -> None:
         super().__init__(parallel)
-        self.declare("weight", (*out_shape, in_features), shard_dim=shard_dim, row_dims=len(out_shape))
+        cut: dict[str, int] = {
+            "shard_dim": shard_dim,
+            "row_dims": len(out_shape),
+            "num_subunits": num_subunits,
+            "num_shared": num_shared,
+        }
+        self.declare("weight", (*out_shape, in_features), **cut)
         self.has_bias = bias
         if bias:
-            self.declare("bias", out_shape, shard_dim=shard_dim, row_dims=len(out_shape))
+            self.declare("bias", out_shape, **cut)
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = enter_parallel_region(hidden, self.parallel)
@@ -63,13 +66,22 @@ class ColumnParallelLinear(ParallelModule):
 class RowParallelLinear(ReplicatedModule):
     """``y = x W^T + b`` with the inputs cut over the ranks, and the partial results summed.
 
-    The weight is ``[out_features, *in_shape]`` and is cut along the first axis of ``in_shape``. The bias is not cut and
-    is added once, after the sum. Takes this rank's inputs, flattened: ``[batch, sequence, local_in_features]``.
+    The weight is ``[out_features, *in_shape]`` and is cut along the first axis of ``in_shape``, and where that is too
+    short along the next, which is in ``num_subunits`` parts. The bias is not cut and is added once, after the sum.
+    Takes this rank's inputs, flattened: ``[batch, sequence, local_in_features]``.
     """
 
-    def __init__(self, in_shape: tuple[int, ...], out_features: int, *, bias: bool, parallel: ParallelContext) -> None:
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_features: int,
+        *,
+        num_subunits: int = 1,
+        bias: bool,
+        parallel: ParallelContext,
+    ) -> None:
         super().__init__(parallel)
-        self.declare("weight", (out_features, *in_shape), shard_dim=1)
+        self.declare("weight", (out_features, *in_shape), shard_dim=1, num_subunits=num_subunits)
         self.has_bias = bias
         if bias:
             self.declare("bias", (out_features,))
@@ -97,13 +109,14 @@ class VocabParallelEmbedding(ParallelModule):
 
 
 class VocabParallelHead(ParallelModule):
-    """Logits over this rank's part of the vocabulary, ``[batch, sequence, local_vocab]``."""
+    """The projection to logits, ``[vocab_size, hidden_size]``, the vocabulary cut over the ranks."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, parallel: ParallelContext) -> None:
         super().__init__(parallel)
         self.declare("weight", (vocab_size, hidden_size), shard_dim=0)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """This rank's logits, ``[batch, sequence, local_vocab]``."""
         return vocab_parallel_logits(hidden, self.local("weight"), self.parallel)
 
 

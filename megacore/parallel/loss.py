@@ -1,4 +1,4 @@
-"""Cross-entropy over logits whose vocabulary is cut over the tensor-parallel ranks."""
+"""Cross-entropy of the head's logits, in chunks of tokens, over a vocabulary that is cut over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -7,51 +7,120 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import chunk_bounds
+from megacore.parallel.layers import enter_parallel_region
+
+CHUNK_BYTES = 2**24
+"""Of the logits that exist at once, in 32 bit."""
 
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, *, vocab_size: int, parallel: ParallelContext
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    vocab_size: int,
+    parallel: ParallelContext,
 ) -> Tensor:
-    """The negative log-likelihood of each target, ``[batch, sequence]``, equal on all ranks.
+    """The weighted sum of the targets' negative log-likelihoods, ``[1]``, in nats, equal on all ranks.
 
-    The full logits never exist: the ranks exchange one maximum, one sum and one target logit a token.
+    Logits exist for a few tokens at a time only, and each rank's part of the vocabulary on that rank only: of a token,
+    the ranks exchange a maximum, a sum and the logit of the target. The gradients are computed on the way, since the
+    logits would otherwise have to be computed again. That is why the result cannot be scaled afterwards, and the
+    gradient that reaches it must be 1: scale ``token_weights`` instead.
 
     Args:
-        logits: this rank's ``[batch, sequence, local_vocab]``.
-        targets: token ids, ``[batch, sequence]``.
+        hidden: what lies between the parallel layers, ``[batch, sequence, hidden]``, in the dtype to compute in;
+            under sequence parallelism this rank's slice of the sequence.
+        weight: this rank's rows of the head, ``[local_vocab, hidden]``; its gradient is in its own dtype.
+        targets: token ids, ``[batch, sequence]``, of the whole sequence.
+        token_weights: of the sum, like ``targets``, in 32 or 64 bit: 1 / (number of tokens) for a mean, 0 for a token
+            that is not to be learned.
         vocab_size: of the whole model.
-        parallel: whose tensor-parallel group the vocabulary is cut over.
+        parallel: whose tensor-parallel ranks the vocabulary is cut over.
     """
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    if parallel.tp_mesh is None:
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    hidden = enter_parallel_region(hidden, parallel)
     first, _ = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
-    return _VocabParallelCrossEntropy.apply(logits, targets, first, parallel.tp_group)
+    group = parallel.tp_group if parallel.tp_mesh is not None else None
+    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, targets.flatten(), token_weights.flatten(), first, group, with_gradients
+    )
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
-        maximum = logits.max(dim=-1).values
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        exponentials = (logits - maximum.unsqueeze(-1)).exp_()
-        local_targets = targets - first
-        elsewhere = (local_targets < 0) | (local_targets >= logits.shape[-1])
-        local_targets = local_targets.masked_fill(elsewhere, 0).unsqueeze(-1)
-        target_logits = logits.gather(-1, local_targets).squeeze(-1).masked_fill(elsewhere, 0.0)
-        sums = torch.stack([exponentials.sum(dim=-1), target_logits])
-        dist.all_reduce(sums, group=group)
-        normalizer, target_logits = sums.unbind()
-        ctx.save_for_backward(exponentials.div_(normalizer.unsqueeze(-1)), local_targets, elsewhere)
-        return normalizer.log() + maximum - target_logits
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        first: int,
+        group: dist.ProcessGroup | None,
+        with_gradients: bool,
+    ) -> Tensor:
+        rows = weight.to(hidden.dtype)
+        hidden_gradient = torch.empty_like(hidden) if with_gradients else None
+        weight_gradient = torch.zeros_like(weight) if with_gradients else None
+        total = torch.zeros(1, dtype=token_weights.dtype, device=hidden.device)
+        chunk = max(1, CHUNK_BYTES // (4 * rows.shape[0]))
+        for start in range(0, hidden.shape[0], chunk):
+            tokens = slice(start, start + chunk)
+            losses, gradient = _of_chunk(
+                hidden[tokens] @ rows.t(), targets[tokens] - first, token_weights[tokens], group, with_gradients
+            )
+            total += losses
+            if hidden_gradient is None or weight_gradient is None:
+                continue
+            torch.mm(gradient, rows, out=hidden_gradient[tokens])
+            if weight_gradient.dtype == gradient.dtype:
+                weight_gradient.addmm_(gradient.t(), hidden[tokens])
+            else:  # the sum over chunks stays in the wider dtype
+                weight_gradient += gradient.t() @ hidden[tokens]
+        if hidden_gradient is not None and weight_gradient is not None:
+            ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, local_targets, elsewhere = ctx.saved_tensors
-        result = softmax * gradient.unsqueeze(-1)
-        result.scatter_add_(-1, local_targets, -gradient.masked_fill(elsewhere, 0.0).unsqueeze(-1))
-        return result, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        torch._assert_async(gradient == 1, "the loss was scaled: scale token_weights instead")
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient, weight_gradient, None, None, None, None, None
+
+
+def _of_chunk(
+    logits: Tensor, local_targets: Tensor, token_weights: Tensor, group: dist.ProcessGroup | None, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss of a chunk of tokens, and the gradient of their ``logits``, ``[tokens, local_vocab]``."""
+    dtype = logits.dtype
+    logits = logits.to(token_weights.dtype)
+    elsewhere = (local_targets < 0) | (local_targets >= logits.shape[-1])
+    local_targets = local_targets.masked_fill(elsewhere, 0).unsqueeze(-1)
+    target_logits = logits.gather(-1, local_targets).squeeze(-1).masked_fill(elsewhere, 0.0)
+    maxima = logits.amax(dim=-1)
+    exponentials = logits.sub_(maxima.unsqueeze(-1)).exp_()
+    maximum, normalizer, target_logits = _joined(maxima, exponentials.sum(dim=-1), target_logits, group)
+    losses = (normalizer.log() + maximum - target_logits) * token_weights
+    if not with_gradient:
+        return losses.sum(), exponentials
+    exponentials.mul_(((maxima - maximum).exp() / normalizer * token_weights).unsqueeze(-1))
+    exponentials.scatter_add_(-1, local_targets, -token_weights.masked_fill(elsewhere, 0.0).unsqueeze(-1))
+    return losses.sum(), exponentials.to(dtype)
+
+
+def _joined(
+    maxima: Tensor, sums: Tensor, target_logits: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over all ranks: the maximum, the sum of the exponentials less that maximum, and the logit of the target."""
+    if group is None:
+        return maxima, sums, target_logits
+    own = torch.stack([maxima, sums, target_logits])
+    gathered = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(gathered, own, group=group)
+    maxima, sums, target_logits = torch.stack(gathered, dim=1).unbind()
+    maximum = maxima.amax(dim=0)
+    return maximum, (sums * (maxima - maximum).exp()).sum(dim=0), target_logits.sum(dim=0)

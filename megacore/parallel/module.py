@@ -13,29 +13,74 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from megacore.parallel.collectives import sum_gradients, sum_shared_gradients
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import ParameterSpec
 
 
 class ParallelModule(nn.Module):
-    """A module that declares its parameters by their whole shape."""
+    """A module that declares its parameters by their whole shape.
+
+    Attributes:
+        compute_dtype: what parameters are computed with in, where that is not what they are held in: 16 bit with
+            parameters in 32 bit, whose gradients then are in 32 bit too.
+    """
 
     def __init__(self, parallel: ParallelContext) -> None:
         super().__init__()
         self.parallel = parallel
         self.specs: dict[str, ParameterSpec] = {}
+        self.compute_dtype: torch.dtype | None = None
 
-    def declare(self, name: str, shape: tuple[int, ...], *, shard_dim: int | None = None, row_dims: int = 1) -> None:
+    def declare(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        shard_dim: int | None = None,
+        row_dims: int = 1,
+        num_subunits: int = 1,
+        num_shared: int = 0,
+    ) -> None:
         """Create parameter ``name``, without values, of this rank's part of ``shape``. See :class:`ParameterSpec`."""
-        spec = ParameterSpec(shape=shape, shard_dim=shard_dim, row_dims=row_dims)
+        spec = ParameterSpec(shape, shard_dim, row_dims, num_subunits, num_shared)
         self.specs[name] = spec
         local_shape = spec.local_shape(self.parallel.tp_size, self.parallel.tp_rank)
         self.register_parameter(name, nn.Parameter(torch.empty(local_shape, device="meta")))
 
     def local(self, name: str) -> Tensor:
-        """This rank's part of parameter ``name`` as a plain tensor; gradients flow back to the parameter."""
+        """This rank's part of parameter ``name`` as a plain tensor to compute with.
+
+        Gradients flow back to the parameter; those of entries that other ranks hold too are summed over these.
+        """
+        return self._to_compute_with(self.held(name))
+
+    def held(self, name: str) -> Tensor:
+        """As :meth:`local`, in the dtype that the parameter is held in."""
+        spec, held = self.specs[name], self._held(name)
+        if spec.num_shared and spec.ranks_per_unit(self.parallel.tp_size) > 1:
+            return sum_shared_gradients(held, spec, self.parallel)
+        return held
+
+    def _held(self, name: str) -> Tensor:
         parameter = getattr(self, name)
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def _to_compute_with(self, held: Tensor) -> Tensor:
+        return held if self.compute_dtype is None else held.to(self.compute_dtype)
+
+
+class ReplicatedModule(ParallelModule):
+    """A module whose parameters every rank holds whole."""
+
+    def replicated(self, name: str) -> Tensor:
+        """Parameter ``name`` for use between the parallel layers.
+
+        Under sequence parallelism each rank sees a slice of the sequence, so the gradients are summed over the ranks;
+        otherwise they are equal on all of them already.
+        """
+        held = self._held(name)
+        return self._to_compute_with(sum_gradients(held, self.parallel) if self.parallel.sequence_parallel else held)
 
 
 def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
@@ -72,7 +117,7 @@ def materialize(model: nn.Module, parallel: ParallelContext, values: Callable[[s
                 parallel.tp_mesh,
                 [Replicate() if spec.shard_dim is None else Shard(spec.shard_dim)],
                 run_check=False,
-                shape=torch.Size(spec.shape),
-                stride=torch.empty(spec.shape, device="meta").stride(),
+                shape=torch.Size(spec.global_shape(parallel.tp_size)),
+                stride=torch.empty(spec.global_shape(parallel.tp_size), device="meta").stride(),
             )
         setattr(module, last, nn.Parameter(value))

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
 from megacore.model import DecoderModel, load_model
-from megacore.parallel import ParallelContext, materialize, vocab_parallel_cross_entropy
+from megacore.parallel import ParallelContext, ParameterSpec, join_parts, materialize, parameter_specs
 from megacore.plugins import Family
 from megacore.verification.comparison import whole_logits
 
@@ -67,14 +68,20 @@ def logits_and_gradients(
     """
     model = load_model(Checkpoint(checkpoint), parallel, dtype=torch.float32)
     vocab_size = model.config.vocab_size
-    logits = model(input_ids)
-    vocab_parallel_cross_entropy(logits, targets, vocab_size=vocab_size, parallel=parallel).sum().backward()
+    with torch.no_grad():
+        logits = model(input_ids)
+    model(input_ids, targets=targets, token_weights=torch.ones_like(targets, dtype=torch.float32)).sum().backward()
+    specs = parameter_specs(model)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     unused = [name for name, gradient in gradients.items() if gradient is None]
     if unused:
         raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
-    whole = {name: _whole(gradient) for name, gradient in gradients.items() if gradient is not None}
-    return whole_logits(logits.detach(), vocab_size, parallel), whole
+    whole = {
+        name: whole_tensor(gradient, specs[name], parallel)
+        for name, gradient in gradients.items()
+        if gradient is not None
+    }
+    return whole_logits(logits, vocab_size, parallel), whole
 
 
 def differing_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
@@ -89,5 +96,20 @@ def differing_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     return problems
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_tensor(tensor: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor:
+    """A parameter or its gradient as a whole, on every rank that holds a part of it.
+
+    Raises:
+        RuntimeError: when ranks that hold the same part of it do not hold the same values.
+    """
+    if parallel.tp_mesh is None:
+        return tensor
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    parts: list[Tensor] = [local] * parallel.tp_size
+    dist.all_gather_object(parts, local.detach(), group=parallel.tp_group)
+    whole = join_parts(parts, spec)
+    for rank, part in enumerate(parts):
+        rows, columns = spec.block(parallel.tp_size, rank)
+        if not torch.equal(whole.view(spec.matrix_shape)[rows, columns].reshape(part.shape), part):
+            raise RuntimeError(f"rank {rank} holds other values than another rank that holds the same entries")
+    return whole

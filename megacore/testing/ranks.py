@@ -1,9 +1,9 @@
-"""Two processes joined in a gloo group, for tests to run functions on.
+"""Processes that join in gloo groups, for tests to run functions on.
 
-Starting them takes seconds, so there is one :class:`RankPool` for the whole session, started when it is first needed.
-The fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``. Functions are
-pickled by reference, and pytest's import mode ``importlib`` gives a test module a name that no other process knows:
-functions for ranks live in an installed package, or in a module on ``sys.path`` that is not a test.
+Starting one takes seconds, so there is one :class:`RankPool` for the whole session, which starts as many as a run needs
+and keeps them. The fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``.
+Functions are pickled by reference, and pytest's import mode ``importlib`` gives a test module a name that no other
+process knows: functions for ranks live in an installed package, or in a module on ``sys.path`` that is not a test.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ from typing import Any
 
 import pytest
 
+from megacore.parallel.sizes import ParallelSizes
+
 TIMEOUT = 60.0
 """Seconds that a function may take; a deadlock lasts that long."""
 
 GRACE = 2.0
 """Seconds that the other ranks have to end once one has failed; then they are taken to wait for it in a collective."""
+
+
+TWO_RANKS = ParallelSizes(tp=2)
 
 
 class RankError(Exception):
@@ -42,44 +47,49 @@ class RankTimeoutError(RankError):
 class RankPool:
     """Processes that wait for functions to run. When one dies or hangs, the next run starts them anew."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def run(
-        self, function: Callable[..., Any], *arguments: Any, sequence_parallel: bool = False, timeout: float = TIMEOUT
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        sizes: ParallelSizes = TWO_RANKS,
+        timeout: float = TIMEOUT,
     ) -> list[Any]:
-        """Call ``function(parallel, *arguments)`` on every rank; return what each returned, in the order of the ranks.
+        """Call ``function(parallel, *arguments)`` on ``sizes.world`` ranks; return what each returned, in their order.
 
         Raises:
             RankError: when it raises on one of them.
             RankTimeoutError: when it takes longer than ``timeout`` seconds.
         """
-        if not self._processes:
-            self._start()
-        for connection in self._connections:
-            connection.send((function, arguments, sequence_parallel))
+        directory = self._start(sizes.world)
+        store = tempfile.mktemp(prefix="store-", dir=directory)
+        connections = self._connections[: sizes.world]
+        for connection in connections:
+            connection.send((function, arguments, sizes, store))
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
-        while pending := [rank for rank in range(self.size) if rank not in results and rank not in failures]:
-            ready = wait([self._connections[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+        while pending := [rank for rank in range(sizes.world) if rank not in results and rank not in failures]:
+            ready = wait([connections[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for rank in (rank for rank in pending if self._connections[rank] in ready):
+            for rank in (rank for rank in pending if connections[rank] in ready):
                 succeeded, answer = self._receive(rank)
                 (results if succeeded else failures)[rank] = answer
                 if not succeeded:
                     deadline = min(deadline, time.monotonic() + GRACE)
         stacks = [f"rank {rank} gave no answer in {timeout:g} s:\n{self._stack(rank)}" for rank in pending]
-        if pending or not all(process.is_alive() for process in self._processes):
+        if failures or pending or not all(process.is_alive() for process in self._processes):
             self.close()
         if failures:
             raise RankError("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
         if stacks:
             raise RankTimeoutError("\n".join(stacks))
-        return [results[rank] for rank in range(self.size)]
+        return [results[rank] for rank in range(sizes.world)]
 
     def close(self) -> None:
         """End the processes."""
@@ -88,20 +98,23 @@ class RankPool:
             process.join()
         for connection in self._connections:
             connection.close()
-        if self._processes:
+        if self._directory is not None:
             self._directory.cleanup()
-        self._processes, self._connections = [], []
+        self._processes, self._connections, self._directory = [], [], None
 
-    def _start(self) -> None:
+    def _start(self, size: int) -> str:
+        """Start what is missing of ``size`` processes; return the directory that they share."""
         spawning = multiprocessing.get_context("spawn")
-        self._directory = tempfile.TemporaryDirectory(prefix="rank-pool-")
-        for rank in range(self.size):
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="rank-pool-")
+        for rank in range(len(self._processes), size):
             ours, theirs = spawning.Pipe()
-            process = spawning.Process(target=_serve, args=(theirs, rank, self.size, self._directory.name), daemon=True)
+            process = spawning.Process(target=_serve, args=(theirs, rank, self._directory.name), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
+        return self._directory.name
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
@@ -111,6 +124,7 @@ class RankPool:
             return False, f"the process ended with exit code {self._processes[rank].exitcode}"
 
     def _stack(self, rank: int) -> str:
+        assert self._directory is not None
         file = _stack_file(self._directory.name, rank)
         pid = self._processes[rank].pid
         if pid is None or not file.exists():
@@ -122,18 +136,18 @@ class RankPool:
 
 @cache
 def shared_pool() -> RankPool:
-    """The pool of this session: two ranks."""
-    return RankPool(2)
+    """The pool of this session."""
+    return RankPool()
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    """Two ranks to run functions on."""
+    """Ranks to run functions on, two unless asked for more."""
     yield shared_pool()
     shared_pool().close()
 
 
-def _serve(connection: Connection, rank: int, size: int, directory: str) -> None:
+def _serve(connection: Connection, rank: int, directory: str) -> None:
     """What a process of the pool does until it is killed."""
     import torch
     import torch.distributed as dist
@@ -141,17 +155,17 @@ def _serve(connection: Connection, rank: int, size: int, directory: str) -> None
     from megacore.parallel import ParallelContext
 
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(directory) / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     with _stack_file(directory, rank).open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         while True:
             try:
-                function, arguments, sequence_parallel = connection.recv()
-                parallel = ParallelContext.of_world(
-                    tp=size, device=torch.device("cpu"), sequence_parallel=sequence_parallel
+                function, arguments, sizes, store = connection.recv()
+                if dist.is_initialized():  # only now is it sure that all are done with the last run
+                    dist.destroy_process_group()
+                dist.init_process_group(
+                    "gloo", store=dist.FileStore(store, sizes.world), rank=rank, world_size=sizes.world
                 )
-                answer = True, function(parallel, *arguments)
+                answer = True, function(ParallelContext.of_world(sizes, device=torch.device("cpu")), *arguments)
             except EOFError:  # the session is over
                 return
             except Exception:

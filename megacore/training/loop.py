@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
-from megacore.data import DatasetDescription, IndexedDataset, SampleOrder, TokenWindows, check_token_ids
-from megacore.errors import ConfigError, DataError, TrainingError
-from megacore.model import DecoderModel, load_model
+from megacore.data import DatasetDescription, TokenWindows
+from megacore.errors import ConfigError, TrainingError
+from megacore.model import model_specs, read_config
 from megacore.parallel import (
     ParallelContext,
+    ParallelSizes,
     check_tensor_parallel,
     describe_imbalance,
     is_first_process,
     on_ranks,
-    vocab_parallel_cross_entropy,
 )
 from megacore.plugins import get_family
-from megacore.training.optimizer import build_optimizer, clip_gradients
+from megacore.training.batches import batches, open_dataset
+from megacore.training.engine import HELD_IN, Engine, check_run
 from megacore.training.run_config import RunConfig, read_run_config
-from megacore.training.saving import reserve_output, save_model
+from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate
-
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Step:
         lr: that the step was taken with.
         grad_norm: before clipping.
         tokens_per_second: of the whole step, all ranks together.
+        loss_scale: in fp16, the factor on the loss of the next step.
+        num_skipped: steps up to this one that were not taken, since gradients overflowed in fp16.
     """
 
     iteration: int
@@ -52,6 +53,8 @@ class Step:
     lr: float
     grad_norm: float
     tokens_per_second: float
+    loss_scale: float | None = None
+    num_skipped: int = 0
 
 
 def train(
@@ -81,19 +84,36 @@ def train(
             "directory that the command is started in)"
         )
     checkpoint = Checkpoint(run.model.checkpoint)
-    get_family(checkpoint.manifest.family)
-    check_tensor_parallel(checkpoint.manifest.specs, run.parallel.tensor_parallel)
+    family = get_family(checkpoint.manifest.family)
+    config = read_config(family, checkpoint)
+    specs = model_specs(config, family.build_layer)
+    check_tensor_parallel(specs, run.parallel.tensor_parallel)
+    sizes = parallel_sizes(run)
+    check_run(run, config, specs, dp_size=sizes.dp)
     require_absent(run.output.checkpoint)
-    TokenWindows(_dataset(run, checkpoint), run.data.seq_length)
+    TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
     if on_note and is_first_process():
         for note in _notes(run, checkpoint):
             on_note(note)
-    return on_ranks(
-        _train_on_rank,
-        run,
-        on_step,
-        tp=run.parallel.tensor_parallel,
-        sequence_parallel=run.parallel.sequence_parallel,
+    return on_ranks(_train_on_rank, run, on_step, sizes=sizes)
+
+
+def parallel_sizes(run: RunConfig) -> ParallelSizes:
+    """How the processes of the run are laid out: those that torchrun started, or those that it will start itself.
+
+    Raises:
+        LayoutError: when tensor and pipeline parallelism do not fit their number.
+    """
+    section = run.parallel
+    model_size = section.tensor_parallel * section.pipeline_parallel
+    started = os.environ.get("WORLD_SIZE")
+    world = int(started) if started else section.nproc_per_node or torch.cuda.device_count() or model_size
+    return ParallelSizes.of_world(
+        world,
+        tp=section.tensor_parallel,
+        pp=section.pipeline_parallel,
+        dp_shard={"replicated": 1, "sharded": None, "hybrid": section.shard_size}[section.data_parallel],
+        sequence_parallel=section.sequence_parallel,
     )
 
 
@@ -111,84 +131,41 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
 
 def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
     checkpoint = Checkpoint(run.model.checkpoint)
-    dtype = DTYPES[run.model.dtype]
-    num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * dtype.itemsize
+    held = HELD_IN[run.model.dtype]
+    num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
-        model = load_model(checkpoint, parallel, dtype=dtype)
+        engine = Engine(run, checkpoint, parallel)
         steps = []
-        for step in _steps(model, run, checkpoint):
+        for step in _steps(engine, checkpoint):
             steps.append(step)
-            if on_step is not None and parallel.tp_rank == 0:
+            if on_step is not None and parallel.rank == 0:
                 on_step(step)
         details = {"iterations": run.training.train_iters, "dtype": run.model.dtype}
-        save_model(output, model, started_from=checkpoint, details=details)
+        save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
     return steps
 
 
-def _steps(model: DecoderModel, run: RunConfig, checkpoint: Checkpoint) -> Iterator[Step]:
+def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
     """Take the steps of the run, one at a time."""
-    optimizer = build_optimizer(model, run.optimizer)
+    run, parallel = engine.run, engine.parallel
     train_iters = run.training.train_iters
-    for iteration, batch in enumerate(_batches(run, checkpoint), start=1):
+    own_batches = batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
+    for iteration, batch in enumerate(own_batches, start=1):
         started = time.perf_counter()
         lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = accumulate_gradients(model, batch, micro_batch_size=run.training.micro_batch_size)
-        grad_norm = clip_gradients(model, run.optimizer.clip_grad)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        result = engine.step(batch, lr=lr)
+        if not result.is_taken and engine.loss_scale is None:
             raise TrainingError(
-                f"iteration {iteration}: the loss is {loss} and the norm of the gradient {grad_norm}; a lower "
-                "optimizer.lr may help. Nothing was saved"
+                f"iteration {iteration}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; a "
+                "lower optimizer.lr may help. Nothing was saved"
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        num_tokens = batch.shape[0] * (batch.shape[1] - 1)
-        yield Step(iteration, train_iters, loss, lr, grad_norm, num_tokens / (time.perf_counter() - started))
-
-
-def accumulate_gradients(model: DecoderModel, batch: Tensor, *, micro_batch_size: int) -> float:
-    """Add to the gradients those of the mean loss over all tokens of ``batch``; return that loss.
-
-    Args:
-        model: as loaded; its gradients are added to.
-        batch: token ids, ``[samples, sequence + 1]``.
-        micro_batch_size: samples that are computed at once; the result does not depend on it.
-    """
-    parallel = model.parallel
-    num_tokens = batch.shape[0] * (batch.shape[1] - 1)
-    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    for micro_batch in batch.to(parallel.device).split(micro_batch_size):
-        logits = model(micro_batch[:, :-1])
-        losses = vocab_parallel_cross_entropy(
-            logits, micro_batch[:, 1:], vocab_size=model.config.vocab_size, parallel=parallel
+        yield Step(
+            iteration,
+            train_iters,
+            result.loss,
+            lr,
+            result.grad_norm,
+            batch.num_tokens / (time.perf_counter() - started),
+            engine.loss_scale.factor if engine.loss_scale else None,
+            engine.loss_scale.num_skipped if engine.loss_scale else 0,
         )
-        loss = losses.sum() / num_tokens
-        loss.backward()
-        total += loss.detach()
-    return total.item()
-
-
-def _batches(run: RunConfig, checkpoint: Checkpoint) -> Iterator[Tensor]:
-    """The global batches of the run, ``[global_batch_size, seq_length + 1]``, the same on every rank."""
-    windows = TokenWindows(_dataset(run, checkpoint), run.data.seq_length)
-    order = SampleOrder(len(windows), run.data.seed)
-    size = run.training.global_batch_size
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    for iteration in range(run.training.train_iters):
-        positions = range(iteration * size, (iteration + 1) * size)
-        batch = torch.stack([torch.from_numpy(windows[order[position]]) for position in positions])
-        yield check_token_ids(batch, vocab_size, str(run.data.prefix))
-
-
-def _dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
-    """Open the run's dataset; what it was tokenized with must fit the checkpoint, where the dataset says so."""
-    dataset = IndexedDataset(run.data.prefix)
-    description = DatasetDescription.read(run.data.prefix)
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    if description is not None and description.vocab_size > vocab_size:
-        raise DataError(
-            f"the dataset {run.data.prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
-            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer"
-        )
-    return dataset

@@ -23,8 +23,10 @@ class ModelSection(Section):
     """Which weights to start from, and what to compute in."""
 
     checkpoint: Path = Field(description="Native checkpoint to start from, cut in any way.")
-    dtype: Literal["fp32", "fp64"] = Field(
-        "fp32", description='What weights are held and computed in: `"fp32"` or `"fp64"`.'
+    dtype: Literal["fp32", "fp64", "bf16", "fp16"] = Field(
+        "fp32",
+        description='What is computed in: `"fp32"`, `"fp64"`, `"bf16"` or `"fp16"`. In 16 bit the weights, their '
+        "gradients and the sums over processes are in 32 bit all the same.",
     )
 
 
@@ -37,12 +39,49 @@ class DataSection(Section):
 
 
 class ParallelSection(Section):
-    """How the model is spread over processes."""
+    """How the work is spread over processes. What tensor and pipeline parallelism leave is data-parallel."""
 
     tensor_parallel: int = Field(1, gt=0, description="Processes that share each layer.")
     sequence_parallel: bool = Field(
         False, description="Between the parallel layers, let each process hold a slice of the sequence."
     )
+    pipeline_parallel: int = Field(1, gt=0, description="Processes that hold different layers.")
+    pipeline_schedule: Literal["1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"] = (
+        Field(
+            "1F1B",
+            description='`"1F1B"`, `"Interleaved1F1B"`, `"InterleavedZeroBubble"`, `"ZBVZeroBubble"` or '
+            '`"DualPipeV"`, as torch has them.',
+        )
+    )
+    stages_per_rank: int | None = Field(
+        None,
+        gt=0,
+        description="Pipeline stages of a process; by default 1 for 1F1B and 2 for the other schedules.",
+    )
+    layers_per_stage: tuple[int, ...] | None = Field(
+        None,
+        description="How many layers each stage has; by default balanced, with embedding and head in the balance.",
+    )
+    data_parallel: Literal["replicated", "sharded", "hybrid"] = Field(
+        "replicated",
+        description='`"replicated"`: each data-parallel process holds all parameters; `"sharded"`: a part of them; '
+        '`"hybrid"`: a part of a copy that shard_size processes share.',
+    )
+    shard_size: int | None = Field(None, gt=0, description="Of `hybrid`, the processes that share a copy.")
+    nproc_per_node: int | None = Field(
+        None,
+        gt=0,
+        description="Processes to start on each node; by default one a GPU or, without any, as many as the model is "
+        "cut over.",
+    )
+
+    @property
+    def num_stages_per_rank(self) -> int:
+        return self.stages_per_rank or (1 if self.pipeline_parallel == 1 or self.pipeline_schedule == "1F1B" else 2)
+
+    @property
+    def num_stages(self) -> int:
+        return self.pipeline_parallel * self.num_stages_per_rank
 
 
 class OptimizerSection(Section):
@@ -58,6 +97,44 @@ class OptimizerSection(Section):
     clip_grad: float = Field(
         1.0, ge=0, description="Largest norm of the gradient, over all parameters; 0 does not clip."
     )
+
+
+class LossScaleSection(Section):
+    """The factor on the loss that keeps gradients in fp16 from vanishing; it adapts itself (Micikevicius et al., 2017,
+    arXiv:1710.03740)."""
+
+    initial: float = Field(65536.0, gt=0, description="At the start.")
+    minimum: float = Field(1.0, gt=0, description="Never less.")
+    window: int = Field(1000, gt=0, description="Steps without an overflow after which it doubles.")
+    hysteresis: int = Field(2, gt=0, description="Overflows in such a window that it takes to halve it.")
+
+
+class RecomputeSection(Section):
+    """Computing activations again in the backward pass, instead of keeping them."""
+
+    granularity: Literal["none", "selective", "full"] = Field(
+        "none",
+        description='`"none"`; `"selective"`: what lies between the projections of attention; `"full"`: all of a '
+        "layer but its input.",
+    )
+    num_layers: int = Field(1, gt=0, description="Of `full`: consecutive layers that keep one input among them.")
+
+
+class DropoutSection(Section):
+    """Dropout. Masks depend on the seed and the sample, not on how the work is spread.
+
+    But for those of attention, which depend on tensor_parallel and micro_batch_size.
+    """
+
+    hidden: float = Field(
+        0.0, ge=0, lt=1, description="Of what attention and MLP add to the residual, and of the embedding."
+    )
+    attention: float = Field(0.0, ge=0, lt=1, description="Of the attention weights.")
+    lima: bool = Field(
+        False,
+        description="Let `hidden` rise from 0 at the first layer to its value at the last, with none at the embedding.",
+    )
+    seed: int = Field(1234, ge=0, description="Of the masks.")
 
 
 class TrainingSection(Section):
@@ -82,7 +159,10 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     parallel: ParallelSection = ParallelSection()
+    recompute: RecomputeSection = RecomputeSection()
+    dropout: DropoutSection = DropoutSection()
     optimizer: OptimizerSection
+    loss_scale: LossScaleSection = LossScaleSection()
     training: TrainingSection
     output: OutputSection
 
@@ -105,6 +185,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "
                 f"parallel.tensor_parallel ({parallel.tensor_parallel})"
+            )
+        if (parallel.data_parallel == "hybrid") != (parallel.shard_size is not None):
+            raise ValueError('parallel.shard_size belongs to parallel.data_parallel = "hybrid", which needs it')
+        if parallel.layers_per_stage is not None and len(parallel.layers_per_stage) != parallel.num_stages:
+            raise ValueError(
+                f"parallel.layers_per_stage has {len(parallel.layers_per_stage)} entries, and there are "
+                f"{parallel.num_stages} pipeline stages"
             )
         return self
 

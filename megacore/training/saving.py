@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
 from megacore.checkpoint.manifest import ParameterEntry, WeightFile, write_manifest
 from megacore.checkpoint.matrix import StoredMatrix, count
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
 from megacore.checkpoint.staging import reported_as_output_error, require_space, staged_directory
-from megacore.checkpoint.writing import copy_tokenizer, is_stored_by, write_weight_files
+from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
 from megacore.model import DecoderModel
-from megacore.parallel import ParallelContext, ParameterSpec, parameter_specs
+from megacore.parallel import ParallelContext, ParameterSpec, Stage, gathered, parameter_specs
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def reserve_output(
         OutputError: when ``out`` exists, is being written, or cannot be created.
         DiskFullError: when ``num_bytes`` do not fit.
     """
-    if parallel.tp_rank > 0:
+    if parallel.rank > 0:
         with reported_as_output_error(out):
             yield ReservedOutput(out, Path(_broadcast("", parallel)), {})
         _wait_for_all(parallel)  # no rank goes on before the output is visible
@@ -59,31 +61,54 @@ def reserve_output(
     _wait_for_all(parallel)
 
 
-def save_model(
-    output: ReservedOutput, model: DecoderModel, *, started_from: Checkpoint, details: dict[str, Any]
+def save_stages(
+    output: ReservedOutput,
+    models: list[DecoderModel],
+    stages: list[Stage],
+    parallel: ParallelContext,
+    *,
+    started_from: Checkpoint,
+    details: dict[str, Any],
 ) -> None:
-    """Write ``model`` into ``output``, cut as it is held. Called on every rank.
+    """Write a model into ``output``, cut as it is held. Called on every rank.
 
-    The origin is that of ``started_from``; ``details`` go into the history.
+    Args:
+        output: where to.
+        models: the stages of this process.
+        stages: of all processes.
+        parallel: the place of this process.
+        started_from: whose origin the result has.
+        details: for the history.
     """
-    parallel = model.parallel
-    specs = parameter_specs(model)
-    parameters = {name: _local(parameter) for name, parameter in model.named_parameters()}
-    tensors = [
-        _output_tensor(name, specs[name], local, parallel)
-        for name, local in parameters.items()
-        if is_stored_by(specs[name], parallel.tp_rank)
-    ]
-    files = _gather(write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=0), parallel)
-    if parallel.tp_rank > 0:
+    written: dict[str, WeightFile] = {}
+    entries: dict[str, ParameterEntry] = {}
+    for model in models:
+        specs = parameter_specs(model)
+        parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if model.stage.is_first or not name.startswith("embedding.")  # the copy of one that is the head too
+        }
+        entries |= {name: ParameterEntry(specs[name], DTYPE_NAMES[p.dtype]) for name, p in parameters.items()}
+        if parallel.dp_replicate_rank > 0:
+            continue
+        stored = {name: p for name, p in parameters.items() if specs[name].is_stored_by(parallel.tp_rank)}
+        if parallel.dp_shard_rank > 0:  # the first of the shard gathers its parts, one parameter after the other
+            for parameter in stored.values():
+                gathered(parameter, parallel)
+            continue
+        tensors = _output_tensors(stored, specs, parallel)
+        written |= write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
+    all_written, all_entries = _gather(written, parallel), _gather(entries, parallel)
+    if parallel.rank > 0:
         return
     source = started_from.manifest
     manifest = Manifest(
         family=source.family,
         config=source.config,
-        layout=Layout.even(tp=parallel.tp_size, pp=1, num_layers=model.config.num_layers),
-        parameters={name: ParameterEntry(specs[name], DTYPE_NAMES[local.dtype]) for name, local in parameters.items()},
-        files=files,
+        layout=Layout(tp=parallel.tp_size, stages=tuple((stage.start, stage.stop) for stage in stages)),
+        parameters={name: all_entries[name] for name in source.parameters},
+        files=dict(sorted(all_written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
         tokenizer=dict(output.tokenizer),
         origin=source.origin,
         history=(*source.history, history_entry("train", source=str(started_from.path), **details)),
@@ -91,34 +116,49 @@ def save_model(
     write_manifest(output.staging, manifest)
 
 
-def _output_tensor(name: str, spec: ParameterSpec, local: Tensor, parallel: ParallelContext) -> OutputTensor:
-    rows, columns = spec.block(parallel.tp_size, parallel.tp_rank)
-    matrix = StoredMatrix(count(rows), columns.stop - columns.start, local.dtype, lambda: local)
-    return OutputTensor(name, tuple(local.shape), local.dtype, matrix)
+def _output_tensors(
+    parameters: Mapping[str, Tensor], specs: Mapping[str, ParameterSpec], parallel: ParallelContext
+) -> list[OutputTensor]:
+    """What the file of this tensor-parallel rank holds of each parameter, gathered when it is first read.
 
+    They must be read in their order; one at a time is in memory.
+    """
 
-def _local(parameter: Tensor) -> Tensor:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+    @lru_cache(maxsize=1)
+    def stored(name: str) -> Tensor:
+        whole = gathered(parameters[name], parallel)
+        for dim, size in enumerate(specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)):
+            whole = whole.narrow(dim, 0, size)  # replicas are the last entries
+        return whole.contiguous()
+
+    tensors = []
+    for name, parameter in parameters.items():
+        rows, columns = specs[name].stored_block(parallel.tp_size, parallel.tp_rank)
+        width = columns.stop - columns.start
+        matrix = StoredMatrix(count(rows), width, parameter.dtype, partial(stored, name))
+        shape = specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)
+        tensors.append(OutputTensor(name, shape, parameter.dtype, matrix))
+    return tensors
 
 
 def _broadcast(text: str, parallel: ParallelContext) -> str:
     """What rank 0 says, on every rank."""
-    if parallel.tp_mesh is None:
+    if parallel.mesh is None:
         return text
     box = [text]
-    dist.broadcast_object_list(box, group=parallel.tp_group, group_src=0)
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def _gather(files: dict[str, WeightFile], parallel: ParallelContext) -> dict[str, WeightFile]:
-    """All ranks' files, in the order of the ranks."""
-    if parallel.tp_mesh is None:
-        return files
-    gathered: list[dict[str, WeightFile]] = [{} for _ in range(parallel.tp_size)]
-    dist.all_gather_object(gathered, files, group=parallel.tp_group)
-    return {name: file for part in gathered for name, file in part.items()}
+def _gather(own: dict[str, Entry], parallel: ParallelContext) -> dict[str, Entry]:
+    """All ranks' entries together."""
+    if parallel.mesh is None:
+        return own
+    gathered_: list[dict[str, Entry]] = [{} for _ in range(parallel.sizes.world)]
+    dist.all_gather_object(gathered_, own)
+    return {name: entry for part in gathered_ for name, entry in part.items()}
 
 
 def _wait_for_all(parallel: ParallelContext) -> None:
-    if parallel.tp_mesh is not None:
-        dist.barrier(group=parallel.tp_group)
+    if parallel.mesh is not None:
+        dist.barrier()

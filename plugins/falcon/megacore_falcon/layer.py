@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megacore.model import MLP, LayerNorm, Positions, SelfAttention
+from megacore.model import MLP, HiddenDropout, LayerNorm, Positions, SelfAttention
 from megacore.parallel import ParallelContext
 from megacore_falcon.config import FalconConfig
 
@@ -34,14 +34,17 @@ class FalconLayer(nn.Module):
         self.shares_norm = config.num_layer_norms == 1
         self.input_layernorm = LayerNorm(config, parallel)
         self.self_attention = SelfAttention(config, parallel)
+        self.post_attention_dropout = HiddenDropout(parallel)
         if not self.shares_norm:
             self.pre_mlp_layernorm = LayerNorm(config, parallel)
         self.mlp = MLP(config, parallel)
+        self.post_mlp_dropout = HiddenDropout(parallel)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         normed = self.input_layernorm(hidden)
         attended = self.self_attention(normed, positions)
         if self.is_parallel:
-            return hidden + attended + self.mlp(normed if self.shares_norm else self.pre_mlp_layernorm(hidden))
-        hidden = hidden + attended
-        return hidden + self.mlp(self.pre_mlp_layernorm(hidden))
+            transformed = self.mlp(normed if self.shares_norm else self.pre_mlp_layernorm(hidden))
+            return hidden + self.post_mlp_dropout(attended + transformed, positions.sample_ids)
+        hidden = hidden + self.post_attention_dropout(attended, positions.sample_ids)
+        return hidden + self.post_mlp_dropout(self.mlp(self.pre_mlp_layernorm(hidden)), positions.sample_ids)

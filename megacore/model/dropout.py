@@ -1,0 +1,91 @@
+"""Dropout whose masks do not depend on how a model is cut (Srivastava et al., 2014).
+
+A mask is drawn from a seed made of the run's seed, the number of the sample among all of the run, the layer and the
+place in the layer. So it is the same on ranks that hold the same activations, another on every other sample and in
+every other layer, the same again when a layer is recomputed, and the same at any tensor-, pipeline- and data-parallel
+size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megacore.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What one place of a model drops.
+
+    Attributes:
+        probability: that an element is dropped.
+        seed: of the run.
+        layer: number of the layer in the whole model; -1 for the embedding.
+        place: which of the layer's dropouts it is.
+    """
+
+    probability: float = 0.0
+    seed: int = 0
+    layer: int = -1
+    place: int = 0
+
+    def keep(self, shape: tuple[int, ...], sample_id: int, *, device: torch.device) -> Tensor:
+        """Which elements of one sample's activation are kept, booleans of ``shape``."""
+        generator = torch.Generator(device).manual_seed(self._seed_of(sample_id))
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - self.probability, generator=generator)
+
+    @contextmanager
+    def seeded(self, sample_ids: Tensor | None, *details: int, device: torch.device) -> Iterator[None]:
+        """Seed torch's own generator, which the attention kernels draw from, while the block runs.
+
+        The seed is that of the first of ``sample_ids`` and of ``details``.
+        """
+        if self.probability == 0.0:
+            yield
+            return
+        assert sample_ids is not None, "dropout needs the numbers of the samples"
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            seed = self._seed_of(int(sample_ids[0]), *details)
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            yield
+
+    def _seed_of(self, *numbers: int) -> int:
+        told = ",".join(map(str, (self.seed, self.layer, self.place, *numbers)))
+        return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest()) >> 1
+
+
+class HiddenDropout(nn.Module):
+    """Dropout of what a layer adds to the residual, ``[batch, sequence, hidden]``, or of the embedding.
+
+    It drops nothing until the training run says how much; a layer calls it and need not care. Under sequence
+    parallelism each rank drops its slice of what it would drop as a whole.
+    """
+
+    def __init__(self, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.dropout = Dropout()
+
+    def forward(self, hidden: Tensor, sample_ids: Tensor | None) -> Tensor:
+        if self.dropout.probability == 0.0 or sample_ids is None:
+            return hidden
+        _, length, size = hidden.shape
+        parallel = self.parallel
+        num_slices = parallel.tp_size if parallel.sequence_parallel else 1
+        keep = torch.stack(
+            [
+                self.dropout.keep((num_slices * length, size), int(sample_id), device=hidden.device)
+                for sample_id in sample_ids
+            ]
+        )
+        if num_slices > 1:
+            keep = keep[:, parallel.tp_rank * length : (parallel.tp_rank + 1) * length]
+        return hidden * (keep / (1 - self.dropout.probability)).to(hidden.dtype)

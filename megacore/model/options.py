@@ -1,0 +1,88 @@
+"""How a model computes, as against what: precision, recomputation, dropout, kernels, compilation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from megacore.errors import PluginError
+from megacore.model.attention import AttentionOptions, SelfAttention
+from megacore.model.decoder import DecoderModel
+from megacore.model.dropout import Dropout, HiddenDropout
+from megacore.model.kernels import attention_kernel
+from megacore.parallel import ParallelModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How a model computes.
+
+    Attributes:
+        compute_dtype: of the arithmetic, where the parameters are held in a wider one; ``None`` for that of the
+            parameters.
+        recompute: ``"none"``; ``"selective"``, what lies between the projections of attention; ``"full"``, layers.
+        recompute_layers: of ``"full"``, how many layers at a time.
+        attention_dropout: probability that an attention weight is dropped.
+        hidden_dropout: probability that an element of what is added to the residual is dropped.
+        lima_dropout: let hidden dropout rise from 0 at the first layer to its value at the last, and have none at the
+            embedding (Zhou et al., 2023, arXiv:2305.11206).
+        dropout_seed: of the run.
+        compile: let torch compile each layer.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    recompute: str = "none"
+    recompute_layers: int = 1
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    lima_dropout: bool = False
+    dropout_seed: int = 0
+    compile: bool = False
+
+
+def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
+    """Let ``model``, whole or a stage, compute as ``options`` say.
+
+    Raises:
+        PluginError: when a layer of the family has no place to apply an option to.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelModule):
+            module.compute_dtype = options.compute_dtype
+    if hasattr(model, "embedding"):
+        probability = 0.0 if options.lima_dropout else options.hidden_dropout
+        model.embedding.hidden_dropout.dropout = Dropout(probability, options.dropout_seed)
+    for name, layer in model.decoder.layers.items():
+        number, num_layers = int(name), model.config.num_layers
+        scale = number / max(1, num_layers - 1) if options.lima_dropout else 1.0
+        hidden = Dropout(scale * options.hidden_dropout, options.dropout_seed, number)
+        attention = replace(hidden, probability=options.attention_dropout)
+        dropouts = [module for module in layer.modules() if isinstance(module, HiddenDropout)]
+        attentions = [module for module in layer.modules() if isinstance(module, SelfAttention)]
+        _require_places(model, options, bool(dropouts), bool(attentions))
+        for place, module in enumerate(dropouts, start=1):
+            module.dropout = replace(hidden, place=place)
+        for place, module in enumerate(attentions, start=1):
+            module.options = AttentionOptions(
+                kernel=attention_kernel(),
+                dropout=replace(attention, place=-place),
+                recompute=options.recompute == "selective",
+            )
+        if options.compile:
+            layer.compile()
+    model.decoder.recompute_layers = options.recompute_layers if options.recompute == "full" else 0
+
+
+def _require_places(model: DecoderModel, options: ComputeOptions, dropouts: bool, attentions: bool) -> None:
+    family = model.config.family
+    if options.hidden_dropout and not dropouts:
+        raise PluginError(
+            f"hidden_dropout is {options.hidden_dropout}, and the layers of {family} have no HiddenDropout: its plugin "
+            "does not support it. Set it to 0"
+        )
+    if (options.attention_dropout or options.recompute == "selective") and not attentions:
+        raise PluginError(
+            "attention_dropout and selective recomputation need megacore's SelfAttention, which the layers of "
+            f"{family} do not use. Set attention_dropout to 0, and recompute to none or full"
+        )

@@ -1,0 +1,202 @@
+"""Data parallelism: gradients summed over replicas, or parameters sharded over processes by torch's FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from megacore.parallel.context import ParallelContext
+from megacore.parallel.cuts import ParameterSpec
+
+BUCKET_BYTES = 25 * 2**20
+"""Of gradients that are summed over the replicas at once."""
+
+
+class GradientBuckets:
+    """The gradients of replicated parameters, in contiguous buffers that are summed over the replicas one at a time.
+
+    A buffer is on its way as soon as the last of its gradients is complete, while the backward pass computes others.
+    The gradients are views of the buffers, so that nothing is copied: they are set to zero by :meth:`zero`, never to
+    ``None``.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._buckets: list[_Bucket] = []
+        # Backward reaches the last parameters first.
+        for parameters_of_bucket in _in_buckets(reversed(list(parameters))):
+            bucket = _Bucket(parameters_of_bucket)
+            self._buckets.append(bucket)
+            for parameter in parameters_of_bucket:
+                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._count(bucket))
+        self._num_backwards: int | None = None
+
+    def zero(self) -> None:
+        """Set all gradients to zero."""
+        for bucket in self._buckets:
+            bucket.buffer.zero_()
+
+    def expect(self, num_backwards: int | None) -> None:
+        """Announce how often each gradient will be added to before it is complete.
+
+        ``None`` for a backward pass that does not tell when it has added to a gradient: the sums then begin at
+        :meth:`finish`.
+        """
+        self._num_backwards = num_backwards
+        for bucket in self._buckets:
+            bucket.num_added = 0
+
+    def finish(self) -> None:
+        """Wait until all gradients are summed."""
+        for bucket in self._buckets:
+            if bucket.work is None:
+                self._launch(bucket)
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            bucket.work = None
+
+    def _count(self, bucket: _Bucket) -> None:
+        bucket.num_added += 1
+        if self._num_backwards is not None and bucket.num_added == self._num_backwards * bucket.num_parameters:
+            self._launch(bucket)
+
+    def _launch(self, bucket: _Bucket) -> None:
+        bucket.work = dist.all_reduce(bucket.buffer, group=self.group, async_op=True)
+
+
+class _Bucket:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        locals_ = [_local(parameter) for parameter in parameters]
+        self.num_parameters = len(parameters)
+        self.num_added = 0
+        self.work: dist.Work | None = None
+        self.buffer = locals_[0].new_zeros(sum(local.numel() for local in locals_))
+        for parameter, view in zip(parameters, self.buffer.split([x.numel() for x in locals_]), strict=True):
+            parameter.grad = _as_parameter_is(view, parameter)
+
+
+def _in_buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Consecutive parameters of one dtype and together at least :data:`BUCKET_BYTES`."""
+    buckets: list[list[nn.Parameter]] = []
+    num_bytes = BUCKET_BYTES
+    for parameter in parameters:
+        if num_bytes >= BUCKET_BYTES or buckets[-1][0].dtype != parameter.dtype:
+            buckets.append([])
+            num_bytes = 0
+        buckets[-1].append(parameter)
+        num_bytes += _local(parameter).nbytes
+    return buckets
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def _as_parameter_is(flat: Tensor, parameter: nn.Parameter) -> Tensor:
+    """``flat`` in the shape of ``parameter``, and a DTensor where that is one."""
+    local = flat.view(_local(parameter).shape)
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    specs: Mapping[str, ParameterSpec],
+    parallel: ParallelContext,
+    *,
+    compute_dtype: torch.dtype | None,
+    reshard_after_forward: bool,
+) -> FSDPModule:
+    """Shard the parameters of ``model`` over the axis ``dp_shard``, and sum the gradients over both data-parallel axes.
+
+    The parameters of one of ``blocks`` at a time are gathered for its computation, in ``compute_dtype`` if that is not
+    ``None``; gradients are summed in the dtype of the parameters. See ``torch.distributed.fsdp.fully_shard``.
+
+    Args:
+        model: whose parameters are in place.
+        blocks: of it, its layers for example.
+        specs: of its parameters, by name.
+        parallel: whose mesh they are sharded over.
+        compute_dtype: that parameters are gathered in.
+        reshard_after_forward: give the memory of gathered parameters back until the backward pass needs them.
+    """
+    assert parallel.mesh is not None
+    axes = ("dp_replicate", "dp_shard") if parallel.sizes.dp_replicate > 1 else ("dp_shard",)
+    dims = {
+        parameter: sharded_dim(specs[name], tuple(_local(parameter).shape), parallel)
+        for name, parameter in model.named_parameters()
+    }
+    [held_dtype] = {parameter.dtype for parameter in dims}
+    shard_one = partial(
+        fully_shard,
+        mesh=parallel.mesh[axes],
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=held_dtype, cast_forward_inputs=False),
+        reshard_after_forward=reshard_after_forward,
+        shard_placement_fn=lambda parameter: Shard(dims[parameter]),
+    )
+    for block in blocks:
+        shard_one(block)
+    shard_one(model)
+    assert isinstance(model, FSDPModule)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a sum over all processes' shares, not a mean.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def sharded_dim(spec: ParameterSpec, local_shape: tuple[int, ...], parallel: ParallelContext) -> int:
+    """The axis along which a parameter is sharded: the first where that goes, else the longest that it divides.
+
+    Not the axis that tensor parallelism cuts, nor the one in which replicas lie, where another one can be had.
+    """
+    avoided: set[int] = set()
+    if parallel.tp_size > 1 and spec.shard_dim is not None:
+        avoided = (
+            {spec.shard_dim} if spec.ranks_per_unit(parallel.tp_size) == 1 else {spec.shard_dim, spec.shard_dim + 1}
+        )
+    even = [dim for dim, size in enumerate(local_shape) if dim not in avoided and size % parallel.sizes.dp_shard == 0]
+    return 0 if not even or 0 in even else max(even, key=lambda dim: local_shape[dim])
+
+
+def gathered(parameter: Tensor, parallel: ParallelContext) -> Tensor:
+    """This process's tensor-parallel part of a parameter, whole: on the first of those that share it, for it only.
+
+    A collective of the processes along ``dp_shard``; the others get an empty tensor.
+    """
+    local = _local(parameter)
+    if parallel.sizes.dp_shard == 1 or not isinstance(parameter, DTensor):
+        return local
+    names = parameter.device_mesh.mesh_dim_names
+    assert names is not None
+    placement = parameter.placements[names.index("dp_shard")]
+    assert isinstance(placement, Shard) or hasattr(placement, "dim")
+    dim = placement.dim
+    group, rank, size = parallel.group("dp_shard"), parallel.dp_shard_rank, parallel.sizes.dp_shard
+    lengths = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([local.shape[dim]], device=local.device), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = local.new_zeros((*local.shape[:dim], longest, *local.shape[dim + 1 :]))
+    padded.narrow(dim, 0, local.shape[dim]).copy_(local)
+    parts = [torch.empty_like(padded) for _ in range(size)] if rank == 0 else None
+    dist.gather(padded, parts, group=group, group_dst=0)
+    if parts is None:
+        return local.new_empty(0)
+    return torch.cat([part.narrow(dim, 0, int(length)) for part, length in zip(parts, lengths, strict=True)], dim=dim)

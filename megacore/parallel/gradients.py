@@ -1,0 +1,54 @@
+"""The norm of the gradient over all processes, and clipping to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megacore.parallel.context import ParallelContext
+from megacore.parallel.cuts import ParameterSpec
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This process's part of each gradient, as plain tensors that share its memory."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+
+
+def own_square_norm(
+    parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ParameterSpec], parallel: ParallelContext
+) -> Tensor:
+    """What this process adds to the square of the gradient's norm, ``[]``, in float64.
+
+    Of entries that several processes hold, only the first of them counts.
+    """
+    counted = [
+        own
+        for name, parameter in parameters.items()
+        for gradient in local_gradients([parameter])
+        if (own := _own_part(gradient, specs[name], parallel)) is not None
+    ]
+    if parallel.dp_replicate_rank > 0 or not counted:
+        return torch.zeros((), dtype=torch.float64, device=parallel.device)
+    return nn.utils.get_total_norm(counted).double().square()
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients in place."""
+    if factor != 1.0:
+        for gradient in local_gradients(parameters):
+            gradient.mul_(factor)
+
+
+def _own_part(gradient: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor | None:
+    """What of this process's ``gradient`` no tensor-parallel rank before it holds."""
+    if spec.shard_dim is None:
+        return gradient if parallel.tp_rank == 0 else None
+    share = spec.ranks_per_unit(parallel.tp_size)
+    if share == 1 or parallel.tp_rank % share == 0:
+        return gradient
+    dim = spec.shard_dim + 1
+    return gradient.narrow(dim, 0, gradient.shape[dim] - spec.num_shared)

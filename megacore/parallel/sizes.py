@@ -1,0 +1,97 @@
+"""How many processes share what: the sizes of the four kinds of parallelism, and whether they fit a world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megacore.errors import LayoutError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSizes:
+    """The sizes of the axes that processes are laid out on, the slowest first: pp, dp_replicate, dp_shard, tp.
+
+    Attributes:
+        pp: pipeline-parallel: processes that hold different layers.
+        dp_replicate: data-parallel: groups that hold a whole copy of the parameters each.
+        dp_shard: data-parallel: processes of such a group that hold a part of its copy each.
+        tp: tensor-parallel: processes that share each layer.
+        sequence_parallel: between the parallel layers, each tensor-parallel process holds a slice of the sequence
+            instead of all of it (Korthikanti et al., 2022, arXiv:2205.05198).
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: processes that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.pp * self.dp * self.tp
+
+    @classmethod
+    def of_world(
+        cls,
+        world: int,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        dp_shard: int | None = 1,
+        sequence_parallel: bool = False,
+    ) -> ParallelSizes:
+        """The sizes that ``world`` processes have at ``tp`` and ``pp``; what is left is data-parallel.
+
+        Args:
+            world: number of processes.
+            tp: tensor-parallel size.
+            pp: pipeline-parallel size.
+            dp_shard: processes that share a copy of the parameters; ``None`` for all data-parallel ones.
+            sequence_parallel: see the class.
+
+        Raises:
+            LayoutError: when the sizes do not fit, with those that would.
+        """
+        if world % (tp * pp):
+            fitting = [str(size) for size in range(1, world + 1) if world % size == 0]
+            raise LayoutError(
+                f"{world} processes cannot be laid out as tp {tp} × pp {pp}, which takes a multiple of {tp * pp}. "
+                f"Start {_multiples(tp * pp)} …, or choose tp × pp among {', '.join(fitting)}"
+            )
+        dp = world // (tp * pp)
+        shard = dp if dp_shard is None else dp_shard
+        if dp % shard:
+            fitting = [str(size) for size in range(1, dp + 1) if dp % size == 0]
+            raise LayoutError(
+                f"{world} processes at tp {tp} × pp {pp} leave a data-parallel size of {dp}, which shards of {shard} "
+                f"processes do not divide. Sizes of a shard that would: {', '.join(fitting)}"
+            )
+        return cls(pp=pp, dp_replicate=dp // shard, dp_shard=shard, tp=tp, sequence_parallel=sequence_parallel)
+
+    def check_world(self, world: int) -> None:
+        """Refuse a world of another size than these sizes take.
+
+        Raises:
+            LayoutError: says what was started, what is needed, and what the processes there are could be.
+        """
+        if world == self.world:
+            return
+        layouts = [f"tp {tp} × pp {world // tp}" for tp in range(1, world + 1) if world % tp == 0]
+        raise LayoutError(
+            f"{world} {'process was' if world == 1 else 'processes were'} started for {self}, which takes "
+            f"{self.world}. Start {self.world}, or choose one of {', '.join(layouts)}, or less and data parallelism"
+        )
+
+    def __str__(self) -> str:
+        named = {"tp": self.tp, "pp": self.pp, "dp": self.dp}
+        return " × ".join(f"{name} {size}" for name, size in named.items() if size > 1 or name == "tp")
+
+
+def _multiples(number: int) -> str:
+    return ", ".join(str(number * times) for times in (1, 2, 3))

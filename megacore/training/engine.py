@@ -1,0 +1,300 @@
+"""One optimizer step on however many processes: the model's stages, their gradients, the sums over processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from megacore.checkpoint import Checkpoint
+from megacore.config import ModelConfig
+from megacore.errors import LayoutError
+from megacore.model import ComputeOptions, DecoderModel, apply_options, load_stages, model_specs, read_config
+from megacore.parallel import (
+    SCHEDULES,
+    GradientBuckets,
+    ParallelContext,
+    ParameterSpec,
+    Pipeline,
+    Stage,
+    balanced_stages,
+    check_schedule,
+    local_gradients,
+    own_square_norm,
+    parameter_specs,
+    scale_gradients,
+    shard,
+    stages_of,
+    stages_on_rank,
+)
+from megacore.plugins import get_family
+from megacore.training.batches import Batch
+from megacore.training.loss_scale import LossScale
+from megacore.training.optimizer import build_optimizer
+from megacore.training.run_config import RunConfig
+
+COMPUTED_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+HELD_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
+"""What weights, gradients and the optimizer's state are in, by ``model.dtype`` of the run file."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of one step.
+
+    Attributes:
+        loss: mean over the tokens of the global batch, in nats, before the step.
+        grad_norm: before clipping.
+        is_taken: whether the weights changed; not when the gradients overflowed in fp16.
+    """
+
+    loss: float
+    grad_norm: float
+    is_taken: bool
+
+
+class Engine:
+    """What one process does of the training of a model.
+
+    Args:
+        run: says how the work is spread and how the model computes.
+        checkpoint: to start from.
+        parallel: the place of this process.
+
+    Attributes:
+        stages: the pipeline stages that this process has; the whole model without pipeline parallelism.
+        num_stages: of all processes.
+    """
+
+    def __init__(self, run: RunConfig, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
+        self.run = run
+        self.parallel = parallel
+        self.held_dtype, self.compute_dtype = HELD_IN[run.model.dtype], COMPUTED_IN[run.model.dtype]
+        narrower = self.compute_dtype if self.compute_dtype != self.held_dtype else None
+        config = read_config(get_family(checkpoint.manifest.family), checkpoint)
+        self.all_stages = pipeline_stages(run, config, model_specs_of(checkpoint))
+        own_stages = (
+            stages_on_rank(run.parallel.pipeline_schedule, self.all_stages, parallel)
+            if parallel.pp_size > 1
+            else self.all_stages
+        )
+        self.stages = load_stages(checkpoint, parallel, own_stages, dtype=self.held_dtype)
+        self.specs = {name: spec for model in self.stages for name, spec in parameter_specs(model).items()}
+        for model in self.stages:
+            apply_options(model, compute_options(run, narrower))
+            if parallel.sizes.dp_shard > 1:
+                shard(
+                    model,
+                    model.decoder.layers.values(),
+                    parameter_specs(model),
+                    parallel,
+                    compute_dtype=narrower,
+                    reshard_after_forward=parallel.pp_size == 1,
+                )
+        self.parameters = _distinct_parameters(self.stages)
+        self.num_micro_batches = run.training.global_batch_size // parallel.dp_size // run.training.micro_batch_size
+        self._buckets: GradientBuckets | None = None
+        if parallel.sizes.dp_shard == 1 and parallel.sizes.dp_replicate > 1:
+            self._buckets = GradientBuckets(self._all_parameters(), parallel.group("dp_replicate"))
+        self._pipeline = self._build_pipeline(config) if parallel.pp_size > 1 else None
+        self._ends_group = self._group_of_both_ends(config)
+        self.optimizer = build_optimizer(self._all_named_parameters(), self.specs, run.optimizer)
+        self.loss_scale = LossScale(run.loss_scale) if run.model.dtype == "fp16" else None
+
+    def step(self, batch: Batch, *, lr: float) -> StepResult:
+        """Take one optimizer step on ``batch``, which is this process's part of the global one.
+
+        A step whose gradients are not finite is not taken.
+        """
+        self.zero_gradients()
+        loss, norm = self.accumulate(batch)
+        is_taken = math.isfinite(norm) and math.isfinite(loss)
+        if is_taken:
+            clip = self.run.optimizer.clip_grad
+            factor = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
+            self._scale(factor / self._loss_factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.stepped() if is_taken else self.loss_scale.overflowed()
+        return StepResult(loss, norm, is_taken)
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients."""
+        if self._buckets is not None:
+            self._buckets.zero()
+        else:
+            self.optimizer.zero_grad()
+
+    def accumulate(self, batch: Batch) -> tuple[float, float]:
+        """Add to the gradients those of the mean loss over the global batch; return that loss and their norm.
+
+        In fp16 the gradients are those of the loss times the loss scale; the loss and the norm are not.
+        """
+        losses = self._forward_and_backward(batch)
+        if self._buckets is not None:
+            self._buckets.finish()
+        self._sum_tied_gradients()
+        loss = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        for micro_batch_loss in losses:
+            loss += micro_batch_loss.double().sum()
+        if self.parallel.tp_rank > 0:
+            loss.zero_()  # the ranks before has it too
+        sums = torch.stack([loss, own_square_norm(self.parameters, self.specs, self.parallel)])
+        if self.parallel.mesh is not None:
+            dist.all_reduce(sums)
+        return sums[0].item() / self._loss_factor, math.sqrt(sums[1].item()) / self._loss_factor
+
+    @property
+    def _loss_factor(self) -> float:
+        return 1.0 if self.loss_scale is None else self.loss_scale.factor
+
+    def _forward_and_backward(self, batch: Batch) -> list[Tensor]:
+        device, micro_batch_size = self.parallel.device, self.run.training.micro_batch_size
+        tokens = batch.tokens.to(device)
+        input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        token_weights = torch.full(
+            targets.shape, self._loss_factor / batch.num_tokens, dtype=self.held_dtype, device=device
+        )
+        inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
+        if self._buckets is not None:
+            splits_backward = self._pipeline and SCHEDULES[self.run.parallel.pipeline_schedule].splits_backward
+            self._buckets.expect(None if splits_backward else self.num_micro_batches)
+        if self._pipeline is not None:
+            return self._pipeline.run(input_ids, targets, **inputs)
+        [model] = self.stages
+        losses = []
+        for number in range(self.num_micro_batches):
+            samples = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
+            if isinstance(model, FSDPModule):
+                is_last = number == self.num_micro_batches - 1
+                model.set_is_last_backward(is_last)
+                model.set_requires_gradient_sync(is_last)
+            loss = model(
+                input_ids[samples],
+                targets=targets[samples],
+                **{name: tensor[samples] for name, tensor in inputs.items()},
+            )
+            loss.backward()
+            losses.append(loss.detach())
+        return losses
+
+    def _build_pipeline(self, config: ModelConfig) -> Pipeline:
+        tp = self.parallel.tp_size if self.parallel.sequence_parallel else 1
+        return Pipeline(
+            self.run.parallel.pipeline_schedule,
+            [(model.stage, model) for model in self.stages],
+            num_micro_batches=self.num_micro_batches,
+            hidden_shape=(self.run.training.micro_batch_size, self.run.data.seq_length // tp, config.hidden_size),
+            hidden_dtype=self.compute_dtype,
+            parallel=self.parallel,
+        )
+
+    def _group_of_both_ends(self, config: ModelConfig) -> dist.ProcessGroup | None:
+        """Where the head is the embedding: the processes of the first and of the last stage, if they are two."""
+        ends = {stage.index for model in self.stages if (stage := model.stage).is_first or stage.is_last}
+        if not config.tie_embeddings or len(self.all_stages) == 1 or len(ends) != 1:
+            return None
+        ranks = dist.get_process_group_ranks(self.parallel.group("pp"))
+        return dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True)
+
+    def _sum_tied_gradients(self) -> None:
+        """Where the head is the embedding and they are on two stages, give both copies the sum of their gradients."""
+        if len(self.all_stages) == 1 or not self.stages[0].config.tie_embeddings:
+            return
+        copies = [
+            parameter
+            for model in self.stages
+            for name, parameter in model.named_parameters()
+            if name.startswith("embedding.")
+        ]
+        gradients = local_gradients(copies)
+        if len(gradients) == 2:
+            gradients[0] += gradients[1]
+            gradients[1].copy_(gradients[0])
+        elif gradients and self._ends_group is not None:
+            dist.all_reduce(gradients[0], group=self._ends_group)
+
+    def _scale(self, factor: float) -> None:
+        scale_gradients(self._all_parameters(), factor)
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        return [parameter for model in self.stages for parameter in model.parameters()]
+
+    def _all_named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [item for model in self.stages for item in model.named_parameters()]
+
+
+def model_specs_of(checkpoint: Checkpoint) -> dict[str, ParameterSpec]:
+    """The parameters of a checkpoint's model, as its plugin declares them."""
+    family = get_family(checkpoint.manifest.family)
+    return model_specs(read_config(family, checkpoint), family.build_layer)
+
+
+def pipeline_stages(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec]) -> list[Stage]:
+    """The stages of the whole model.
+
+    Raises:
+        LayoutError: when there are more than layers, or those that the run file gives are not all.
+    """
+    counts = run.parallel.layers_per_stage
+    if counts is not None:
+        if sum(counts) != config.num_layers or min(counts) < 1:
+            raise LayoutError(
+                f"parallel.layers_per_stage {list(counts)} must be whole numbers above 0 that add up to the model's "
+                f"{config.num_layers} layers"
+            )
+        return stages_of(counts)
+    layer = sum(math.prod(spec.shape) for name, spec in specs.items() if name.startswith("decoder.layers.0."))
+    vocabulary = config.vocab_size * config.hidden_size / layer
+    return balanced_stages(config.num_layers, run.parallel.num_stages, embedding=vocabulary, head=vocabulary)
+
+
+def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec], *, dp_size: int) -> None:
+    """Refuse what cannot be run, before anything is loaded.
+
+    Raises:
+        LayoutError: says what does not fit what.
+    """
+    pipeline_stages(run, config, specs)
+    training = run.training
+    if training.global_batch_size % (training.micro_batch_size * dp_size):
+        raise LayoutError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size}) × the data-parallel size ({dp_size})"
+        )
+    if run.parallel.pipeline_parallel > 1:
+        check_schedule(
+            run.parallel.pipeline_schedule,
+            pp=run.parallel.pipeline_parallel,
+            stages_per_rank=run.parallel.num_stages_per_rank,
+            num_micro_batches=training.global_batch_size // dp_size // training.micro_batch_size,
+        )
+
+
+def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> ComputeOptions:
+    """How the run file says that the model computes."""
+    return ComputeOptions(
+        compute_dtype=compute_dtype,
+        recompute=run.recompute.granularity,
+        recompute_layers=run.recompute.num_layers,
+        attention_dropout=run.dropout.attention,
+        hidden_dropout=run.dropout.hidden,
+        lima_dropout=run.dropout.lima,
+        dropout_seed=run.dropout.seed,
+    )
+
+
+def _distinct_parameters(stages: list[DecoderModel]) -> dict[str, nn.Parameter]:
+    """The parameters of the stages by name, without the last stage's copy of an embedding that is the head too."""
+    return {
+        name: parameter
+        for model in stages
+        for name, parameter in model.named_parameters()
+        if model.stage.is_first or not name.startswith("embedding.")
+    }

@@ -1,0 +1,37 @@
+"""The factor on the loss that keeps gradients in fp16 from vanishing (Micikevicius et al., 2017, arXiv:1710.03740)."""
+
+from __future__ import annotations
+
+from megacore.training.run_config import LossScaleSection
+
+
+class LossScale:
+    """Halves when gradients overflow, and doubles when they have not for long.
+
+    Attributes:
+        factor: on the loss of the next step.
+        num_skipped: steps that overflowed, and were not taken.
+    """
+
+    def __init__(self, settings: LossScaleSection) -> None:
+        self.settings = settings
+        self.factor = settings.initial
+        self.num_skipped = 0
+        self._steps_since_change = 0
+        self._overflows_left = settings.hysteresis
+
+    def overflowed(self) -> None:
+        """A step was not taken, since its gradients were not finite."""
+        self.num_skipped += 1
+        self._steps_since_change = 0
+        self._overflows_left -= 1
+        if self._overflows_left <= 0:
+            self.factor = max(self.factor / 2, self.settings.minimum)
+
+    def stepped(self) -> None:
+        """A step was taken."""
+        self._steps_since_change += 1
+        if self._steps_since_change == self.settings.window:
+            self._steps_since_change = 0
+            self._overflows_left = self.settings.hysteresis
+            self.factor *= 2
