@@ -6,9 +6,10 @@ from itertools import islice
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, gathered
 from megacore.testing.numerics import whole_tensor
 from megacore.training import Engine, RunConfig, batches
 
@@ -36,3 +37,45 @@ def trained_replicas(parallel: ParallelContext, run: RunConfig, num_steps: int) 
         for name, parameter in engine.parameters.items()
         if isinstance(parameter, DTensor) and parameter.placements == (Replicate(),)
     }
+
+
+def num_elements_held(parallel: ParallelContext, run: RunConfig) -> int:
+    """How many elements of all parameters this rank holds."""
+    engine = Engine(run, Checkpoint(run.model.checkpoint), parallel)
+    return sum(
+        (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+        for parameter in engine.parameters.values()
+    )
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the collectives that are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            self.times[name] = self.times.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step(parallel: ParallelContext, run: RunConfig) -> dict[str, int]:
+    """How often each collective is called in the second step of the run."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel)
+    own = batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
+    engine.step(next(own), lr=run.optimizer.lr)
+    with _Counting() as counting:
+        engine.step(next(own), lr=run.optimizer.lr)
+    return counting.times
+
+
+def gathered_gradients(parallel: ParallelContext, run: RunConfig) -> dict[str, Tensor]:
+    """The gradients of the run's first batch, of each parameter the whole, on the first rank of those that share it."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel)
+    engine.accumulate(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)))
+    return {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}

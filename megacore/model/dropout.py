@@ -88,4 +88,4 @@ class HiddenDropout(nn.Module):
         )
         if num_slices > 1:
             keep = keep[:, parallel.tp_rank * length : (parallel.tp_rank + 1) * length]
-        return hidden * (keep / (1 - self.dropout.probability)).to(hidden.dtype)
+        return torch.where(keep, hidden, 0.0) / (1 - self.dropout.probability)

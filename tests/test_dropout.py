@@ -1,0 +1,182 @@
+"""Dropout: what is dropped, how much of it, and that it does not depend on how the work is spread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import megacore
+from megacore import ModelConfig
+from megacore.checkpoint import Checkpoint
+from megacore.errors import PluginError
+from megacore.model import ComputeOptions, DecoderModel, HiddenDropout, apply_options, load_model
+from megacore.model.dropout import Dropout
+from megacore.parallel import ParallelContext
+from megacore.training import RunConfig, read_run_config
+from megacore.training.loop import _train_on_rank, parallel_sizes
+from tiny_llama import published_model, write_dataset
+
+CPU = torch.device("cpu")
+
+RUN_FILE = """
+model = {{ checkpoint = "{checkpoint}", dtype = "fp64" }}
+data = {{ prefix = "{data}", seq_length = 12 }}
+optimizer = {{ lr = 0.01, eps = 1e-5 }}
+training = {{ train_iters = 3, global_batch_size = 4 }}
+output.checkpoint = "{out}"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("dropout")
+    write_dataset(place / "data")
+    published_model(place / "published")
+    megacore.convert("llama", place / "published", place / "checkpoint")
+    return place
+
+
+def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
+    file = out.with_suffix(".toml")
+    file.write_text(RUN_FILE.format(checkpoint=place / "checkpoint", data=place / "data", out=out))
+    return read_run_config(file, overrides)
+
+
+def losses(place: Path, tmp_path: Path, *overrides: str) -> list[float]:
+    """The losses of a single process, to the bit."""
+    out = tmp_path / str(len(list(tmp_path.iterdir())))
+    return [step.loss for step in megacore.train(run_of(place, out, *overrides))]
+
+
+# --- masks
+
+
+def test_the_share_of_what_is_dropped_is_the_probability_and_the_rest_is_scaled_up():
+    dropout = HiddenDropout(ParallelContext.single())
+    dropout.dropout = Dropout(0.3, seed=1, layer=2, place=1)
+
+    dropped = dropout(torch.ones(4, 100, 500), torch.arange(4))
+
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / 0.7])
+    share = (dropped == 0).double().mean().item()
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / dropped.numel()) ** 0.5  # four standard deviations
+
+
+def test_masks_differ_by_sample_layer_place_and_seed_and_are_the_same_when_drawn_again():
+    reference = Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 7, device=CPU)
+
+    assert torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 7, device=CPU), reference)
+    assert not torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 8, device=CPU), reference)
+    for other in (Dropout(0.5, 2, 2, 1), Dropout(0.5, 1, 3, 1), Dropout(0.5, 1, 2, 2)):
+        assert not torch.equal(other.keep((8, 16), 7, device=CPU), reference)
+
+
+def test_attention_draws_otherwise_on_every_rank_and_leaves_the_generator_as_it_was():
+    def drawn(first_head: int) -> torch.Tensor:
+        with Dropout(0.5, 1, 2, -1).seeded(torch.tensor([3]), first_head, device=CPU):
+            return torch.rand(4)
+
+    before = torch.get_rng_state()
+    one, again, other = drawn(0), drawn(0), drawn(2)
+
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_hidden_dropout_rises_from_layer_to_layer_with_lima_and_is_none_at_the_embedding(place):
+    model = load_model(Checkpoint(place / "checkpoint"), ParallelContext.single(), dtype=torch.float32)
+
+    def probabilities(lima: bool) -> list[float]:
+        apply_options(model, ComputeOptions(hidden_dropout=0.4, lima_dropout=lima))
+        return [module.dropout.probability for module in model.modules() if isinstance(module, HiddenDropout)]
+
+    assert probabilities(lima=False) == [0.4] * 11
+    assert probabilities(lima=True) == pytest.approx([0, 0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
+
+
+def test_a_model_without_sample_numbers_drops_nothing(place):
+    model = load_model(Checkpoint(place / "checkpoint"), ParallelContext.single(), dtype=torch.float32)
+    tokens = torch.arange(12).unsqueeze(0)
+    before = model(tokens)
+
+    apply_options(model, ComputeOptions(hidden_dropout=0.4))
+
+    assert torch.equal(model(tokens), before)
+
+
+# --- runs
+
+
+@pytest.mark.parametrize("kind", ["hidden", "attention"])
+def test_dropout_changes_the_losses_repeatably_and_by_its_seed(place, tmp_path, kind):
+    without = losses(place, tmp_path)
+
+    one, again = (losses(place, tmp_path, f"dropout.{kind}=0.3") for _ in range(2))
+    other = losses(place, tmp_path, f"dropout.{kind}=0.3", "dropout.seed=99")
+
+    assert one == again
+    assert len({without[0], one[0], other[0]}) == 3
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recomputing_drops_the_same(place, tmp_path, granularity):
+    settings = ("dropout.hidden=0.3", "dropout.attention=0.3")
+
+    expected = losses(place, tmp_path, *settings)
+    found = losses(place, tmp_path, *settings, f"recompute.granularity={granularity}")
+
+    assert found == expected
+
+
+LAYOUTS = {
+    "tp 2": ["parallel.tensor_parallel=2"],
+    "tp 2, sequence parallel": ["parallel.tensor_parallel=2", "parallel.sequence_parallel=true"],
+    "pp 2, zero bubble": ["parallel.pipeline_parallel=2", "parallel.pipeline_schedule=InterleavedZeroBubble"],
+    "dp 2": ["parallel.nproc_per_node=2"],
+    "dp 2, sharded, 2 at once": [
+        "parallel.nproc_per_node=2", "parallel.data_parallel=sharded", "training.micro_batch_size=2",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lima", ["false", "true"], ids=["everywhere", "LIMA"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_dropout_is_the_same_in_every_layout(place, ranks, tmp_path, layout, lima):
+    settings = ("dropout.hidden=0.3", f"dropout.lima={lima}")
+    expected = losses(place, tmp_path, *settings)
+    run = run_of(place, tmp_path / "out", *settings, *LAYOUTS[layout])
+
+    steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+
+    assert [step.loss for step in steps] == pytest.approx(expected, rel=1e-12)
+
+
+# --- layers of a plugin that do not know of it
+
+
+class Plain(nn.Module):
+    def forward(self, hidden, positions):
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ComputeOptions(hidden_dropout=0.1), r"hidden_dropout is 0\.1, and the layers of any have no HiddenDropout"),
+        (ComputeOptions(attention_dropout=0.1), r"SelfAttention, which the layers of any do not use"),
+        (ComputeOptions(recompute="selective"), r"recompute to none or full"),
+    ],
+)
+def test_what_the_layers_of_a_plugin_have_no_place_for_is_refused(options, message):
+    config = ModelConfig(
+        family="any", num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=1, num_kv_heads=1,
+        head_dim=4, vocab_size=9, max_position_embeddings=8, norm_eps=1e-5,
+    )  # fmt: skip
+    model = DecoderModel(config, lambda config, layer_index, parallel: Plain(), ParallelContext.single())
+
+    with pytest.raises(PluginError, match=message):
+        apply_options(model, options)

@@ -1,0 +1,206 @@
+"""What is computed in 16 bit and what is not, recomputation, and what data parallelism communicates."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import megacore
+from megacore.checkpoint import Checkpoint
+from megacore.parallel import ParallelContext
+from megacore.training import RunConfig, Step, read_run_config
+from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.loss_scale import LossScale
+from megacore.training.run_config import LossScaleSection
+from tiny_llama import published_model, write_dataset
+from training_on_rank import collectives_of_a_step, gathered_gradients, num_elements_held
+
+RUN_FILE = """
+model = {{ checkpoint = "{checkpoint}", dtype = "{dtype}" }}
+data = {{ prefix = "{data}", seq_length = 12 }}
+optimizer = {{ lr = 0.01, eps = 1e-5 }}
+training = {{ train_iters = 6, global_batch_size = 8 }}
+output.checkpoint = "{out}"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("precision")
+    write_dataset(place / "data")
+    published_model(place / "published")
+    megacore.convert("llama", place / "published", place / "checkpoint")
+    return place
+
+
+def run_of(place: Path, out: Path, *overrides: str, dtype: str = "fp32") -> RunConfig:
+    file = out.with_suffix(".toml")
+    file.write_text(RUN_FILE.format(checkpoint=place / "checkpoint", data=place / "data", out=out, dtype=dtype))
+    return read_run_config(file, overrides)
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    opened = Checkpoint(checkpoint)
+    matrices = {name: opened.matrix(name) for name in opened.manifest.parameters}
+    return {name: m.read(slice(0, m.rows), slice(0, m.columns)) for name, m in matrices.items()}
+
+
+def losses(steps: list[Step]) -> list[float]:
+    return [step.loss for step in steps]
+
+
+# --- 16 bit
+
+
+@pytest.fixture(scope="module")
+def in_fp32(place) -> list[Step]:
+    return megacore.train(run_of(place, place / "fp32"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bit_losses_are_near_those_of_32_bit_and_not_the_same(place, in_fp32, tmp_path, dtype):
+    steps = megacore.train(run_of(place, tmp_path / "out", dtype=dtype))
+
+    assert losses(steps) == pytest.approx(losses(in_fp32), rel=0.01)
+    assert losses(steps)[0] != losses(in_fp32)[0]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_are_held_and_saved_in_32_bit_so_that_steps_too_small_for_16_bit_add_up(place, tmp_path, dtype):
+    megacore.train(run_of(place, tmp_path / "out", "optimizer.lr=1e-6", "optimizer.weight_decay=0", dtype=dtype))
+
+    before, after = weights(place / "checkpoint"), weights(tmp_path / "out")
+    for name, matrix in after.items():
+        moved = (matrix - before[name]).abs()
+        assert matrix.dtype == torch.float32
+        assert 1e-6 < moved.max() < 1e-5, name  # of numbers near 0.2, where bfloat16 counts in steps of 1e-3
+
+
+DATA_PARALLEL = {
+    "replicated": ["parallel.nproc_per_node=2"],
+    "sharded": ["parallel.nproc_per_node=2", "parallel.data_parallel=sharded"],
+    "hybrid": ["parallel.nproc_per_node=4", "parallel.data_parallel=hybrid", "parallel.shard_size=2"],
+}
+
+
+@pytest.mark.parametrize("layout", DATA_PARALLEL)
+def test_gradients_in_bf16_are_summed_over_micro_batches_and_processes_in_32_bit(place, ranks, tmp_path, layout):
+    expected = gathered_gradients(ParallelContext.single(), run_of(place, tmp_path / "one", dtype="bf16"))
+    run = run_of(place, tmp_path / "out", *DATA_PARALLEL[layout], dtype="bf16")
+
+    found = ranks.run(gathered_gradients, run, sizes=parallel_sizes(run))[0]
+
+    # The same micro-batches, so the same roundings in each; sums in bfloat16 would be 4e-3 apart.
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        scale = expected[name].abs().max()
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", DATA_PARALLEL)
+def test_bf16_trains_alike_in_every_form_of_data_parallelism(place, ranks, tmp_path, layout):
+    expected = megacore.train(run_of(place, tmp_path / "one", dtype="bf16"))
+    run = run_of(place, tmp_path / "out", *DATA_PARALLEL[layout], dtype="bf16")
+
+    steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+
+    assert losses(steps) == pytest.approx(losses(expected), rel=2e-3)
+
+
+# --- the loss scale
+
+
+def test_steps_that_overflow_in_fp16_are_skipped_and_counted_until_the_scale_fits(place, in_fp32, tmp_path):
+    settings = ("loss_scale.initial=1e9", "loss_scale.hysteresis=1", "training.train_iters=20")
+
+    steps = megacore.train(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
+
+    overflowed = [not math.isfinite(step.grad_norm) for step in steps]
+    assert overflowed[:5] == [True] * 5
+    assert overflowed[-1] is False
+    for step, num_skipped in zip(steps, accumulate(overflowed), strict=True):
+        assert (step.num_skipped, step.loss_scale) == (num_skipped, 1e9 / 2**num_skipped)
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(place, tmp_path):
+    settings = ("loss_scale.initial=1e12", "loss_scale.minimum=1e12")
+
+    megacore.train(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
+
+    before, after = weights(place / "checkpoint"), weights(tmp_path / "out")
+    assert [name for name in after if not torch.equal(after[name], before[name])] == []
+
+
+def test_the_reported_loss_and_norm_do_not_depend_on_the_scale(place, tmp_path):
+    one, other = (
+        megacore.train(run_of(place, tmp_path / scale, f"loss_scale.initial={scale}", dtype="fp16"))[0]
+        for scale in ("64", "1024")
+    )
+
+    assert one.loss == pytest.approx(other.loss, rel=1e-3)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+
+
+def test_the_scale_halves_after_as_many_overflows_as_it_is_patient_with_and_doubles_after_a_window():
+    scale = LossScale(LossScaleSection(initial=1024.0, minimum=256.0, window=3, hysteresis=2))
+
+    factors = []
+    for overflow in (True, False, True, True, True, False, False, False, True, True):
+        scale.overflowed() if overflow else scale.stepped()
+        factors.append(scale.factor)
+
+    assert factors == [1024, 1024, 512, 256, 256, 256, 256, 512, 512, 256]
+    assert scale.num_skipped == 6
+
+
+# --- recomputation
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "recompute",
+    [["granularity=selective"], ["granularity=full"], ["granularity=full", "num_layers=2"]],
+    ids=["selective", "full", "full, two layers at a time"],
+)
+def test_recomputing_gives_the_same_losses_and_weights_to_the_bit(place, tmp_path, recompute, dtype):
+    expected = megacore.train(run_of(place, tmp_path / "kept", dtype=dtype))
+
+    settings = [f"recompute.{setting}" for setting in recompute]
+    steps = megacore.train(run_of(place, tmp_path / "recomputed", *settings, dtype=dtype))
+
+    assert [(s.loss, s.grad_norm) for s in steps] == [(s.loss, s.grad_norm) for s in expected]
+    kept, recomputed = weights(tmp_path / "kept"), weights(tmp_path / "recomputed")
+    assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
+
+
+# --- what data parallelism holds and communicates
+
+
+def test_replicas_hold_all_parameters_and_shards_their_part(place, ranks, tmp_path):
+    def held(*overrides: str) -> list[int]:
+        run = run_of(place, tmp_path / "out", *overrides)
+        return ranks.run(num_elements_held, run, sizes=parallel_sizes(run))
+
+    whole = held("parallel.nproc_per_node=1")[0]
+
+    assert held(*DATA_PARALLEL["replicated"]) == [whole] * 2
+    assert sum(held(*DATA_PARALLEL["sharded"])) == whole
+    assert max(held(*DATA_PARALLEL["sharded"])) < 0.51 * whole
+    assert sum(held(*DATA_PARALLEL["hybrid"])) == 2 * whole
+
+
+@pytest.mark.parametrize("layout", DATA_PARALLEL)
+def test_gradients_are_reduced_once_a_step_however_many_micro_batches_it_has(place, ranks, tmp_path, layout):
+    def counted(micro_batch_size: int) -> dict[str, int]:
+        settings = [*DATA_PARALLEL[layout], f"training.micro_batch_size={micro_batch_size}"]
+        run = run_of(place, tmp_path / "out", *settings)
+        counts = ranks.run(collectives_of_a_step, run, sizes=parallel_sizes(run))[0]
+        return {name: times for name, times in counts.items() if "reduce" in name}
+
+    assert counted(1) == counted(2)
+    assert sum(counted(1).values()) > 0

@@ -1,0 +1,34 @@
+"""Small models of random weights of other families than :mod:`tiny_llama`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import FalconConfig, FalconForCausalLM
+
+from tiny_llama import VOCAB
+
+
+def tied_multi_query_falcon(directory: Path) -> Path:
+    """Save a transformers Falcon like 7B: one key-value head, tied embeddings; 5 layers, a vocabulary of 99."""
+    config = FalconConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        ffn_hidden_size=26,
+        multi_query=True,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        bias=False,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = FalconForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "layernorm" in name or "ln_f" in name
+            parameter.normal_(std=0.2).add_(1.0 if is_norm and name.endswith("weight") else 0.0)
+    model.save_pretrained(directory)
+    return directory
