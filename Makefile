@@ -55,6 +55,8 @@ demo: setup
 
 benchmark: setup
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/parallel.py
 
 clean:
 	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megacore.errors import LayoutError
-from megacore.parallel import ParameterSpec, check_tensor_parallel, chunk_bounds, describe_imbalance
+from megacore.parallel import ParameterSpec, check_tensor_parallel, chunk_bounds, describe_imbalance, join_parts
 
 KV_GROUPS, GROUP_ROWS, HEADS_WIDTH, HIDDEN, FFN, VOCAB = 3, 8, 4, 10, 22, 99
 
@@ -164,3 +164,84 @@ def test_an_uneven_cut_is_described_once_for_all_layers():
 
     assert describe_imbalance(specs, 2) == "tp 2 cuts unevenly: word_embeddings 99 as 50 + 49, linear_qkv 3 as 2 + 1"
     assert describe_imbalance(specs, 3) == "tp 3 cuts unevenly: linear_fc1 22 as 8 + 8 + 6"
+
+
+# --- more ranks than units
+
+HEAD = 2
+GROUPED = {
+    "qkv weight": ParameterSpec((3, (4 + 2) * HEAD, HIDDEN), 0, 2, num_subunits=4, num_shared=2 * HEAD),
+    "qkv bias": ParameterSpec((3, (4 + 2) * HEAD), 0, 2, num_subunits=4, num_shared=2 * HEAD),
+    "proj weight": ParameterSpec((HIDDEN, 3, 4 * HEAD), 1, 1, num_subunits=4),
+}
+"""3 groups of 4 query heads each, which share a key and a value."""
+
+
+def part_of_a_group(whole: torch.Tensor, name: str, tp_size: int, tp_rank: int, *, replicas: bool) -> torch.Tensor:
+    """What a rank has, written out: its group, of that its query heads, and of the qkv the key and the value."""
+    ranks_per_group = tp_size // 3
+    group, part = divmod(tp_rank, ranks_per_group)
+    heads = 4 // ranks_per_group
+    own = slice(part * heads * HEAD, (part + 1) * heads * HEAD)
+    if name == "proj weight":
+        return whole[:, group : group + 1, own]
+    queries, shared = whole[group : group + 1, own], whole[group : group + 1, 4 * HEAD :]
+    return torch.cat([queries, shared], dim=1) if replicas or part == 0 else queries
+
+
+@pytest.mark.parametrize("tp_size", [6, 12])
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_group_is_dealt_out_by_query_heads_and_each_rank_has_the_key_and_the_value(name, tp_size):
+    spec = GROUPED[name]
+    whole = torch.arange(math.prod(spec.shape)).view(spec.shape)
+    parts = [part_of_a_group(whole, name, tp_size, rank, replicas=True) for rank in range(tp_size)]
+
+    for rank, expected in enumerate(parts):
+        rows, columns = spec.block(tp_size, rank)
+        found = whole.view(spec.matrix_shape)[rows, columns]
+        assert spec.local_shape(tp_size, rank) == tuple(expected.shape)
+        assert torch.equal(found.reshape(expected.shape), expected)
+    assert spec.global_shape(tp_size) == tuple(torch.cat(parts, spec.shard_dim).shape)
+    assert torch.equal(join_parts(parts, spec), whole)
+
+
+@pytest.mark.parametrize("tp_size", [6, 12])
+@pytest.mark.parametrize("name", GROUPED)
+def test_of_what_several_ranks_hold_the_file_of_the_first_has_it_and_together_the_files_have_everything_once(
+    name, tp_size
+):
+    spec = GROUPED[name]
+    whole = torch.arange(math.prod(spec.shape)).view(spec.shape)
+
+    stored = []
+    for rank in range(tp_size):
+        rows, columns = spec.stored_block(tp_size, rank)
+        expected = part_of_a_group(whole, name, tp_size, rank, replicas=False)
+        assert spec.stored_shape(tp_size, rank) == tuple(expected.shape)
+        stored.append(whole.view(spec.matrix_shape)[rows, columns].flatten())
+        assert torch.equal(stored[-1], expected.flatten())
+    assert torch.equal(torch.cat(stored).sort().values, whole.flatten())
+
+
+def test_sizes_that_the_query_heads_of_a_group_divide_are_accepted_and_others_refused_with_those():
+    for tp_size in (1, 2, 3, 6, 12):
+        check_tensor_parallel(GROUPED, tp_size)
+    for tp_size in (4, 5, 8, 9, 24):
+        with pytest.raises(
+            LayoutError, match=r"3 units at most, or into equal parts of the 4 in each.*1, 2, 3, 6, 12$"
+        ):
+            check_tensor_parallel(GROUPED, tp_size)
+
+
+def test_ranks_hold_the_query_heads_in_their_order():
+    spec = GROUPED["qkv weight"]
+
+    assert [spec.subunit_bounds(6, rank) for rank in range(6)] == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
+    assert [spec.subunit_bounds(2, rank) for rank in range(2)] == [(0, 8), (8, 12)]
+
+
+def test_ranks_that_share_a_group_are_no_imbalance():
+    by_native_names = {f"attention.{name.replace(' ', '.')}": spec for name, spec in GROUPED.items()}
+
+    assert describe_imbalance(by_native_names, 6) is None
+    assert describe_imbalance(by_native_names, 2) == "tp 2 cuts unevenly: qkv 3 as 2 + 1, proj 3 as 2 + 1"

@@ -251,8 +251,9 @@ def pipeline_stages(run: RunConfig, config: ModelConfig, specs: dict[str, Parame
             )
         return stages_of(counts)
     layer = sum(math.prod(spec.shape) for name, spec in specs.items() if name.startswith("decoder.layers.0."))
-    vocabulary = config.vocab_size * config.hidden_size / layer
-    return balanced_stages(config.num_layers, run.parallel.num_stages, embedding=vocabulary, head=vocabulary)
+    head = config.vocab_size * config.hidden_size / layer
+    # An embedding takes as much memory as the head, but hardly any time.
+    return balanced_stages(config.num_layers, run.parallel.num_stages, embedding=head / 2, head=head)
 
 
 def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec], *, dp_size: int) -> None:
