@@ -37,7 +37,8 @@ def train(run_file: Path, overrides: tuple[str, ...], tp: int | None) -> None:
 
 def print_step(step: Step) -> None:
     """The line that tells of one step."""
+    scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g} | skipped {step.num_skipped}"
     click.echo(
         f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
-        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s"
+        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.reading import checked_meanwhile
@@ -36,9 +38,17 @@ def load_model(
 
 
 def load_stages(
-    checkpoint: Checkpoint, parallel: ParallelContext, stages: list[Stage] | list[Stage | None], *, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    parallel: ParallelContext,
+    stages: list[Stage] | list[Stage | None],
+    *,
+    dtype: torch.dtype,
+    on_layer: Callable[[nn.Module], None] = lambda layer: None,
 ) -> list[DecoderModel]:
-    """As :func:`load_model`, several stages of one model; ``None`` stands for the whole."""
+    """As :func:`load_model`, several stages of one model; ``None`` stands for the whole.
+
+    ``on_layer`` is given each layer as soon as it is loaded. If it shards it, a whole layer is all that is in memory.
+    """
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
     specs = model_specs(config, family.build_layer)
@@ -52,6 +62,9 @@ def load_stages(
     with checked_meanwhile(checkpoint) if parallel.rank == 0 else nullcontext() as wait_for_check:
         models = [DecoderModel(config, family.build_layer, parallel, stage) for stage in stages]
         for model in models:
+            for number, layer in model.decoder.layers.items():
+                materialize(layer, parallel, values, prefix=f"decoder.layers.{number}.")
+                on_layer(layer)
             materialize(model, parallel, values)
         if wait_for_check is not None:
             wait_for_check()

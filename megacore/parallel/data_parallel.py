@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import ParameterSpec
+from megacore.parallel.module import parameter_specs
 
 BUCKET_BYTES = 25 * 2**20
 """Of gradients that are summed over the replicas at once."""
@@ -115,51 +115,39 @@ def _as_parameter_is(flat: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def shard(
-    model: nn.Module,
-    blocks: Iterable[nn.Module],
-    specs: Mapping[str, ParameterSpec],
-    parallel: ParallelContext,
-    *,
-    compute_dtype: torch.dtype | None,
-    reshard_after_forward: bool,
-) -> FSDPModule:
-    """Shard the parameters of ``model`` over the axis ``dp_shard``, and sum the gradients over both data-parallel axes.
+    module: nn.Module, parallel: ParallelContext, *, compute_dtype: torch.dtype | None, reshard_after_forward: bool
+) -> None:
+    """Shard the parameters of ``module`` over the axis ``dp_shard``, and sum their gradients over data parallelism.
 
-    The parameters of one of ``blocks`` at a time are gathered for its computation, in ``compute_dtype`` if that is not
-    ``None``; gradients are summed in the dtype of the parameters. See ``torch.distributed.fsdp.fully_shard``.
+    They are gathered together for its forward and backward pass, in ``compute_dtype`` if that is not ``None``;
+    gradients are summed in the dtype of the parameters. Parameters of submodules that are sharded already are left to
+    these: so the layers come first, and the whole model last. See ``torch.distributed.fsdp.fully_shard``.
 
     Args:
-        model: whose parameters are in place.
-        blocks: of it, its layers for example.
-        specs: of its parameters, by name.
+        module: whose parameters have their values.
         parallel: whose mesh they are sharded over.
         compute_dtype: that parameters are gathered in.
         reshard_after_forward: give the memory of gathered parameters back until the backward pass needs them.
     """
     assert parallel.mesh is not None
     axes = ("dp_replicate", "dp_shard") if parallel.sizes.dp_replicate > 1 else ("dp_shard",)
+    parameters = dict(module.named_parameters())
     dims = {
-        parameter: sharded_dim(specs[name], tuple(_local(parameter).shape), parallel)
-        for name, parameter in model.named_parameters()
+        parameters[name]: sharded_dim(spec, tuple(_local(parameters[name]).shape), parallel)
+        for name, spec in parameter_specs(module).items()
     }
     [held_dtype] = {parameter.dtype for parameter in dims}
-    shard_one = partial(
-        fully_shard,
+    fully_shard(
+        module,
         mesh=parallel.mesh[axes],
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=held_dtype, cast_forward_inputs=False),
         reshard_after_forward=reshard_after_forward,
         shard_placement_fn=lambda parameter: Shard(dims[parameter]),
     )
-    for block in blocks:
-        shard_one(block)
-    shard_one(model)
-    assert isinstance(model, FSDPModule)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is a sum over all processes' shares, not a mean.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    return model
+    assert isinstance(module, FSDPModule)
+    # The loss is a sum over all processes' shares, not a mean.
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
 
 
 def sharded_dim(spec: ParameterSpec, local_shape: tuple[int, ...], parallel: ParallelContext) -> int:

@@ -98,17 +98,27 @@ def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
     return specs
 
 
-def materialize(model: nn.Module, parallel: ParallelContext, values: Callable[[str, ParameterSpec], Tensor]) -> None:
-    """Replace every parameter of ``model`` by the local part that ``values(name, spec)`` returns, one at a time.
+def materialize(
+    module: nn.Module,
+    parallel: ParallelContext,
+    values: Callable[[str, ParameterSpec], Tensor],
+    *,
+    prefix: str = "",
+) -> None:
+    """Give each parameter of ``module`` that has no values yet those that ``values(name, spec)`` returns for it.
+
+    They are this rank's part, of one parameter at a time; ``prefix`` comes before the names that these have in
+    ``module``.
 
     With tensor parallelism the new parameters are DTensors, cut as declared, so that gradient clipping, optimizer
     state and distributed checkpoints know what each rank holds.
     """
-    specs = parameter_specs(model)
-    for name, spec in specs.items():
-        prefix, _, last = name.rpartition(".")
-        module = model.get_submodule(prefix)
-        value = values(name, spec)
+    for name, spec in parameter_specs(module).items():
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if not getattr(owner, last).is_meta:
+            continue
+        value = values(prefix + name, spec)
         expected = spec.local_shape(parallel.tp_size, parallel.tp_rank)
         assert tuple(value.shape) == expected, f"{name}: {tuple(value.shape)} is not {expected}"
         if parallel.tp_mesh is not None:
@@ -120,4 +130,4 @@ def materialize(model: nn.Module, parallel: ParallelContext, values: Callable[[s
                 shape=torch.Size(spec.global_shape(parallel.tp_size)),
                 stride=torch.empty(spec.global_shape(parallel.tp_size), device="meta").stride(),
             )
-        setattr(module, last, nn.Parameter(value))
+        setattr(owner, last, nn.Parameter(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from megacore.errors import LayoutError
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.stages import Stage
+
+# It logs the whole schedule with every exception, which reaches the user anyway.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -82,19 +83,16 @@ class Engine:
             if parallel.pp_size > 1
             else self.all_stages
         )
-        self.stages = load_stages(checkpoint, parallel, own_stages, dtype=self.held_dtype)
+        shard_one = partial(
+            shard, parallel=parallel, compute_dtype=narrower, reshard_after_forward=parallel.pp_size == 1
+        )
+        on_layer = shard_one if parallel.sizes.dp_shard > 1 else lambda layer: None
+        self.stages = load_stages(checkpoint, parallel, own_stages, dtype=self.held_dtype, on_layer=on_layer)
         self.specs = {name: spec for model in self.stages for name, spec in parameter_specs(model).items()}
         for model in self.stages:
             apply_options(model, compute_options(run, narrower))
             if parallel.sizes.dp_shard > 1:
-                shard(
-                    model,
-                    model.decoder.layers.values(),
-                    parameter_specs(model),
-                    parallel,
-                    compute_dtype=narrower,
-                    reshard_after_forward=parallel.pp_size == 1,
-                )
+                shard_one(model)
         self.parameters = _distinct_parameters(self.stages)
         self.num_micro_batches = run.training.global_batch_size // parallel.dp_size // run.training.micro_batch_size
         self._buckets: GradientBuckets | None = None
