@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megacore.errors import DataError
-from megacore.parallel import ParallelContext, ParallelSizes, on_ranks
+from megacore.parallel import Nodes, ParallelContext, ParallelSizes, on_ranks
 
 
 class OfAPluginError(DataError):
@@ -47,6 +47,13 @@ def killed_on(parallel: ParallelContext, rank: int) -> None:
     dist.barrier()
 
 
+def hang_on(parallel: ParallelContext, rank: int) -> None:
+    """One rank does not come to a collective of its tensor-parallel group."""
+    if parallel.tp_rank == rank:
+        time.sleep(60)
+    dist.barrier(parallel.tp_group)
+
+
 def sleep_between_two_files(parallel: ParallelContext, prefix: str) -> None:
     """Write a file, sleep for long, and write another one when interrupted cleanly."""
     Path(f"{prefix}-{parallel.tp_rank}-begun").touch()
@@ -56,5 +63,13 @@ def sleep_between_two_files(parallel: ParallelContext, prefix: str) -> None:
         Path(f"{prefix}-{parallel.tp_rank}-cleaned-up").touch()
 
 
-if __name__ == "__main__":  # `python -m launched PREFIX`: two ranks that sleep
-    on_ranks(sleep_between_two_files, sys.argv[1], sizes=ParallelSizes(tp=2))
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["sleep", prefix]:
+            on_ranks(sleep_between_two_files, prefix, sizes=ParallelSizes(tp=2))
+        case ["sleep", prefix, node, port]:  # on one of two nodes
+            on_ranks(
+                sleep_between_two_files, prefix, sizes=ParallelSizes(tp=2), nodes=Nodes(2, int(node), port=int(port))
+            )
+        case ["kill", rank, node, port]:
+            on_ranks(killed_on, int(rank), sizes=ParallelSizes(tp=4), nodes=Nodes(2, int(node), port=int(port)))

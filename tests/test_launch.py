@@ -92,7 +92,9 @@ def test_a_killed_rank_is_named_with_the_signal_and_not_the_one_that_waits_for_i
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_launching_process_ends_the_ranks_which_clean_up(tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-m", "launched", tmp_path / "rank"], cwd=TESTS, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launched", "sleep", tmp_path / "rank"], cwd=TESTS, stderr=subprocess.PIPE
+    )
     while not all((tmp_path / f"rank-{rank}-begun").exists() for rank in (0, 1)):
         assert process.poll() is None
         time.sleep(0.05)
@@ -178,4 +180,8 @@ def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused(place, tm
     completed = command(*torchrun, "-m", "megacore", "train", run_file(place, tmp_path / "out"))
 
     assert completed.returncode == 1  # torchrun's own
-    assert "Error: 1 processes were started for tp 2. Start 2, or set the tensor-parallel size to 1" in completed.stderr
+    assert (
+        "Error: 1 process cannot be laid out as tp 2 × pp 1, which takes a multiple of 2. Start 2, 4, 6 …, or choose "
+        "tp 1 and pp 1\n" in completed.stderr
+    )
+    assert "Traceback" not in completed.stderr
