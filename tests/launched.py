@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megacore.errors import DataError
-from megacore.parallel import Nodes, ParallelContext, ParallelSizes, on_ranks
+from megacore.parallel import Nodes, ParallelContext, ParallelSizes, is_first_process, on_ranks
 
 
 class OfAPluginError(DataError):
@@ -48,10 +50,23 @@ def killed_on(parallel: ParallelContext, rank: int) -> None:
 
 
 def hang_on(parallel: ParallelContext, rank: int) -> None:
-    """One rank does not come to a collective of its tensor-parallel group."""
-    if parallel.tp_rank == rank:
+    """One rank does not come to where the others wait for it."""
+    if parallel.rank == rank:
         time.sleep(60)
-    dist.barrier(parallel.tp_group)
+    dist.barrier()
+
+
+def seconds_in_vain(parallel: ParallelContext) -> float:
+    """How long the first tensor-parallel rank of each group waits for the second, where the timeout is one second."""
+    own = ParallelContext.of_world(parallel.sizes, device=parallel.device, timeout=timedelta(seconds=1))
+    dist.barrier()
+    started = time.monotonic()
+    if own.tp_rank > 0:
+        time.sleep(5)
+    else:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier(own.tp_group)
+    return time.monotonic() - started
 
 
 def sleep_between_two_files(parallel: ParallelContext, prefix: str) -> None:
@@ -71,5 +86,9 @@ if __name__ == "__main__":
             on_ranks(
                 sleep_between_two_files, prefix, sizes=ParallelSizes(tp=2), nodes=Nodes(2, int(node), port=int(port))
             )
+        case ["sum"]:
+            print(on_ranks(place_and_sum, 5, sizes=ParallelSizes(tp=2)))
+            if is_first_process():
+                print("speaks")
         case ["kill", rank, node, port]:
             on_ranks(killed_on, int(rank), sizes=ParallelSizes(tp=4), nodes=Nodes(2, int(node), port=int(port)))

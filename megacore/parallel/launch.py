@@ -64,7 +64,7 @@ def on_ranks(
     if launched := launched_environment(nodes):
         os.environ.update(launched)
         return _on_this_rank(_told_to_all, (function, arguments), sizes, timeout)
-    if sizes.world == 1:
+    if sizes.world == nodes.count == 1:
         return function(ParallelContext.single(local_device()), *arguments)
     ranks_here, left_over = divmod(sizes.world, nodes.count)
     if left_over:
@@ -80,13 +80,14 @@ def on_ranks(
                     nproc_per_node=ranks_here,
                     run_id="megacore",
                     rdzv_backend="static",
-                    rdzv_endpoint=f"{nodes.address}:{link.store_port}",
+                    rdzv_endpoint="{}:{}".format(*link.store),
                     rdzv_configs={"rank": nodes.rank, "timeout": timeout.total_seconds()},
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=directory),
                 )
                 try:
-                    results = elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes, timeout)
+                    with link.ending_ranks():
+                        results = elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes, timeout)
                 except ChildFailedError as failed:
                     failure = cause(*failed.get_first_failure(), reports, where=where)
                     raise link.settle(failure).error() from None

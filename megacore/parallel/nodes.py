@@ -73,37 +73,47 @@ ONE_NODE = Nodes()
 class Link:
     """What connects the commands of a run: node 0 with all others, another one with node 0.
 
-    While the ranks of this node run, word of a failure elsewhere ends them: this process gets a SIGTERM, which torch's
-    launcher passes on.
-
     Attributes:
-        store_port: where torch's store listens on node 0.
+        store: host and port of torch's store, which is on node 0, as this node reaches it.
         failure_elsewhere: why the run failed, once another node has said so.
     """
 
-    def __init__(self, nodes: Nodes, connections: Mapping[int, Connection], store_port: int) -> None:
-        self.store_port = store_port
+    def __init__(self, nodes: Nodes, connections: Mapping[int, Connection], store: tuple[str, int]) -> None:
+        self.store = store
         self.failure_elsewhere: Failure | None = None
         self._failure: Failure | None = None
         self._nodes = nodes
         self._connections = dict(connections)
         self._one_cause = threading.Lock()
-        self._ranks_run = True
+        self._ranks_run = False
         self._has_heard = threading.Event()
         self._is_over = False
         self._watch = threading.Thread(target=self._listen, daemon=True)
         self._watch.start()
 
+    @contextmanager
+    def ending_ranks(self) -> Iterator[None]:
+        """Within the block, which runs the ranks here, this process gets a SIGTERM when another node has failed.
+
+        torch's launcher passes it on to the ranks, and raises :class:`SignalException`.
+        """
+        with self._one_cause:
+            self._ranks_run = self.failure_elsewhere is None
+        if self.failure_elsewhere is not None:
+            raise self.failure_elsewhere.error()
+        try:
+            yield
+        finally:
+            self._ranks_run = False
+
     def settle(self, failure: Failure) -> Failure:
         """Why the run failed, where ``failure`` is why the ranks of this node did. The other nodes are told."""
-        self._ranks_run = False
         if failure.is_echo and self._connections:
             self._has_heard.wait(_HEAR_THE_CAUSE)
         return self._learn(failure)
 
     def close(self) -> None:
         """End the connections, when the run is over or has failed."""
-        self._ranks_run = False
         if self._failure is None:
             self._tell(done=True)
             self._watch.join(_INTRODUCTION)  # until the others are done too
@@ -159,14 +169,15 @@ def joined_nodes(nodes: Nodes, settings: Mapping[str, Any], *, timeout: timedelt
     deadline = time.monotonic() + timeout.total_seconds()
     if nodes.rank == 0:
         # torch's own rendezvous shares this store, whose port is free for certain and which listens before it is told.
-        store = TCPStore(nodes.address, 0, None, True, timeout, multi_tenant=True, wait_for_workers=False)
-        store_port, connections = store.port, _meet_all(nodes, own, deadline)
+        store = TCPStore("localhost", 0, None, True, timeout, multi_tenant=True, wait_for_workers=False)
+        address, connections = _meet_all(nodes, own, deadline)
         for connection in connections.values():
-            _send(connection, store_port=store_port)
+            _send(connection, store_port=store.port)
+        link = Link(nodes, connections, (address, store.port))
     else:
         connection = _connect(nodes, deadline)
-        store_port, connections = _join(nodes, connection, own, deadline), {0: connection}
-    link = Link(nodes, connections, store_port)
+        store_port = _join(nodes, connection, own, deadline)
+        link = Link(nodes, {0: connection}, (nodes.address, store_port))
     try:
         yield link
     except BaseException as error:  # a failure that is settled already stays as it is
@@ -177,10 +188,13 @@ def joined_nodes(nodes: Nodes, settings: Mapping[str, Any], *, timeout: timedelt
         link.close()
 
 
-def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> dict[int, Connection]:
-    """On node 0, wait for the others: their connections, by the node's rank."""
+def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> tuple[str, dict[int, Connection]]:
+    """On node 0, wait for the others: the address at which they reach it, and their connections by the node's rank.
+
+    The former need not be what ``nodes.address`` is here: many a machine takes its own name for 127.0.1.1.
+    """
     if nodes.count == 1:
-        return {}
+        return nodes.address, {}
     try:
         server = socket.create_server(("", nodes.port))
     except OSError as error:
@@ -194,10 +208,12 @@ def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> dict[i
             while missing := sorted(set(range(1, nodes.count)) - set(joined)):
                 server.settimeout(max(0.001, deadline - time.monotonic()))
                 try:
-                    connection = _connection_of(server.accept()[0])
+                    accepted, _ = server.accept()
                 except TimeoutError:
                     absent = f"node {missing[0]}" if len(missing) == 1 else f"nodes {', '.join(map(str, missing))}"
                     raise WorkerError(f"{absent} did not come to {nodes.address}:{nodes.port} in time") from None
+                reached_at = accepted.getsockname()[0]
+                connection = _connection_of(accepted)
                 hello = _receive(connection, _INTRODUCTION)
                 if hello is None or "settings" not in hello:  # somebody else's
                     connection.close()
@@ -206,12 +222,12 @@ def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> dict[i
                 if rank in joined and not joined[rank].poll():  # nothing to read: it is not gone
                     _refuse([connection], ConfigError(f"another command has --node-rank {rank} already"))
                     continue
-                joined[rank] = connection
+                joined[rank], address = connection, reached_at
                 _require_equal(settings, hello["settings"], rank)
         except MegacoreError as error:
             _refuse(joined.values(), error)
             raise
-    return joined
+    return address, joined
 
 
 def _require_equal(own: dict[str, Any], theirs: dict[str, Any], rank: int) -> None:
