@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megacore.errors import DataError
-from megacore.parallel import ParallelContext, ParallelSizes, on_ranks
+from megacore.parallel import Nodes, ParallelContext, ParallelSizes, is_first_process, on_ranks
 
 
 class OfAPluginError(DataError):
@@ -47,6 +49,26 @@ def killed_on(parallel: ParallelContext, rank: int) -> None:
     dist.barrier()
 
 
+def hang_on(parallel: ParallelContext, rank: int) -> None:
+    """One rank does not come to where the others wait for it."""
+    if parallel.rank == rank:
+        time.sleep(60)
+    dist.barrier()
+
+
+def seconds_in_vain(parallel: ParallelContext) -> float:
+    """How long the first tensor-parallel rank of each group waits for the second, where the timeout is one second."""
+    own = ParallelContext.of_world(parallel.sizes, device=parallel.device, timeout=timedelta(seconds=1))
+    dist.barrier()
+    started = time.monotonic()
+    if own.tp_rank > 0:
+        time.sleep(5)
+    else:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier(own.tp_group)
+    return time.monotonic() - started
+
+
 def sleep_between_two_files(parallel: ParallelContext, prefix: str) -> None:
     """Write a file, sleep for long, and write another one when interrupted cleanly."""
     Path(f"{prefix}-{parallel.tp_rank}-begun").touch()
@@ -56,5 +78,17 @@ def sleep_between_two_files(parallel: ParallelContext, prefix: str) -> None:
         Path(f"{prefix}-{parallel.tp_rank}-cleaned-up").touch()
 
 
-if __name__ == "__main__":  # `python -m launched PREFIX`: two ranks that sleep
-    on_ranks(sleep_between_two_files, sys.argv[1], sizes=ParallelSizes(tp=2))
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["sleep", prefix]:
+            on_ranks(sleep_between_two_files, prefix, sizes=ParallelSizes(tp=2))
+        case ["sleep", prefix, node, port]:  # on one of two nodes
+            on_ranks(
+                sleep_between_two_files, prefix, sizes=ParallelSizes(tp=2), nodes=Nodes(2, int(node), port=int(port))
+            )
+        case ["sum"]:
+            print(on_ranks(place_and_sum, 5, sizes=ParallelSizes(tp=2)))
+            if is_first_process():
+                print("speaks")
+        case ["kill", rank, node, port]:
+            on_ranks(killed_on, int(rank), sizes=ParallelSizes(tp=4), nodes=Nodes(2, int(node), port=int(port)))

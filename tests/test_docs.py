@@ -41,6 +41,10 @@ def test_the_run_file_of_the_demo_is_valid() -> None:
     assert read_run_config(ROOT / "examples/smollm2.toml").training.train_iters == 20
 
 
+def test_the_recipe_of_the_fine_tuning_script_is_valid() -> None:
+    assert read_run_config(ROOT / "examples/finetune.toml").optimizer.eps == 1e-5
+
+
 def test_the_run_file_in_the_readme_is_valid(tmp_path: Path) -> None:
     [toml] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "run.toml").write_text(toml)

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 import megacore
-from launched import OfAPluginError, killed_on, place_and_sum, programming_error_on, refuse_on
+from launched import OfAPluginError, hang_on, killed_on, place_and_sum, programming_error_on, refuse_on, seconds_in_vain
 from megacore.checkpoint import Checkpoint
 from megacore.errors import DataError, WorkerError
 from megacore.parallel import ParallelSizes, on_ranks
@@ -90,9 +91,25 @@ def test_a_killed_rank_is_named_with_the_signal_and_not_the_one_that_waits_for_i
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_rank_that_hangs_ends_the_run_within_the_timeout():
+    with pytest.raises(WorkerError) as raised:
+        on_ranks(hang_on, 1, sizes=ParallelSizes(tp=2), timeout=timedelta(seconds=10))
+
+    assert str(raised.value).startswith("rank 0 waited in vain for another rank, which hangs or is gone:\nTraceback")
+    assert "Timed out waiting 10000ms" in str(raised.value)
+
+
+def test_the_groups_of_the_axes_have_the_timeout_too(ranks):
+    waited = ranks.run(seconds_in_vain, sizes=ParallelSizes(tp=2, dp_replicate=2))
+
+    assert all(1 <= seconds < 4 for seconds in waited[::2])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_launching_process_ends_the_ranks_which_clean_up(tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-m", "launched", tmp_path / "rank"], cwd=TESTS, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launched", "sleep", tmp_path / "rank"], cwd=TESTS, stderr=subprocess.PIPE
+    )
     while not all((tmp_path / f"rank-{rank}-begun").exists() for rank in (0, 1)):
         assert process.poll() is None
         time.sleep(0.05)
@@ -178,4 +195,7 @@ def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused(place, tm
     completed = command(*torchrun, "-m", "megacore", "train", run_file(place, tmp_path / "out"))
 
     assert completed.returncode == 1  # torchrun's own
-    assert "Error: 1 processes were started for tp 2. Start 2, or set the tensor-parallel size to 1" in completed.stderr
+    assert (
+        "Error: 1 process cannot be laid out as tp 2 × pp 1, which takes a multiple of 2. Start 2, 4, 6 …, or choose "
+        "tp 1 and pp 1\n" in completed.stderr
+    )

@@ -66,7 +66,7 @@ def main() -> None:
     except BaseException as error:
         if received:  # a library that is interrupted may have turned the exit into an error of its own
             sys.exit(128 + received[0])
-        if isinstance(error, SystemExit) and "RANK" in os.environ:  # torchrun's
+        if isinstance(error, SystemExit) and "RANK" in os.environ:  # of torchrun or srun
             from megacore.parallel import end_process
 
             end_process(int(error.code or 0))

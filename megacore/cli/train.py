@@ -18,20 +18,54 @@ if TYPE_CHECKING:
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the run file.")
 @parallel_size_option("--tp", "Tensor-parallel size; the same as --set parallel.tensor_parallel=N.", default=None)
-def train(run_file: Path, overrides: tuple[str, ...], tp: int | None) -> None:
+@parallel_size_option("--pp", "Pipeline-parallel size; the same as --set parallel.pipeline_parallel=N.", default=None)
+@parallel_size_option(
+    "--nproc-per-node", "Processes to start on each node; the same as --set parallel.nproc_per_node=N.", default=None
+)
+@parallel_size_option("--nodes", "Nodes to train on; the command is started on each, with the same options.")
+@click.option("--node-rank", type=click.IntRange(min=0), help="Which of the nodes this one is, from 0.")
+@click.option("--addr", metavar="HOST", help="Address of node 0, under which all nodes reach it.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=29500,
+    show_default=True,
+    help="Port at which node 0 listens for the others.",
+)
+def train(
+    run_file: Path,
+    overrides: tuple[str, ...],
+    tp: int | None,
+    pp: int | None,
+    nproc_per_node: int | None,
+    nodes: int,
+    node_rank: int | None,
+    addr: str | None,
+    port: int,
+) -> None:
     """Train as RUN.toml says, on as many processes as it needs, and save a checkpoint.
+
+    Under torchrun or srun it joins the processes that are there.
 
     \b
     megacore train run.toml --tp 2 --set optimizer.lr=1e-4
+    megacore train run.toml --nodes 2 --node-rank 0 --addr node1     # on node1
+    megacore train run.toml --nodes 2 --node-rank 1 --addr node1     # on node2
     """
-    from megacore.parallel import is_first_process
+    if nodes > 1 and (node_rank is None or addr is None):
+        raise click.UsageError(
+            f"with --nodes {nodes}, say with --node-rank which of them this is (0 to {nodes - 1}) and with --addr the "
+            "address of node 0"
+        )
+    from megacore.parallel import Nodes, is_first_process
     from megacore.training import read_run_config, train
 
-    if tp is not None:
-        overrides = (*overrides, f"parallel.tensor_parallel={tp}")
-    run = read_run_config(run_file, overrides)
-    train(run, on_note=print_note, on_step=print_step)
-    if is_first_process():
+    place = Nodes(nodes, node_rank or 0, addr or "localhost", port)
+    sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
+    given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]
+    run = read_run_config(run_file, (*overrides, *given))
+    train(run, nodes=place, on_note=print_note, on_step=print_step)
+    if is_first_process(place):
         click.echo(f"Saved {run.output.checkpoint}.")
 
 

@@ -11,7 +11,7 @@ from megacore.parallel.cuts import (
 )
 from megacore.parallel.data_parallel import GradientBuckets, gathered, shard
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
-from megacore.parallel.launch import end_process, is_first_process, on_ranks
+from megacore.parallel.launch import end_process, is_first_process, launched_environment, on_ranks
 from megacore.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -21,14 +21,17 @@ from megacore.parallel.layers import (
 )
 from megacore.parallel.loss import linear_cross_entropy
 from megacore.parallel.module import ParallelModule, ReplicatedModule, materialize, parameter_specs
+from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, stages_on_rank
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
 
 __all__ = [
+    "ONE_NODE",
     "SCHEDULES",
     "ColumnParallelLinear",
     "GradientBuckets",
+    "Nodes",
     "ParallelContext",
     "ParallelModule",
     "ParallelSizes",
@@ -49,6 +52,7 @@ __all__ = [
     "gathered",
     "is_first_process",
     "join_parts",
+    "launched_environment",
     "linear_cross_entropy",
     "local_device",
     "local_gradients",

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fcntl import ioctl
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megacore.parallel.sizes import ParallelSizes
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """The axes of the mesh; ranks next to each other differ in the last."""
+
+_SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's IPv4 address (netdevice(7))."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,13 @@ class ParallelContext:
         device: where this process computes.
         sizes: of the axes.
         mesh: all processes, with the axes :data:`AXES`; ``None`` for a process on its own.
+        timeout: how long a collective waits for a process that does not come; ``None`` for torch's own.
     """
 
     device: torch.device
     sizes: ParallelSizes = field(default_factory=ParallelSizes)
     mesh: DeviceMesh | None = None
+    timeout: timedelta | None = None
     _subgroups: dict[int, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -39,7 +48,9 @@ class ParallelContext:
         return cls(device=torch.device(device))
 
     @classmethod
-    def of_world(cls, sizes: ParallelSizes, *, device: torch.device) -> ParallelContext:
+    def of_world(
+        cls, sizes: ParallelSizes, *, device: torch.device, timeout: timedelta | None = None
+    ) -> ParallelContext:
         """The place of this process in an initialized process group.
 
         Raises:
@@ -49,7 +60,11 @@ class ParallelContext:
         if sizes.world == 1:
             return cls(device=device)
         shape = tuple(getattr(sizes, axis) for axis in AXES)
-        return cls(device=device, sizes=sizes, mesh=init_device_mesh(device.type, shape, mesh_dim_names=AXES))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        if timeout is not None:
+            for axis in AXES:
+                _set_pg_timeout(timeout, mesh.get_group(axis))  # torch 2.13 gives a subgroup its own default
+        return cls(device=device, sizes=sizes, mesh=mesh, timeout=timeout)
 
     @property
     def rank(self) -> int:
@@ -114,8 +129,12 @@ class ParallelContext:
         if size not in self._subgroups:
             first = self.tp_rank // size * size
             ranks = dist.get_process_group_ranks(self.tp_group)[first : first + size]
-            self._subgroups[size] = dist.new_group(ranks, use_local_synchronization=True)
+            self._subgroups[size] = self.new_group(ranks)
         return self._subgroups[size]
+
+    def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
+        """A group of these ``ranks`` of all processes; those, and no others, must ask for it."""
+        return dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
 
     def _coordinate(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
@@ -124,7 +143,8 @@ class ParallelContext:
 def local_device() -> torch.device:
     """The device of this process: its own GPU where there are any, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # srun --gpus-per-task shows each process a single GPU.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
     return torch.device("cpu")
 
 
@@ -136,8 +156,31 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
+        # Left alone, gloo takes the address that this machine's own name stands for, which may well be 127.0.1.1.
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that leads from this machine to ``host``, by IPv4; ``None`` where none does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: the kernel looks up the route
+        except OSError:
+            return None
+        own_address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == own_address:
+                return name
+    return None

@@ -1,20 +1,17 @@
-"""Running a function on several processes of this machine, through torch's elastic launcher."""
+"""Running a function on several processes, of this machine and of others, through torch's elastic launcher."""
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import signal
 import sys
 import tempfile
 import threading
-import time
-import traceback
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,62 +19,105 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megacore import errors
-from megacore.errors import MegacoreError, WorkerError
+from megacore.errors import ConfigError, LayoutError
 from megacore.parallel.context import ParallelContext, local_device, process_group
+from megacore.parallel.failures import cause, reporting
+from megacore.parallel.nodes import ONE_NODE, Nodes, joined_nodes
 from megacore.parallel.sizes import ParallelSizes
+from megacore.parallel.slurm import srun_variables
 
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 """The loggers of torch's launcher begin with this."""
 
-_LET_THE_LAUNCHER_NOTICE = 2.0
-"""Seconds that a rank stays after an error that may only be the echo of another rank's death."""
+HALF_AN_HOUR = timedelta(minutes=30)
 
 
-def on_ranks(function: Callable[..., Any], *arguments: Any, sizes: ParallelSizes) -> Any:
+def on_ranks(
+    function: Callable[..., Any],
+    *arguments: Any,
+    sizes: ParallelSizes,
+    nodes: Nodes = ONE_NODE,
+    timeout: timedelta = HALF_AN_HOUR,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
     """Call ``function(parallel, *arguments)`` on every rank and return what rank 0 returned.
 
     One rank is this process. Several are started by torch's elastic launcher, unless this process was itself started
-    by torchrun (``RANK`` is set): then it joins the others. ``function``, ``arguments`` and the result are pickled, and
+    by torchrun or srun: then it joins the others. ``function``, ``arguments`` and the result are pickled, and
     each started rank imports the main module: a script guards what it does with ``if __name__ == "__main__":``.
+
+    Args:
+        function: is called on every rank, as one of a module.
+        arguments: for it.
+        sizes: how the ranks are laid out.
+        nodes: each starts an equal share of the ranks, in a call of its own, which returns the same.
+        timeout: how long the nodes wait for each other at the start, and a rank for another one.
+        settings: by name, what must be the same on all nodes; JSON.
 
     Raises:
         MegacoreError: what the first rank to fail raised, in the kind of :mod:`megacore.errors` that it is.
-        WorkerError: when a rank died of something else.
+        WorkerError: when a rank died of something else, or a node did.
     """
-    if "RANK" in os.environ:
-        return _on_this_rank(_told_to_all, (function, arguments), sizes)
-    if sizes.world == 1:
+    if launched := launched_environment(nodes):
+        os.environ.update(launched)
+        return _on_this_rank(_told_to_all, (function, arguments), sizes, timeout)
+    if sizes.world == nodes.count == 1:
         return function(ParallelContext.single(local_device()), *arguments)
+    ranks_here, left_over = divmod(sizes.world, nodes.count)
+    if left_over:
+        raise LayoutError(f"{sizes} takes {sizes.world} processes, which {nodes.count} nodes cannot share equally")
+    where = f" on node {nodes.rank}" if nodes.count > 1 else ""
     with tempfile.TemporaryDirectory(prefix="megacore-ranks-") as directory, _undisturbed():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=sizes.world,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=directory),
-        )
         reports = Path(directory)
         try:
-            return elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes)[0]
-        except ChildFailedError as failed:
-            raise _cause(*failed.get_first_failure(), reports) from None
+            with joined_nodes(nodes, {"layout": str(sizes)} | dict(settings or {}), timeout=timeout) as link:
+                config = LaunchConfig(
+                    min_nodes=nodes.count,
+                    max_nodes=nodes.count,
+                    nproc_per_node=ranks_here,
+                    run_id="megacore",
+                    rdzv_backend="static",
+                    rdzv_endpoint="{}:{}".format(*link.store),
+                    rdzv_configs={"rank": nodes.rank, "timeout": timeout.total_seconds()},
+                    max_restarts=0,
+                    logs_specs=DefaultLogsSpecs(log_dir=directory),
+                )
+                try:
+                    with link.ending_ranks():
+                        results = elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes, timeout)
+                except ChildFailedError as failed:
+                    failure = cause(*failed.get_first_failure(), reports, where=where)
+                    raise link.settle(failure).error() from None
+                return results[min(results)]
         except SignalException as stopped:
+            if link.failure_elsewhere is not None:
+                raise link.failure_elsewhere.error() from None
             if stopped.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + stopped.sigval)
 
 
-def is_first_process() -> bool:
-    """Whether this process speaks for all that torchrun started; a process on its own does."""
-    return os.environ.get("RANK", "0") == "0"
+def launched_environment(nodes: Nodes = ONE_NODE) -> Mapping[str, str]:
+    """The variables by which torchrun or srun tells this process of its place; empty where it starts the others itself.
+
+    Raises:
+        ConfigError: when torchrun has started it, and it is told of several nodes all the same.
+    """
+    if "RANK" in os.environ:
+        if nodes.count > 1:
+            raise ConfigError("under torchrun, which knows the nodes (--nnodes), --nodes is left out")
+        return os.environ
+    if nodes.count > 1:
+        return {}  # srun, if it is there, starts one command a node, which starts the ranks
+    return srun_variables(os.environ)
+
+
+def is_first_process(nodes: Nodes = ONE_NODE) -> bool:
+    """Whether this process speaks for all that were started for the work; one on its own does."""
+    return nodes.rank == 0 and launched_environment(nodes).get("RANK", "0") == "0"
 
 
 def end_process(exit_code: int) -> NoReturn:
@@ -92,13 +132,15 @@ def end_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _on_this_rank(function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes) -> Any:
+def _on_this_rank(
+    function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
+) -> Any:
     device = local_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    with process_group(device):
-        parallel = ParallelContext.of_world(sizes, device=device)
+    with process_group(device, timeout=timeout):
+        parallel = ParallelContext.of_world(sizes, device=device, timeout=timeout)
         return function(parallel, *arguments)
 
 
@@ -111,11 +153,12 @@ def _told_to_all(parallel: ParallelContext, function: Callable[..., Any], argume
 
 
 def _on_started_rank(
-    reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes
+    reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
 ) -> Any:
     """What the launcher calls in each process that it starts."""
     signal.signal(signal.SIGTERM, _leave_cleanly)  # the launcher's, when another rank failed
-    result = _on_this_rank(_reporting, (reports, function, arguments), sizes)
+    with reporting(reports):
+        result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
     atexit.register(end_process, 0)
     return result
 
@@ -123,53 +166,8 @@ def _on_started_rank(
 def _reporting(
     parallel: ParallelContext, reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    """Call ``function``; if it fails, write down why for :func:`_cause`.
-
-    That is done before this rank leaves the group, which breaks the collectives of the others: the first report is the
-    cause. A rank that is killed writes none, and its peers fail at once; they stay a moment, so that the launcher finds
-    the one that died first.
-    """
-    try:
-        return function(parallel, *arguments)
-    except Exception as error:
-        # A plugin's own kind of error is told as the core's kind that it derives from.
-        kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), None)
-        report = {
-            "time": time.time_ns(),
-            "rank": parallel.rank,
-            "kind": kind and kind.__name__,
-            "message": str(error),
-            "traceback": traceback.format_exc(),
-        }
-        unfinished = reports / f"{parallel.rank}.unfinished"
-        unfinished.write_text(json.dumps(report), encoding="utf-8")
-        unfinished.rename(_report_of(reports, parallel.rank))
-        if kind is None:
-            time.sleep(_LET_THE_LAUNCHER_NOTICE)
-        raise
-
-
-def _report_of(reports: Path, rank: int) -> Path:
-    return reports / f"rank-{rank}.json"
-
-
-def _cause(rank: int, failure: ProcessFailure, reports: Path) -> MegacoreError:
-    """Why the ranks failed, where ``rank`` was the first whose process ended."""
-    if not _report_of(reports, rank).exists():
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = ": was there too little memory?" if name == "SIGKILL" else ""
-            return WorkerError(f"rank {rank} was killed by {name}{hint}")
-        said = f": {failure.message['message']}" if isinstance(failure.message, dict) else ""
-        return WorkerError(
-            f"rank {rank} ended with exit code {failure.exitcode}{said} before it began. A script that starts several "
-            'ranks must guard what it does with `if __name__ == "__main__":`, since each rank imports it'
-        )
-    written = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")]
-    first = min(written, key=lambda report: report["time"])
-    if first["kind"] is not None:
-        return getattr(errors, first["kind"])(first["message"])
-    return WorkerError(f"rank {first['rank']} failed:\n{first['traceback'].rstrip()}")
+    with reporting(reports):  # before this rank leaves the group
+        return _told_to_all(parallel, function, arguments)
 
 
 def _leave_cleanly(signal_number: int, frame: FrameType | None) -> None:

@@ -59,10 +59,9 @@ class ParallelSizes:
             LayoutError: when the sizes do not fit, with those that would.
         """
         if world % (tp * pp):
-            fitting = [str(size) for size in range(1, world + 1) if world % size == 0]
             raise LayoutError(
-                f"{world} processes cannot be laid out as tp {tp} × pp {pp}, which takes a multiple of {tp * pp}. "
-                f"Start {_multiples(tp * pp)} …, or choose tp × pp among {', '.join(fitting)}"
+                f"{_processes(world)} cannot be laid out as tp {tp} × pp {pp}, which takes a multiple of {tp * pp}. "
+                f"Start {_multiples(tp * pp)} …, or {_choice(world)}"
             )
         dp = world // (tp * pp)
         shard = dp if dp_shard is None else dp_shard
@@ -82,10 +81,9 @@ class ParallelSizes:
         """
         if world == self.world:
             return
-        layouts = [f"tp {tp} × pp {world // tp}" for tp in range(1, world + 1) if world % tp == 0]
         raise LayoutError(
-            f"{world} {'process was' if world == 1 else 'processes were'} started for {self}, which takes "
-            f"{self.world}. Start {self.world}, or choose one of {', '.join(layouts)}, or less and data parallelism"
+            f"{_processes(world)} {'was' if world == 1 else 'were'} started for {self}, which takes {self.world}. "
+            f"Start {self.world}, or {_choice(world)}"
         )
 
     def __str__(self) -> str:
@@ -93,5 +91,17 @@ class ParallelSizes:
         return " × ".join(f"{name} {size}" for name, size in named.items() if size > 1 or name == "tp")
 
 
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
 def _multiples(number: int) -> str:
     return ", ".join(str(number * times) for times in (1, 2, 3))
+
+
+def _choice(world: int) -> str:
+    """What a user can do about the sizes, with that many processes."""
+    if world == 1:
+        return "choose tp 1 and pp 1"
+    *some, last = [str(size) for size in range(1, world + 1) if world % size == 0]
+    return f"choose tp and pp so that tp × pp is {', '.join(some)} or {last}; the rest is data-parallel"

@@ -199,7 +199,7 @@ class Engine:
         if not config.tie_embeddings or len(self.all_stages) == 1 or len(ends) != 1:
             return None
         ranks = dist.get_process_group_ranks(self.parallel.group("pp"))
-        return dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True)
+        return self.parallel.new_group([ranks[0], ranks[-1]])
 
     def _sum_tied_gradients(self) -> None:
         """Where the head is the embedding and they are on two stages, give both copies the sum of their gradients."""

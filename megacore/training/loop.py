@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
 from megacore.data import DatasetDescription, TokenWindows
-from megacore.errors import ConfigError, TrainingError
+from megacore.errors import ConfigError, LayoutError, TrainingError
 from megacore.model import model_specs, read_config
 from megacore.parallel import (
+    ONE_NODE,
+    Nodes,
     ParallelContext,
     ParallelSizes,
     check_tensor_parallel,
     describe_imbalance,
     is_first_process,
+    launched_environment,
     on_ranks,
 )
 from megacore.plugins import get_family
@@ -60,6 +64,7 @@ class Step:
 def train(
     run: RunConfig | Path | str,
     *,
+    nodes: Nodes = ONE_NODE,
     on_note: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Step]:
@@ -69,6 +74,7 @@ def train(
 
     Args:
         run: a run file, or what :func:`~megacore.training.run_config.read_run_config` made of one.
+        nodes: those that the run is spread over; this is called on each of them, and reads and writes the same files.
         on_note: is told what a person should know at the start.
         on_step: is told of each step as it is done; a function of a module, since another process calls it.
 
@@ -88,26 +94,49 @@ def train(
     config = read_config(family, checkpoint)
     specs = model_specs(config, family.build_layer)
     check_tensor_parallel(specs, run.parallel.tensor_parallel)
-    sizes = parallel_sizes(run)
+    sizes = parallel_sizes(run, nodes)
     check_run(run, config, specs, dp_size=sizes.dp)
     require_absent(run.output.checkpoint)
     TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
-    if on_note and is_first_process():
+    if on_note and is_first_process(nodes):
         for note in _notes(run, checkpoint):
             on_note(note)
-    return on_ranks(_train_on_rank, run, on_step, sizes=sizes)
+    if on_note and nodes.count > 1:
+        on_note(f"node {nodes.rank} of {nodes.count} meets the others at {nodes.address}:{nodes.port}")
+    return on_ranks(
+        _train_on_rank,
+        run,
+        on_step,
+        sizes=sizes,
+        nodes=nodes,
+        timeout=timedelta(seconds=run.parallel.timeout),
+        settings=_settings(run),
+    )
 
 
-def parallel_sizes(run: RunConfig) -> ParallelSizes:
-    """How the processes of the run are laid out: those that torchrun started, or those that it will start itself.
+def parallel_sizes(run: RunConfig, nodes: Nodes = ONE_NODE) -> ParallelSizes:
+    """How the processes of the run are laid out: those that torchrun or srun started, or those that it starts itself.
 
     Raises:
         LayoutError: when tensor and pipeline parallelism do not fit their number.
     """
-    section = run.parallel
+    section, num_gpus = run.parallel, torch.cuda.device_count()
     model_size = section.tensor_parallel * section.pipeline_parallel
-    started = os.environ.get("WORLD_SIZE")
-    world = int(started) if started else section.nproc_per_node or torch.cuda.device_count() or model_size
+    if num_gpus and (section.nproc_per_node or 0) > num_gpus:
+        raise LayoutError(f"parallel.nproc_per_node is {section.nproc_per_node}, and this node has {num_gpus} GPUs")
+    started = launched_environment(nodes).get("WORLD_SIZE")
+    if started:
+        world = int(started)
+    elif on_each_node := section.nproc_per_node or num_gpus:
+        world = on_each_node * nodes.count
+    elif model_size % nodes.count == 0:
+        world = model_size
+    else:
+        raise LayoutError(
+            f"tp {section.tensor_parallel} × pp {section.pipeline_parallel} takes {model_size} "
+            f"{'process' if model_size == 1 else 'processes'}, which {nodes.count} nodes cannot share equally: say how "
+            "many each of them starts, with --nproc-per-node or parallel.nproc_per_node"
+        )
     return ParallelSizes.of_world(
         world,
         tp=section.tensor_parallel,
@@ -115,6 +144,13 @@ def parallel_sizes(run: RunConfig) -> ParallelSizes:
         dp_shard={"replicated": 1, "sharded": None, "hybrid": section.shard_size}[section.data_parallel],
         sequence_parallel=section.sequence_parallel,
     )
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """What has to be the same on all nodes: each key of the run file but paths, which may differ in how they begin."""
+    return {
+        f"{section}.{key}": value for section, entries in run for key, value in entries if not isinstance(value, Path)
+    }
 
 
 def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:

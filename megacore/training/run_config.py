@@ -74,6 +74,9 @@ class ParallelSection(Section):
         description="Processes to start on each node; by default one a GPU or, without any, as many as the model is "
         "cut over.",
     )
+    timeout: int = Field(
+        1800, gt=0, description="How long a process waits for another one before the run ends, in seconds."
+    )
 
     @property
     def num_stages_per_rank(self) -> int:

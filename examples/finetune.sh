@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Fine-tune a model that `megacore convert` has converted, on one node or on several, with the recipe of finetune.toml.
+# On two nodes of 8 GPUs, with tp 4 and so dp 4; checkpoint, data and output are on a file system that both share:
+#
+#   bash examples/finetune.sh llama2 --rank 0 --tp 4 --pp 1 --nodes 2 --addr node1 --size 7     # on node1
+#   bash examples/finetune.sh llama2 --rank 1 --tp 4 --pp 1 --nodes 2 --addr node1 --size 7     # on node2
+set -euo pipefail
+
+usage() {
+    cat <<EOF
+Usage: bash $0 MODEL --size N [OPTION VALUE]...
+
+MODEL is one that \`megacore plugins\` lists: falcon, llama, llama2, codellama, ...
+
+  --size N           billions of parameters: names the checkpoint and chooses the learning rate
+  --tp N, --pp N     tensor- and pipeline-parallel size; what is left of the processes is data-parallel  [1]
+  --gpus N           processes of a node  [its GPUs; without any, as many as the model is cut over]
+  --nodes N          nodes, on each of which this is started  [1]
+  --rank R           which of them this one is, from 0  [0]
+  --addr HOST        address of node 0
+  --port P           port at which node 0 listens for the others  [29500]
+  --micro-batch N    samples computed at once  [1]
+  --global-batch N   samples of an optimizer step  [12]
+  --iters N          optimizer steps  [1000]
+  --seq-len N        tokens of a sample  [2048; llama2 4096; codellama 16384]
+  --lr LR            peak learning rate; falls to a tenth  [3e-4; llama2 above 13: 1.5e-4]
+  --dtype DTYPE      bf16, fp16, fp32 or fp64  [bf16]
+  --checkpoint DIR   to start from  [checkpoints/MODEL-SIZE]
+  --data PREFIX      dataset of \`megacore tokenize\`  [data/text]
+  --out DIR          checkpoint to create  [checkpoints/MODEL-SIZE-finetuned]
+EOF
+}
+
+fail() {
+    echo "$0: $1" >&2
+    exit 2
+}
+
+case ${1:-} in
+    -h | --help) usage; exit ;;
+    "" | -*) usage >&2; exit 2 ;;
+esac
+model=$1
+shift
+
+size="" tp=1 pp=1 nodes=1 rank=0 port=29500 iters=1000 micro_batch=1 global_batch=12 dtype=bf16 data=data/text
+gpus="" addr="" lr="" seq_len="" checkpoint="" out=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit ;;
+        --size | --tp | --pp | --gpus | --nodes | --rank | --addr | --port | --micro-batch | --global-batch | --iters | \
+            --seq-len | --lr | --dtype | --checkpoint | --data | --out)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            name=${1#--}
+            printf -v "${name//-/_}" %s "$2"
+            shift 2
+            ;;
+        *) fail "there is no option $1; bash $0 --help lists them" ;;
+    esac
+done
+
+if ! megacore plugins | tr -s ', ' '\n\n' | grep -xF -- "$model" >/dev/null; then
+    fail "megacore has no model $model: \`megacore plugins\` lists those that it has"
+fi
+case $size in
+    "" | *[!0-9.]*) fail "--size N says how large the model is, in billions of parameters" ;;
+esac
+checkpoint=${checkpoint:-checkpoints/$model-$size}
+if [ ! -d "$checkpoint" ]; then
+    fail "there is no checkpoint $checkpoint. Make it with
+    megacore convert --model $model --size $size --out $checkpoint"
+fi
+
+case $model in
+    llama2) seq_len=${seq_len:-4096} ;;
+    codellama) seq_len=${seq_len:-16384} ;;
+    *) seq_len=${seq_len:-2048} ;;
+esac
+if [ "$model" = llama2 ] && [ "${size%%.*}" -gt 13 ]; then lr=${lr:-1.5e-4}; else lr=${lr:-3e-4}; fi
+min_lr=$(awk "BEGIN { print $lr / 10 }")
+sequence_parallel=$([ "$tp" -gt 1 ] && echo true || echo false)
+
+several_nodes=()
+if [ "$nodes" -gt 1 ]; then
+    several_nodes=(--nodes "$nodes" --node-rank "$rank" --port "$port" ${addr:+--addr "$addr"})
+fi
+
+megacore train "$(dirname "$0")/finetune.toml" \
+    --tp "$tp" --pp "$pp" ${gpus:+--nproc-per-node "$gpus"} "${several_nodes[@]}" \
+    --set parallel.sequence_parallel="$sequence_parallel" \
+    --set model.checkpoint="$checkpoint" --set model.dtype="$dtype" \
+    --set data.prefix="$data" --set data.seq_length="$seq_len" \
+    --set optimizer.lr="$lr" --set optimizer.min_lr="$min_lr" --set optimizer.warmup_iters=$((iters / 10)) \
+    --set training.train_iters="$iters" \
+    --set training.micro_batch_size="$micro_batch" --set training.global_batch_size="$global_batch" \
+    --set output.checkpoint="${out:-checkpoints/$model-$size-finetuned}"

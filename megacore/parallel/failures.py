@@ -1,0 +1,107 @@
+"""Why processes failed: each writes down what it raised, and the command that started them reads who was first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from megacore import errors
+from megacore.errors import MegacoreError
+
+_LET_THE_LAUNCHER_NOTICE = 2.0
+"""Seconds that a rank stays after an error that may only be the echo of another rank's death."""
+
+_LOST_CONNECTION = re.compile(r"gloo/|torch\.distributed\.Dist\w+Error")
+"""In the traceback of a rank that another one did not answer: gloo's errors name its source file, NCCL's have types."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the processes of a node failed.
+
+    Attributes:
+        kind: name of a class of :mod:`megacore.errors`.
+        message: for that class.
+        is_echo: whether all that is known is that another process did not answer, whose failure would be the cause.
+    """
+
+    kind: str
+    message: str
+    is_echo: bool = False
+
+    def error(self) -> MegacoreError:
+        """The exception that tells of it."""
+        error: MegacoreError = getattr(errors, self.kind)(self.message)
+        return error
+
+
+@contextmanager
+def reporting(reports: Path) -> Iterator[None]:
+    """Write down in the directory ``reports`` why the block fails, for :func:`cause`.
+
+    That must be done before this rank leaves the group, which breaks the collectives of the others: the first report is
+    the cause. A rank that is killed writes none, and its peers fail at once; they stay a moment, so that the launcher
+    finds the one that died first.
+    """
+    rank = os.environ["RANK"]
+    try:
+        yield
+    except Exception as error:
+        if not _report_of(reports, rank).exists():  # else an inner block has told already
+            # A plugin's own kind of error is told as the core's kind that it derives from.
+            kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), None)
+            report = {
+                "time": time.time_ns(),
+                "rank": rank,
+                "kind": kind and kind.__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+            }
+            unfinished = reports / f"{rank}.unfinished"
+            unfinished.write_text(json.dumps(report), encoding="utf-8")
+            unfinished.rename(_report_of(reports, rank))
+            if kind is None:
+                time.sleep(_LET_THE_LAUNCHER_NOTICE)
+        raise
+
+
+def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -> Failure:
+    """Why the ranks of this node failed, where ``rank`` was the first whose process ended.
+
+    ``where`` follows the number of a rank in the message.
+    """
+    if not _report_of(reports, rank).exists():
+        if ended.exitcode < 0:
+            name = signal.Signals(-ended.exitcode).name
+            hint = ": was there too little memory?" if name == "SIGKILL" else ""
+            # NCCL's watchdog aborts a process whose peer is gone.
+            return Failure("WorkerError", f"rank {rank}{where} was killed by {name}{hint}", is_echo=name == "SIGABRT")
+        said = f": {ended.message['message']}" if isinstance(ended.message, dict) else ""
+        return Failure(
+            "WorkerError",
+            f"rank {rank}{where} ended with exit code {ended.exitcode}{said} before it began. A script that starts "
+            'several ranks must guard what it does with `if __name__ == "__main__":`, since each rank imports it',
+        )
+    written = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")]
+    first = min(written, key=lambda report: report["time"])
+    if first["kind"] is not None:
+        return Failure(first["kind"], first["message"])
+    told = first["traceback"].rstrip()
+    if _LOST_CONNECTION.search(told):
+        message = f"rank {first['rank']}{where} waited in vain for another rank, which hangs or is gone:\n{told}"
+        return Failure("WorkerError", message, is_echo=True)
+    return Failure("WorkerError", f"rank {first['rank']}{where} failed:\n{told}")
+
+
+def _report_of(reports: Path, rank: int | str) -> Path:
+    return reports / f"rank-{rank}.json"
