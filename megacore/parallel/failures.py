@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megacore import errors
-from megacore.errors import MegacoreError
+from megacore.errors import MegacoreError, WorkerError
 
 _LET_THE_LAUNCHER_NOTICE = 2.0
 """Seconds that a rank stays after an error that may only be the echo of another rank's death."""
@@ -40,9 +40,11 @@ class Failure:
     is_echo: bool = False
 
     def error(self) -> MegacoreError:
-        """The exception that tells of it."""
-        error: MegacoreError = getattr(errors, self.kind)(self.message)
-        return error
+        """The exception that tells of it; a :class:`WorkerError` for a kind that this megacore does not have."""
+        kind = getattr(errors, self.kind, None)
+        if not (isinstance(kind, type) and issubclass(kind, MegacoreError)):
+            kind = WorkerError
+        return kind(self.message)
 
 
 @contextmanager
