@@ -52,6 +52,10 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
     Raises:
         PluginError: when a layer of the family has no place to apply an option to.
     """
+    if options.compile and model.parallel.tp_size > 1:
+        # torch finds compiled code on disk by the whole shape of a DTensor, which does not say how much of an uneven
+        # cut a rank holds: without a tag, one rank was seen to run the code of another.
+        torch.compiler.config.cache_key_tag = f"tp {model.parallel.tp_rank} of {model.parallel.tp_size}"
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.compute_dtype = options.compute_dtype
