@@ -92,7 +92,8 @@ def test_hidden_dropout_rises_from_layer_to_layer_with_lima_and_is_none_at_the_e
 
     def probabilities(lima: bool) -> list[float]:
         apply_options(model, ComputeOptions(hidden_dropout=0.4, lima_dropout=lima))
-        return [module.dropout.probability for module in model.modules() if isinstance(module, HiddenDropout)]
+        dropouts = [module.dropout for module in model.modules() if isinstance(module, HiddenDropout)]
+        return [dropout.probability if dropout else 0.0 for dropout in dropouts]
 
     assert probabilities(lima=False) == [0.4] * 11
     assert probabilities(lima=True) == pytest.approx([0, 0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])

@@ -135,6 +135,10 @@ def pairs_of(combination: Combination) -> set[tuple[Any, ...]]:
     return set(itertools.combinations(settings, 2))
 
 
+def world(combination: Combination) -> int:
+    return (4 if combination.tp == "more" else int(combination.tp)) * combination.pp * combination.dp
+
+
 def covering(combinations: list[Combination]) -> list[Combination]:
     """Few combinations that have every pair that any of ``combinations`` has; chosen greedily, always the same."""
     uncovered = set().union(*map(pairs_of, combinations))
@@ -152,10 +156,6 @@ def test_the_combinations_are_many_and_cover_every_pair_that_is_possible():
     assert len(COMBINATIONS) >= 24
     assert set().union(*map(pairs_of, COMBINATIONS)) == set().union(*map(pairs_of, ALL))
     assert {world(combination) for combination in COMBINATIONS} >= {1, 2, 4, 8}
-
-
-def world(combination: Combination) -> int:
-    return (4 if combination.tp == "more" else int(combination.tp)) * combination.pp * combination.dp
 
 
 # --- training

@@ -474,11 +474,12 @@ def test_the_command_prints_one_line_a_step_and_where_it_saved(trained):
         assert re.fullmatch(pattern, line)
 
 
-def test_the_command_says_on_stderr_how_the_model_is_cut_and_nothing_else(trained):
+def test_the_command_says_on_stderr_what_computes_and_how_the_model_is_cut_and_nothing_else(trained):
     _, completed = trained
 
-    [note] = completed.stderr.splitlines()
+    computes, note = completed.stderr.splitlines()
 
+    assert computes == "Note: kernels: attention torch (auto), norm torch, optimizer torch fused AdamW."
     assert note.startswith("Note: tp 2 cuts unevenly: ")
     assert "word_embeddings 99 as 50 + 49" in note
     assert "linear_qkv 3 as 2 + 1" in note
@@ -576,7 +577,7 @@ def test_a_note_tells_of_a_dataset_made_with_another_tokenizer(place, tmp_path):
     )  # fmt: skip
     Path(f"{prefix}.json").write_text(description.to_json())
 
-    notes = list(loop._notes(run_of(place, tmp_path / "out", f"data.prefix={prefix}"), opened))
+    _, *notes = loop._notes(run_of(place, tmp_path / "out", f"data.prefix={prefix}"), opened)
 
     assert notes == [f"the dataset {prefix} was made with another tokenizer than the checkpoint carries"]
 

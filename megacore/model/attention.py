@@ -108,11 +108,16 @@ class SelfAttention(nn.Module):
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         qkv = self.linear_qkv(hidden)
         if self.options.recompute and torch.is_grad_enabled():
-            # Dropout draws its mask from seeds of its own, so that no state of a generator has to be put back.
-            attended = checkpoint(self.attend, qkv, positions, use_reentrant=False, preserve_rng_state=False)
+            attended = self._attend_twice(qkv, positions)
         else:
             attended = self.attend(qkv, positions)
         return self.linear_proj(attended)
+
+    # In a compiled layer whose parameters are DTensors a checkpoint fails in torch 2.13.
+    @torch.compiler.disable
+    def _attend_twice(self, qkv: Tensor, positions: Positions) -> Tensor:
+        # Dropout draws its mask from seeds of its own, so that no state of a generator has to be put back.
+        return checkpoint(self.attend, qkv, positions, use_reentrant=False, preserve_rng_state=False)
 
     def attend(self, qkv: Tensor, positions: Positions) -> Tensor:
         """What each of this rank's heads attends to, ``[batch, sequence, local_heads * head_dim]``."""
@@ -120,9 +125,16 @@ class SelfAttention(nn.Module):
         if positions.cos is not None and positions.sin is not None:
             query = apply_rotary(query, positions.cos, positions.sin)
             key = apply_rotary(key, positions.cos, positions.sin)
-        with self.options.dropout.seeded(positions.sample_ids, self.first_head, device=qkv.device):
-            attended = self.options.kernel(query, key, value, positions.mask, self.options.dropout.probability)
-        return attended.flatten(2)
+        if self.options.dropout.probability == 0.0:
+            return self.options.kernel(query, key, value, positions.mask, 0.0).flatten(2)
+        return self._attend_with_dropout(query, key, value, positions).flatten(2)
+
+    # A compiled kernel would not draw from the generator that is seeded here.
+    @torch.compiler.disable
+    def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
+        dropout = self.options.dropout
+        with dropout.seeded(positions.sample_ids, self.first_head, device=query.device):
+            return self.options.kernel(query, key, value, positions.mask, dropout.probability)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take ``[batch, sequence, local_rows]`` apart: query, key, value, ``[batch, sequence, heads, head_dim]``."""

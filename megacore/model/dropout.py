@@ -46,9 +46,6 @@ class Dropout:
 
         The seed is that of the first of ``sample_ids`` and of ``details``.
         """
-        if self.probability == 0.0:
-            yield
-            return
         assert sample_ids is not None, "dropout needs the numbers of the samples"
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             seed = self._seed_of(int(sample_ids[0]), *details)
@@ -72,20 +69,25 @@ class HiddenDropout(nn.Module):
     def __init__(self, parallel: ParallelContext) -> None:
         super().__init__()
         self.parallel = parallel
-        self.dropout = Dropout()
+        self.dropout: Dropout | None = None
 
     def forward(self, hidden: Tensor, sample_ids: Tensor | None) -> Tensor:
-        if self.dropout.probability == 0.0 or sample_ids is None:
+        if self.dropout is None or sample_ids is None:
             return hidden
+        return self._drop(self.dropout, hidden, sample_ids)
+
+    # A compiled layer has no generators with seeds of their own, and would be compiled again for each layer's numbers.
+    @torch.compiler.disable
+    def _drop(self, dropout: Dropout, hidden: Tensor, sample_ids: Tensor) -> Tensor:
         _, length, size = hidden.shape
         parallel = self.parallel
         num_slices = parallel.tp_size if parallel.sequence_parallel else 1
         keep = torch.stack(
             [
-                self.dropout.keep((num_slices * length, size), int(sample_id), device=hidden.device)
+                dropout.keep((num_slices * length, size), int(sample_id), device=hidden.device)
                 for sample_id in sample_ids
             ]
         )
         if num_slices > 1:
             keep = keep[:, parallel.tp_rank * length : (parallel.tp_rank + 1) * length]
-        return torch.where(keep, hidden, 0.0) / (1 - self.dropout.probability)
+        return torch.where(keep, hidden, 0.0) / (1 - dropout.probability)

@@ -1,22 +1,161 @@
-"""The table of attention kernels: what computes the heads' outputs, and what each asks for."""
+"""The table of kernels: what can compute attention, norms and the optimizer's step, and what each asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.util import find_spec
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megacore.errors import ConfigError
+from megacore.model.nvidia_apex import apex_problem
+
+EVERY_DTYPE = ("fp32", "fp64", "bf16", "fp16")
+SIXTEEN_BIT = ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What an implementation asks for.
+
+    Attributes:
+        told_as: what a person is told of it.
+        dtypes: what it computes in, as ``model.dtype`` of a run file names it, by type of device.
+        masks_on: the types of device on which it adds a mask to the scores, which linear biases are.
+        dropout_on: the types of device on which it drops attention weights.
+        package_problem: says why the package that it is in cannot be used, if so.
+    """
+
+    told_as: str
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"cpu": EVERY_DTYPE, "cuda": EVERY_DTYPE})
+    masks_on: tuple[str, ...] = ("cpu", "cuda")
+    dropout_on: tuple[str, ...] = ("cpu", "cuda")
+    package_problem: Callable[[], str | None] = lambda: None
+
+
+def _flash_attn_problem() -> str | None:
+    return None if find_spec("flash_attn") else "the package flash-attn is not installed: pip install flash-attn"
+
+
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "attention": {
+        "auto": Kernel("torch (auto)"),
+        "math": Kernel("torch math"),
+        "flash": Kernel(
+            "torch flash", {"cpu": EVERY_DTYPE, "cuda": SIXTEEN_BIT}, masks_on=("cpu",), dropout_on=("cuda",)
+        ),
+        "efficient": Kernel("torch memory-efficient", {"cuda": ("fp32", *SIXTEEN_BIT)}),
+        "flash-attn": Kernel(
+            "flash-attn",
+            {"cuda": SIXTEEN_BIT},
+            masks_on=(),
+            dropout_on=("cuda",),
+            package_problem=_flash_attn_problem,
+        ),
+    },
+    "norm": {
+        "auto": Kernel("torch"),
+        "torch": Kernel("torch"),
+        "apex": Kernel(
+            "NVIDIA apex", {"cuda": EVERY_DTYPE}, package_problem=partial(apex_problem, "fused_layer_norm_cuda")
+        ),
+    },
+    "optimizer": {
+        "auto": Kernel("torch fused AdamW"),
+        "torch": Kernel("torch fused AdamW"),
+        "apex": Kernel(
+            "NVIDIA apex FusedAdam",
+            {"cuda": ("fp32", *SIXTEEN_BIT)},
+            package_problem=partial(apex_problem, "amp_C"),
+        ),
+    },
+}
+"""By what they compute, and by the name that a run file has for them."""
+
+
+def check_kernels(
+    chosen: Mapping[str, str], *, device_type: str, dtype: str, has_mask: bool, drops_attention: bool
+) -> None:
+    """Refuse kernels that cannot do here what they would have to.
+
+    Args:
+        chosen: a name for each entry of :data:`KERNELS`.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        dtype: what is computed in, as ``model.dtype`` of a run file names it.
+        has_mask: whether the model adds a mask to the scores of attention.
+        drops_attention: whether there is dropout of the attention weights.
+
+    Raises:
+        ConfigError: with everything that is in the way.
+    """
+    refusals = []
+    for kind, name in chosen.items():
+        kernel = KERNELS[kind][name]
+        problems = [*_problems(kernel, device_type, dtype)]
+        if kind == "attention" and has_mask and device_type not in kernel.masks_on:
+            problems.append("it takes no mask, and the model has linear biases (ALiBi), which are one")
+        if kind == "attention" and drops_attention and device_type not in kernel.dropout_on:
+            problems.append(f"it has no dropout on {_PLACES[device_type]}, and dropout.attention is not 0")
+        if problems:
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            refusals.append(
+                f'kernels.{kind} is "{name}", which cannot be used here:\n{listed}\n'
+                f'Change that, or set kernels.{kind} to "auto"'
+            )
+    if refusals:
+        raise ConfigError("\n".join(refusals))
+
+
+_PLACES = {"cpu": "a CPU", "cuda": "a GPU"}
+
+
+def _problems(kernel: Kernel, device_type: str, dtype: str) -> Iterator[str]:
+    if device_type not in kernel.dtypes:
+        [needed] = kernel.dtypes
+        yield f"it computes on {_PLACES[needed]} only, and there is none"
+        device_type = needed
+    dtypes = kernel.dtypes[device_type]
+    if dtype not in dtypes:
+        bits = "in 16 bit only" if dtypes == SIXTEEN_BIT else "in no such dtype"
+        yield f"it computes {bits} on {_PLACES[device_type]}, and model.dtype is {dtype}: set it to {_or(dtypes)}"
+    if problem := kernel.package_problem():
+        yield problem
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def describe_kernels(chosen: Mapping[str, str], *, is_compiled: bool) -> str:
+    """What is computed by what, in a line."""
+    told = [f"{kind} {KERNELS[kind][name].told_as}" for kind, name in chosen.items()]
+    return f"kernels: {', '.join(told)}" + (", each layer compiled by torch" if is_compiled else "")
+
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 """``kernel(query, key, value, mask, dropout)``.
 
-All of ``[batch, sequence, heads, head_dim]``; the mask is what is added to the scores, ``[heads, sequence, sequence]``,
-or ``None`` for attention that is causal and nothing else.
+All of ``[batch, sequence, heads, head_dim]``, key and value of fewer heads where several queries share them; the mask
+is what is added to the scores, ``[heads, sequence, sequence]``, or ``None`` for attention that is causal and nothing
+else.
 """
 
 
-def attention_kernel() -> AttentionKernel:
-    return _sdpa
+@cache
+def attention_kernel(name: str = "auto") -> AttentionKernel:
+    """The attention of that name in :data:`KERNELS`; one for all layers, which then are compiled once."""
+    kernels: dict[str, AttentionKernel] = {
+        "auto": _sdpa,
+        "math": partial(_sdpa_by, SDPBackend.MATH),
+        "flash": partial(_sdpa_by, SDPBackend.FLASH_ATTENTION),
+        "efficient": _efficient,
+        "flash-attn": _flash_attn,
+    }
+    return kernels[name]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -24,9 +163,61 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropou
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=mask,
+        # With a batch axis, since torch's fused kernels take masks of two and of four axes only.
+        attn_mask=None if mask is None else mask.unsqueeze(0),
         dropout_p=dropout,
         is_causal=mask is None,
-        enable_gqa=True,
+        enable_gqa=query.shape[2] != key.shape[2],
     )
     return attended.transpose(1, 2)
+
+
+def _sdpa_by(
+    backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    with sdpa_kernel(backend):
+        return _sdpa(query, key, value, mask, dropout)
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    # This backend of torch's has no grouped queries.
+    queries_per_kv = query.shape[2] // key.shape[2]
+    key, value = (shared.repeat_interleave(queries_per_kv, dim=2) for shared in (key, value))
+    return _sdpa_by(SDPBackend.EFFICIENT_ATTENTION, query, key, value, mask, dropout)
+
+
+def _flash_attn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """FlashAttention-2 (Dao, 2023, arXiv:2307.08691), which has grouped queries, and no mask."""
+    from flash_attn import flash_attn_func
+
+    assert mask is None, "check_kernels refuses a mask"
+    return flash_attn_func(query, key, value, dropout_p=dropout, causal=True)
+
+
+@dataclass(frozen=True)
+class NormKernels:
+    """What computes the norms over the last axis.
+
+    Attributes:
+        rms_norm: ``rms_norm(hidden, weight, eps)``.
+        layer_norm: ``layer_norm(hidden, weight, bias, eps)``.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+@cache
+def norm_kernels(name: str = "auto") -> NormKernels:
+    """The norms of that name in :data:`KERNELS`; the same for all layers."""
+    if name != "apex":
+        return NormKernels(
+            lambda hidden, weight, eps: F.rms_norm(hidden, weight.shape, weight, eps),
+            lambda hidden, weight, bias, eps: F.layer_norm(hidden, weight.shape, weight, bias, eps),
+        )
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    return NormKernels(
+        lambda hidden, weight, eps: fused_rms_norm_affine(hidden, weight, weight.shape, eps),
+        lambda hidden, weight, bias, eps: fused_layer_norm_affine(hidden, weight, bias, weight.shape, eps),
+    )

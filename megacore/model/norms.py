@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from megacore.config import ModelConfig
 from megacore.errors import ConfigError
+from megacore.model.kernels import norm_kernels
 from megacore.parallel import ParallelContext, ReplicatedModule
 
 
@@ -16,10 +16,11 @@ class RMSNorm(ReplicatedModule):
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__(parallel)
         self.eps = config.norm_eps
+        self.kernels = norm_kernels()
         self.declare("weight", (config.hidden_size,))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.replicated("weight"), eps=self.eps)
+        return self.kernels.rms_norm(hidden, self.replicated("weight"), self.eps)
 
 
 class LayerNorm(ReplicatedModule):
@@ -28,13 +29,12 @@ class LayerNorm(ReplicatedModule):
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__(parallel)
         self.eps = config.norm_eps
+        self.kernels = norm_kernels()
         self.declare("weight", (config.hidden_size,))
         self.declare("bias", (config.hidden_size,))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.layer_norm(
-            hidden, (hidden.shape[-1],), self.replicated("weight"), self.replicated("bias"), eps=self.eps
-        )
+        return self.kernels.layer_norm(hidden, self.replicated("weight"), self.replicated("bias"), self.eps)
 
 
 def build_norm(config: ModelConfig, parallel: ParallelContext) -> RMSNorm | LayerNorm:

@@ -10,7 +10,8 @@ from megacore.errors import PluginError
 from megacore.model.attention import AttentionOptions, SelfAttention
 from megacore.model.decoder import DecoderModel
 from megacore.model.dropout import Dropout, HiddenDropout
-from megacore.model.kernels import attention_kernel
+from megacore.model.kernels import attention_kernel, norm_kernels
+from megacore.model.norms import LayerNorm, RMSNorm
 from megacore.parallel import ParallelModule
 
 
@@ -28,6 +29,8 @@ class ComputeOptions:
         lima_dropout: let hidden dropout rise from 0 at the first layer to its value at the last, and have none at the
             embedding (Zhou et al., 2023, arXiv:2305.11206).
         dropout_seed: of the run.
+        attention: name of what computes attention, in :data:`megacore.model.kernels.KERNELS`.
+        norm: likewise of the norms.
         compile: let torch compile each layer.
     """
 
@@ -38,6 +41,8 @@ class ComputeOptions:
     hidden_dropout: float = 0.0
     lima_dropout: bool = False
     dropout_seed: int = 0
+    attention: str = "auto"
+    norm: str = "auto"
     compile: bool = False
 
 
@@ -47,12 +52,18 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
     Raises:
         PluginError: when a layer of the family has no place to apply an option to.
     """
+    if options.compile and model.parallel.tp_size > 1:
+        # torch finds compiled code on disk by the whole shape of a DTensor, which does not say how much of an uneven
+        # cut a rank holds: without a tag, one rank was seen to run the code of another.
+        torch.compiler.config.cache_key_tag = f"tp {model.parallel.tp_rank} of {model.parallel.tp_size}"
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.compute_dtype = options.compute_dtype
+        if isinstance(module, RMSNorm | LayerNorm):
+            module.kernels = norm_kernels(options.norm)
     if hasattr(model, "embedding"):
         probability = 0.0 if options.lima_dropout else options.hidden_dropout
-        model.embedding.hidden_dropout.dropout = Dropout(probability, options.dropout_seed)
+        model.embedding.hidden_dropout.dropout = Dropout(probability, options.dropout_seed) if probability else None
     for name, layer in model.decoder.layers.items():
         number, num_layers = int(name), model.config.num_layers
         scale = number / max(1, num_layers - 1) if options.lima_dropout else 1.0
@@ -62,10 +73,10 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
         attentions = [module for module in layer.modules() if isinstance(module, SelfAttention)]
         _require_places(model, options, bool(dropouts), bool(attentions))
         for place, module in enumerate(dropouts, start=1):
-            module.dropout = replace(hidden, place=place)
+            module.dropout = replace(hidden, place=place) if hidden.probability else None
         for place, module in enumerate(attentions, start=1):
             module.options = AttentionOptions(
-                kernel=attention_kernel(),
+                kernel=attention_kernel(options.attention),
                 dropout=replace(attention, place=-place),
                 recompute=options.recompute == "selective",
             )
@@ -81,8 +92,10 @@ def _require_places(model: DecoderModel, options: ComputeOptions, dropouts: bool
             f"hidden_dropout is {options.hidden_dropout}, and the layers of {family} have no HiddenDropout: its plugin "
             "does not support it. Set it to 0"
         )
-    if (options.attention_dropout or options.recompute == "selective") and not attentions:
+    asks_of_attention = options.attention_dropout or options.recompute == "selective" or options.attention != "auto"
+    if asks_of_attention and not attentions:
         raise PluginError(
-            "attention_dropout and selective recomputation need megacore's SelfAttention, which the layers of "
-            f"{family} do not use. Set attention_dropout to 0, and recompute to none or full"
+            "attention_dropout, selective recomputation and a choice of the attention's kernel need megacore's "
+            f"SelfAttention, which the layers of {family} do not use. Set attention_dropout to 0, recompute to none or "
+            "full, and the kernel to auto"
         )

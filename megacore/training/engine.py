@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
-from megacore.errors import LayoutError
+from megacore.errors import ConfigError, LayoutError
 from megacore.model import ComputeOptions, DecoderModel, apply_options, load_stages, model_specs, read_config
+from megacore.model.kernels import check_kernels
 from megacore.parallel import (
     SCHEDULES,
     GradientBuckets,
@@ -24,6 +27,7 @@ from megacore.parallel import (
     Stage,
     balanced_stages,
     check_schedule,
+    local_device,
     local_gradients,
     own_square_norm,
     parameter_specs,
@@ -100,7 +104,9 @@ class Engine:
             self._buckets = GradientBuckets(self._all_parameters(), parallel.group("dp_replicate"))
         self._pipeline = self._build_pipeline(config) if parallel.pp_size > 1 else None
         self._ends_group = self._group_of_both_ends(config)
-        self.optimizer = build_optimizer(self._all_named_parameters(), self.specs, run.optimizer)
+        self.optimizer = build_optimizer(
+            self._all_named_parameters(), self.specs, run.optimizer, kernel=run.kernels.optimizer
+        )
         self.loss_scale = LossScale(run.loss_scale) if run.model.dtype == "fp16" else None
 
     def step(self, batch: Batch, *, lr: float) -> StepResult:
@@ -259,7 +265,17 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
 
     Raises:
         LayoutError: says what does not fit what.
+        ConfigError: says which kernels cannot be used here, and why.
     """
+    check_kernels(
+        run.kernels.chosen,
+        device_type=local_device().type,
+        dtype=run.model.dtype,
+        has_mask=config.position_embedding == "alibi",
+        drops_attention=run.dropout.attention > 0,
+    )
+    if run.kernels.compile:
+        _check_compilation(run)
     pipeline_stages(run, config, specs)
     training = run.training
     if training.global_batch_size % (training.micro_batch_size * dp_size):
@@ -276,6 +292,22 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
         )
 
 
+def _check_compilation(run: RunConfig) -> None:
+    schedule = run.parallel.pipeline_schedule
+    if run.parallel.pipeline_parallel > 1 and SCHEDULES[schedule].splits_backward:
+        able = ", ".join(name for name, other in SCHEDULES.items() if not other.splits_backward)
+        raise ConfigError(
+            f"kernels.compile does not go with the pipeline schedule {schedule}, which takes the backward pass of a "
+            f"layer apart: set parallel.pipeline_schedule to one of {able}, or kernels.compile to false"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if local_device().type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"kernels.compile needs a C++ compiler on a CPU, and {compiler} is not there: install it, name another one "
+            "in the environment variable CXX, or set kernels.compile to false"
+        )
+
+
 def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> ComputeOptions:
     """How the run file says that the model computes."""
     return ComputeOptions(
@@ -286,6 +318,9 @@ def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> Comput
         hidden_dropout=run.dropout.hidden,
         lima_dropout=run.dropout.lima,
         dropout_seed=run.dropout.seed,
+        attention=run.kernels.attention,
+        norm=run.kernels.norm,
+        compile=run.kernels.compile,
     )
 
 

@@ -17,6 +17,7 @@ from megacore.checkpoint.staging import require_absent
 from megacore.data import DatasetDescription, TokenWindows
 from megacore.errors import ConfigError, LayoutError, TrainingError
 from megacore.model import model_specs, read_config
+from megacore.model.kernels import describe_kernels
 from megacore.parallel import (
     ONE_NODE,
     Nodes,
@@ -155,6 +156,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
     """What a person should know before the run starts."""
+    yield describe_kernels(run.kernels.chosen, is_compiled=run.kernels.compile)
     if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
         yield imbalance
     description, tokenizer = DatasetDescription.read(run.data.prefix), checkpoint.manifest.tokenizer

@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megacore.parallel import ParameterSpec
 from megacore.training.run_config import OptimizerSection
 
 
+class Optimizer(Protocol):
+    """What a training run needs of an optimizer; see ``torch.optim.Optimizer``."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> None: ...
+
+
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], specs: Mapping[str, ParameterSpec], settings: OptimizerSection
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: a norm's weight or a bias is no direction to shrink."""
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    specs: Mapping[str, ParameterSpec],
+    settings: OptimizerSection,
+    *,
+    kernel: str = "auto",
+) -> Optimizer:
+    """AdamW with weight decay on matrices only: a norm's weight or a bias is no direction to shrink.
+
+    ``kernel`` is a name of :data:`megacore.model.kernels.KERNELS`.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in parameters:
         is_matrix = specs[name].row_dims < len(specs[name].shape)
         (matrices if is_matrix else vectors).append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": group, "weight_decay": weight_decay}
+        for group, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+        if group
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    constants: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    if kernel == "apex":
+        return ApexAdamW(groups, **constants)
+    return torch.optim.AdamW(groups, **constants, fused=True)
+
+
+class ApexAdamW:
+    """AdamW in NVIDIA apex's FusedAdam, which takes plain tensors only: it has this process's part of each parameter.
+
+    Its state is of these parts, and knows nothing of how the parameters are cut.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **constants: Any) -> None:
+        from apex.optimizers import FusedAdam
+
+        self._parts = {parameter: nn.Parameter(_local(parameter)) for group in groups for parameter in group["params"]}
+        of_parts = [{**group, "params": [self._parts[parameter] for parameter in group["params"]]} for group in groups]
+        self._fused = FusedAdam(of_parts, adam_w_mode=True, **constants)
+        self.param_groups: list[dict[str, Any]] = self._fused.param_groups
+
+    def step(self) -> None:
+        """Change the parameters as their gradients say."""
+        for parameter, part in self._parts.items():
+            # Sharded parameters may have moved.
+            part.data = _local(parameter)
+            part.grad = None if parameter.grad is None else _local(parameter.grad)
+        self._fused.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter, part in self._parts.items():
+            parameter.grad = part.grad = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -140,6 +140,30 @@ class DropoutSection(Section):
     seed: int = Field(1234, ge=0, description="Of the masks.")
 
 
+class KernelsSection(Section):
+    """What computes. Which of them can be had on which machine is in :data:`megacore.model.kernels.KERNELS`."""
+
+    attention: Literal["auto", "math", "flash", "efficient", "flash-attn"] = Field(
+        "auto",
+        description='`"auto"`: of its own kernels torch chooses one at each call; `"math"`, `"flash"` or '
+        '`"efficient"`: that one; `"flash-attn"`: the package, on GPUs in 16 bit.',
+    )
+    norm: Literal["auto", "torch", "apex"] = Field(
+        "auto", description='`"torch"`, which `"auto"` is too, or `"apex"`, NVIDIA\'s, on GPUs.'
+    )
+    optimizer: Literal["auto", "torch", "apex"] = Field(
+        "auto", description='`"torch"`, which `"auto"` is too, or `"apex"`, NVIDIA\'s, on GPUs.'
+    )
+    compile: bool = Field(
+        False, description="Let torch compile each layer, for which it needs a C++ compiler on a CPU."
+    )
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The names, by what they compute."""
+        return {"attention": self.attention, "norm": self.norm, "optimizer": self.optimizer}
+
+
 class TrainingSection(Section):
     """How long, and in which batches."""
 
@@ -164,6 +188,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     recompute: RecomputeSection = RecomputeSection()
     dropout: DropoutSection = DropoutSection()
+    kernels: KernelsSection = KernelsSection()
     optimizer: OptimizerSection
     loss_scale: LossScaleSection = LossScaleSection()
     training: TrainingSection
