@@ -136,8 +136,8 @@ FAULTS = {
     "a parallel residual": Fault(
         LOGITS,
         r"No single change [\s\S]*at the first position already they differ: look at .* the order of the residuals",
-        (LAYER, "hidden = hidden + self.self_attention", "attended = hidden + self.self_attention"),
-        (LAYER, "return hidden + self.mlp", "return attended + self.mlp"),
+        (LAYER, "        hidden = hidden + self.post", "        residual = hidden + self.post"),
+        (LAYER, "return hidden + self.post", "return residual + self.post"),
     ),
     "a skipped bias": Fault(
         LOGITS,
@@ -148,7 +148,7 @@ FAULTS = {
         LOGITS,
         r"at the first position the logits agree: look at what depends on other positions, the rotary embedding",
         (LAYER, "(hidden), positions)", "(hidden), Positions())"),
-        (LAYER, "GatedMLP, RMSNorm", "GatedMLP, Positions, RMSNorm"),
+        (LAYER, "HiddenDropout, RMSNorm", "HiddenDropout, Positions, RMSNorm"),
     ),
     "a hard-coded eps": Fault(
         "test_a_wrong_eps_shows",

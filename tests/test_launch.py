@@ -157,10 +157,10 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_tells_a_mistake_that_a_rank_found_in_one_line_and_exits_with_2(place, tmp_path):
     completed = command("megacore", "train", run_file(place, tmp_path / "out", "foreign"))
 
-    note, error = completed.stderr.splitlines()
+    *notes, error = completed.stderr.splitlines()
     assert completed.returncode == 2
     assert completed.stdout == ""
-    assert note.startswith("Note: tp 2 cuts unevenly")
+    assert [note.split(":")[1] for note in notes] == [" 2 processes", " kernels", " tp 2 cuts unevenly"]
     assert re.fullmatch(r"Error: .*/foreign has token id 99, and the checkpoint's vocabulary is 0 to 98: .*", error)
     assert [path.name for path in tmp_path.iterdir()] == ["out.toml"]
 
@@ -174,7 +174,7 @@ def test_under_torchrun_the_command_joins_instead_of_starting_more_and_speaks_on
     lines = completed.stdout.splitlines()
     assert [line.split("|")[0].split() for line in lines[:-1]] == [["iteration", f"{i}/3"] for i in (1, 2, 3)]
     assert lines[-1] == f"Saved {tmp_path / 'out'}."
-    assert completed.stderr.count("Note: ") == 1
+    assert completed.stderr.count("Note: ") == completed.stderr.count("Note: 2 processes: tp 2.") + 2 == 3
     assert Checkpoint(tmp_path / "out").manifest.layout.tp == 2
 
 

@@ -477,8 +477,9 @@ def test_the_command_prints_one_line_a_step_and_where_it_saved(trained):
 def test_the_command_says_on_stderr_what_computes_and_how_the_model_is_cut_and_nothing_else(trained):
     _, completed = trained
 
-    computes, note = completed.stderr.splitlines()
+    layout, computes, note = completed.stderr.splitlines()
 
+    assert layout == "Note: 2 processes: tp 2."
     assert computes == "Note: kernels: attention torch (auto), norm torch, optimizer torch fused AdamW."
     assert note.startswith("Note: tp 2 cuts unevenly: ")
     assert "word_embeddings 99 as 50 + 49" in note

@@ -68,8 +68,7 @@ def logits_and_gradients(
     """
     model = load_model(Checkpoint(checkpoint), parallel, dtype=torch.float32)
     vocab_size = model.config.vocab_size
-    with torch.no_grad():
-        logits = model(input_ids)
+    logits = model(input_ids).detach()  # with autograd, since without it torch lets plain tensors and DTensors mix
     model(input_ids, targets=targets, token_weights=torch.ones_like(targets, dtype=torch.float32)).sum().backward()
     specs = parameter_specs(model)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

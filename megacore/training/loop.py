@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from megacore.parallel import (
     Nodes,
     ParallelContext,
     ParallelSizes,
+    Stage,
     check_tensor_parallel,
     describe_imbalance,
     is_first_process,
@@ -31,7 +32,7 @@ from megacore.parallel import (
 )
 from megacore.plugins import get_family
 from megacore.training.batches import batches, open_dataset
-from megacore.training.engine import HELD_IN, Engine, check_run
+from megacore.training.engine import HELD_IN, Engine, check_run, pipeline_stages
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate
@@ -100,6 +101,8 @@ def train(
     require_absent(run.output.checkpoint)
     TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
     if on_note and is_first_process(nodes):
+        if sizes.world > 1:
+            on_note(_describe_layout(run, sizes, pipeline_stages(run, config, specs)))
         for note in _notes(run, checkpoint):
             on_note(note)
     if on_note and nodes.count > 1:
@@ -152,6 +155,17 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     return {
         f"{section}.{key}": value for section, entries in run for key, value in entries if not isinstance(value, Path)
     }
+
+
+def _describe_layout(run: RunConfig, sizes: ParallelSizes, stages: Sequence[Stage]) -> str:
+    """How the work is spread, in a line."""
+    told = f"{sizes.world} processes: {sizes}"
+    if sizes.dp > 1:
+        told += f", {run.parallel.data_parallel}"
+    if len(stages) > 1:
+        layers = " + ".join(str(len(stage.layers)) for stage in stages)
+        told += f"; {run.parallel.pipeline_schedule} on stages of {layers} layers"
+    return told
 
 
 def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
