@@ -65,7 +65,7 @@ def load_stages(
             for number, layer in model.decoder.layers.items():
                 materialize(layer, parallel, values, prefix=f"decoder.layers.{number}.")
                 on_layer(layer)
-            materialize(model, parallel, values)
+            materialize(model, parallel, values, done="decoder.layers.")
         if wait_for_check is not None:
             wait_for_check()
     return models

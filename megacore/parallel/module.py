@@ -104,20 +104,21 @@ def materialize(
     values: Callable[[str, ParameterSpec], Tensor],
     *,
     prefix: str = "",
+    done: str | None = None,
 ) -> None:
-    """Give each parameter of ``module`` that has no values yet those that ``values(name, spec)`` returns for it.
+    """Give each parameter of ``module`` what ``values(name, spec)`` returns, this rank's part, one at a time.
 
-    They are this rank's part, of one parameter at a time; ``prefix`` comes before the names that these have in
-    ``module``.
+    ``prefix`` comes before the names that parameters have in ``module``. Those that begin with ``done`` have their
+    values already.
 
     With tensor parallelism the new parameters are DTensors, cut as declared, so that gradient clipping, optimizer
     state and distributed checkpoints know what each rank holds.
     """
     for name, spec in parameter_specs(module).items():
+        if done is not None and name.startswith(done):
+            continue
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
-        if not getattr(owner, last).is_meta:
-            continue
         value = values(prefix + name, spec)
         expected = spec.local_shape(parallel.tp_size, parallel.tp_rank)
         assert tuple(value.shape) == expected, f"{name}: {tuple(value.shape)} is not {expected}"
