@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megacore.checkpoint import Checkpoint
 from megacore.parallel import ParallelContext, gathered
 from megacore.testing.numerics import whole_tensor
-from megacore.training import Engine, RunConfig, batches
+from megacore.training import Batch, Engine, RunConfig, batches
 
 
 def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
@@ -79,3 +81,20 @@ def gathered_gradients(parallel: ParallelContext, run: RunConfig) -> dict[str, T
     engine = Engine(run, checkpoint, parallel)
     engine.accumulate(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)))
     return {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}
+
+
+def masked(batch: Batch) -> Batch:
+    """The batch with every fourth sample, and a third of the others' tokens, left out of the loss."""
+    positions = torch.arange(batch.loss_mask.shape[1])
+    numbers = batch.sample_ids.unsqueeze(-1)
+    learned = (numbers % 4 != 0) & ((numbers * 7 + positions * 5) % 3 != 0)
+    return replace(batch, loss_mask=learned.to(batch.loss_mask.dtype))
+
+
+def masked_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
+    """As :func:`gathered_gradients`, with the loss, of the :func:`masked` batch."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel)
+    batch = next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size))
+    loss, _ = engine.accumulate(masked(batch))
+    return loss, {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}

@@ -20,13 +20,13 @@ class Batch:
 
     Attributes:
         tokens: token ids, ``[samples, sequence + 1]``.
+        loss_mask: what each target counts for in the loss, ``[samples, sequence]``; 0 for one not to be learned.
         sample_ids: the number of each sample among all of the run, ``[samples]``.
-        num_tokens: targets in the whole global batch.
     """
 
     tokens: Tensor
+    loss_mask: Tensor
     sample_ids: Tensor
-    num_tokens: int
 
 
 def open_dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
@@ -63,6 +63,6 @@ def batches(run: RunConfig, checkpoint: Checkpoint, *, dp_rank: int = 0, dp_size
         tokens = torch.stack([torch.from_numpy(windows[order[number]]) for number in numbers])
         yield Batch(
             tokens=check_token_ids(tokens, vocab_size, str(run.data.prefix)),
+            loss_mask=torch.ones(share, run.data.seq_length),
             sample_ids=torch.tensor(numbers),
-            num_tokens=size * run.data.seq_length,
         )

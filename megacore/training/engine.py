@@ -72,7 +72,9 @@ class Engine:
 
     Attributes:
         stages: the pipeline stages that this process has; the whole model without pipeline parallelism.
-        num_stages: of all processes.
+        all_stages: which layers each stage has, of all processes.
+        parameters: of the stages, by name.
+        specs: how each is cut.
     """
 
     def __init__(self, run: RunConfig, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
@@ -162,9 +164,8 @@ class Engine:
         device, micro_batch_size = self.parallel.device, self.run.training.micro_batch_size
         tokens = batch.tokens.to(device)
         input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        token_weights = torch.full(
-            targets.shape, self._loss_factor / batch.num_tokens, dtype=self.held_dtype, device=device
-        )
+        loss_mask = batch.loss_mask.to(device, self.held_dtype)
+        token_weights = loss_mask * (self._loss_factor / self._over_data_parallelism(loss_mask.sum()).clamp(min=1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
         if self._buckets is not None:
             splits_backward = self._pipeline and SCHEDULES[self.run.parallel.pipeline_schedule].splits_backward
@@ -187,6 +188,13 @@ class Engine:
             loss.backward()
             losses.append(loss.detach())
         return losses
+
+    def _over_data_parallelism(self, number: Tensor) -> Tensor:
+        """The sum over the processes that see different samples."""
+        for axis in ("dp_replicate", "dp_shard"):
+            if getattr(self.parallel.sizes, axis) > 1:
+                dist.all_reduce(number, group=self.parallel.group(axis))
+        return number
 
     def _build_pipeline(self, config: ModelConfig) -> Pipeline:
         tp = self.parallel.tp_size if self.parallel.sequence_parallel else 1

@@ -201,6 +201,7 @@ def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
     """Take the steps of the run, one at a time."""
     run, parallel = engine.run, engine.parallel
     train_iters = run.training.train_iters
+    num_tokens = run.training.global_batch_size * run.data.seq_length
     own_batches = batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
     for iteration, batch in enumerate(own_batches, start=1):
         started = time.perf_counter()
@@ -217,7 +218,7 @@ def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
             result.loss,
             lr,
             result.grad_norm,
-            batch.num_tokens / (time.perf_counter() - started),
+            num_tokens / (time.perf_counter() - started),
             engine.loss_scale.factor if engine.loss_scale else None,
             engine.loss_scale.num_skipped if engine.loss_scale else 0,
         )

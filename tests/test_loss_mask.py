@@ -1,0 +1,75 @@
+"""Tokens that are not to be learned: the loss is the mean over those that are, of the whole global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+import megacore
+from megacore.checkpoint import Checkpoint
+from megacore.model import load_model
+from megacore.parallel import ParallelContext
+from megacore.training import RunConfig, batches, read_run_config
+from megacore.training.loop import parallel_sizes
+from tiny_llama import published_model, write_dataset
+from training_on_rank import masked, masked_gradients
+
+RUN_FILE = """
+model = {{ checkpoint = "{checkpoint}", dtype = "fp64" }}
+data = {{ prefix = "{data}", seq_length = 12 }}
+optimizer = {{ lr = 0.01 }}
+training = {{ train_iters = 1, global_batch_size = 8 }}
+output.checkpoint = "{out}"
+"""
+
+LAYOUTS = {
+    "one process": [],
+    "one process, 4 at once": ["training.micro_batch_size=4"],
+    "dp 2, each with other numbers of tokens": ["parallel.nproc_per_node=2"],
+    "dp 4, one of them with a sample that counts for nothing": ["parallel.nproc_per_node=4"],
+    "dp 8, two of them with nothing to learn": ["parallel.nproc_per_node=8"],
+    "dp 2, sharded, 2 at once": [
+        "parallel.nproc_per_node=2", "parallel.data_parallel=sharded", "training.micro_batch_size=2",
+    ],
+    "pp 2 × dp 2": ["parallel.nproc_per_node=4", "parallel.pipeline_parallel=2"],
+    "tp 2 × dp 2": ["parallel.nproc_per_node=4", "parallel.tensor_parallel=2"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("mask")
+    write_dataset(place / "data")
+    published_model(place / "published")
+    megacore.convert("llama", place / "published", place / "checkpoint")
+    return place
+
+
+def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
+    file = out.with_suffix(".toml")
+    file.write_text(RUN_FILE.format(checkpoint=place / "checkpoint", data=place / "data", out=out))
+    return read_run_config(file, overrides)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_and_its_gradients_are_of_the_mean_over_all_tokens_to_learn_in_any_layout(
+    place, ranks, tmp_path, layout
+):
+    run = run_of(place, tmp_path / "out", *LAYOUTS[layout])
+    checkpoint = Checkpoint(run.model.checkpoint)
+    batch = masked(next(batches(run, checkpoint)))
+    model = load_model(checkpoint, ParallelContext.single(), dtype=torch.float64)
+    losses = F.cross_entropy(model(batch.tokens[:, :-1]).flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+    expected = losses[batch.loss_mask.flatten() == 1].mean()
+    expected.backward()
+
+    results = ranks.run(masked_gradients, run, sizes=parallel_sizes(run))
+
+    assert all(loss == pytest.approx(expected.item(), rel=1e-12) for loss, _ in results)
+    if "tensor_parallel" not in str(LAYOUTS[layout]):
+        gradients = {name: gradient for _, found in reversed(results) for name, gradient in found.items()}
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-12)
