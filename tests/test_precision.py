@@ -12,8 +12,10 @@ from torch import Tensor
 
 import megacore
 from megacore.checkpoint import Checkpoint
+from megacore.data import IndexedDatasetWriter
+from megacore.errors import TrainingError
 from megacore.parallel import ParallelContext
-from megacore.training import RunConfig, Step, read_run_config
+from megacore.training import Engine, RunConfig, Step, batches, read_run_config
 from megacore.training.loop import _train_on_rank, parallel_sizes
 from megacore.training.loss_scale import LossScale
 from megacore.training.run_config import LossScaleSection
@@ -128,12 +130,44 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted_until_the_scale_fit
 
 
 def test_a_skipped_step_leaves_the_weights_as_they_were(place, tmp_path):
+    run = run_of(place, tmp_path / "out", "loss_scale.initial=1e12", dtype="fp16")
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, ParallelContext.single())
+    before = {name: parameter.detach().clone() for name, parameter in engine.parameters.items()}
+
+    result = engine.step(next(batches(run, checkpoint)), lr=0.01)
+
+    assert not result.is_taken
+    assert [name for name, parameter in engine.parameters.items() if not torch.equal(parameter, before[name])] == []
+
+
+def test_a_run_that_overflows_at_the_smallest_scale_ends_and_saves_nothing(place, tmp_path):
     settings = ("loss_scale.initial=1e12", "loss_scale.minimum=1e12")
 
-    megacore.train(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
+    with pytest.raises(TrainingError, match=r"iteration 1: .* norm of the gradient"):
+        megacore.train(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
+    assert not (tmp_path / "out").exists()
 
-    before, after = weights(place / "checkpoint"), weights(tmp_path / "out")
-    assert [name for name in after if not torch.equal(after[name], before[name])] == []
+
+@pytest.mark.parametrize("layout", ["one process", "tp 2", "dp 2, sharded"])
+def test_the_gradient_of_a_frequent_token_is_summed_in_32_bit(place, ranks, tmp_path, layout):
+    """Of a token that is everywhere: sums in bfloat16 stand still once they are 256 times what is added."""
+    with IndexedDatasetWriter(tmp_path / "data", "uint16") as writer:
+        writer.add_document([7] * 4000)
+    overrides = {
+        "one process": [],
+        "tp 2": ["parallel.tensor_parallel=2"],
+        "dp 2, sharded": DATA_PARALLEL["sharded"],
+    }[layout]
+    more = [f"data.prefix={tmp_path / 'data'}", "data.seq_length=400", "training.micro_batch_size=4", *overrides]
+    expected = gathered_gradients(ParallelContext.single(), run_of(place, tmp_path / "out", *more[:3]))
+    run = run_of(place, tmp_path / "out", *more, dtype="bf16")
+
+    found = ranks.run(gathered_gradients, run, sizes=parallel_sizes(run))[0]
+
+    name = "embedding.word_embeddings.weight"
+    error = (found[name][7] - expected[name][7]).norm() / expected[name][7].norm()
+    assert error < 0.05
 
 
 def test_the_reported_loss_and_norm_do_not_depend_on_the_scale(place, tmp_path):

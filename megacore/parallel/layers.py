@@ -101,10 +101,12 @@ class VocabParallelEmbedding(ParallelModule):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """``[batch, sequence]`` token ids to ``[batch, sequence, hidden]``."""
+        # Rows are cast after they are looked up, so that a token's many gradients are summed in the table's own dtype.
+        table = self.held("weight")
         if self.parallel.tp_size == 1:
-            return F.embedding(input_ids, self.local("weight"))
+            return self._to_compute_with(F.embedding(input_ids, table))
         elsewhere = (input_ids < self.first) | (input_ids >= self.last)
-        rows = F.embedding((input_ids - self.first).masked_fill(elsewhere, 0), self.local("weight"))
+        rows = self._to_compute_with(F.embedding((input_ids - self.first).masked_fill(elsewhere, 0), table))
         return leave_parallel_region(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.parallel)
 
 

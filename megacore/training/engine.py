@@ -98,7 +98,9 @@ class Engine:
         for model in self.stages:
             apply_options(model, compute_options(run, narrower))
             if parallel.sizes.dp_shard > 1:
-                shard_one(model)
+                # What lies around the layers is gathered as it is held: the gradients of embedding and head are sums
+                # over many tokens, for which 16 bit are too few.
+                shard_one(model, compute_dtype=None)
         self.parameters = _distinct_parameters(self.stages)
         self.num_micro_batches = run.training.global_batch_size // parallel.dp_size // run.training.micro_batch_size
         self._buckets: GradientBuckets | None = None
@@ -150,7 +152,7 @@ class Engine:
         for micro_batch_loss in losses:
             loss += micro_batch_loss.double().sum()
         if self.parallel.tp_rank > 0:
-            loss.zero_()  # the ranks before has it too
+            loss.zero_()  # the first of them counts
         sums = torch.stack([loss, own_square_norm(self.parameters, self.specs, self.parallel)])
         if self.parallel.mesh is not None:
             dist.all_reduce(sums)

@@ -206,8 +206,9 @@ def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
     for iteration, batch in enumerate(own_batches, start=1):
         started = time.perf_counter()
         lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)
+        can_skip = engine.loss_scale is not None and not engine.loss_scale.is_at_minimum
         result = engine.step(batch, lr=lr)
-        if not result.is_taken and engine.loss_scale is None:
+        if not result.is_taken and not can_skip:
             raise TrainingError(
                 f"iteration {iteration}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; a "
                 "lower optimizer.lr may help. Nothing was saved"

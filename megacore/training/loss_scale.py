@@ -20,6 +20,11 @@ class LossScale:
         self._steps_since_change = 0
         self._overflows_left = settings.hysteresis
 
+    @property
+    def is_at_minimum(self) -> bool:
+        """Whether a step that overflows now would overflow for ever."""
+        return self.factor <= self.settings.minimum
+
     def overflowed(self) -> None:
         """A step was not taken, since its gradients were not finite."""
         self.num_skipped += 1

@@ -25,8 +25,8 @@ class ModelSection(Section):
     checkpoint: Path = Field(description="Native checkpoint to start from, cut in any way.")
     dtype: Literal["fp32", "fp64", "bf16", "fp16"] = Field(
         "fp32",
-        description='What is computed in: `"fp32"`, `"fp64"`, `"bf16"` or `"fp16"`. In 16 bit the weights, their '
-        "gradients and the sums over processes are in 32 bit all the same.",
+        description='What is computed in: `"fp32"`, `"fp64"`, `"bf16"` or `"fp16"`. In 16 bit the weights, the '
+        "optimizer's state and the sums of gradients over micro-batches and replicas are in 32 bit all the same.",
     )
 
 
@@ -214,12 +214,17 @@ class RunConfig(Section):
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "
                 f"parallel.tensor_parallel ({parallel.tensor_parallel})"
             )
+        if parallel.pipeline_parallel == 1 and parallel.num_stages_per_rank > 1:
+            raise ValueError(
+                f"parallel.stages_per_rank is {parallel.stages_per_rank}, and parallel.pipeline_parallel is 1: without "
+                "pipeline parallelism there is one stage; leave stages_per_rank out"
+            )
         if (parallel.data_parallel == "hybrid") != (parallel.shard_size is not None):
             raise ValueError('parallel.shard_size belongs to parallel.data_parallel = "hybrid", which needs it')
         if parallel.layers_per_stage is not None and len(parallel.layers_per_stage) != parallel.num_stages:
             raise ValueError(
-                f"parallel.layers_per_stage has {len(parallel.layers_per_stage)} entries, and there are "
-                f"{parallel.num_stages} pipeline stages"
+                f"parallel.layers_per_stage has {len(parallel.layers_per_stage)} entries, and pipeline_parallel × "
+                f"stages_per_rank is {parallel.num_stages}: give one number of layers for each stage"
             )
         return self
 

@@ -18,6 +18,7 @@ from megacore.checkpoint.matrix import StoredMatrix, count
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
 from megacore.checkpoint.staging import reported_as_output_error, require_space, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
+from megacore.errors import OutputError
 from megacore.model import DecoderModel
 from megacore.parallel import ParallelContext, ParameterSpec, Stage, gathered, parameter_specs
 
@@ -51,7 +52,13 @@ def reserve_output(
     """
     if parallel.rank > 0:
         with reported_as_output_error(out):
-            yield ReservedOutput(out, Path(_broadcast("", parallel)), {})
+            staging = Path(_broadcast("", parallel))
+            if not staging.is_dir():
+                raise OutputError(
+                    f"rank {parallel.rank} does not see {staging}, which rank 0 has created: the output must lie on a "
+                    "file system that all nodes share"
+                )
+            yield ReservedOutput(out, staging, {})
         _wait_for_all(parallel)  # no rank goes on before the output is visible
         return
     with staged_directory(out) as staging:
