@@ -42,6 +42,16 @@ def programming_error_on(parallel: ParallelContext, rank: int) -> None:
     dist.barrier()
 
 
+def exiting_on(parallel: ParallelContext, rank: int, signal_number: int | None) -> None:
+    """Leave on one rank, by a signal or by itself, while the others wait for it."""
+    dist.barrier()
+    if parallel.tp_rank == rank:
+        if signal_number is None:
+            sys.exit(3)
+        os.kill(os.getpid(), signal_number)
+    dist.barrier()
+
+
 def killed_on(parallel: ParallelContext, rank: int) -> None:
     dist.barrier()
     if parallel.tp_rank == rank:

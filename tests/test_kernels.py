@@ -20,7 +20,7 @@ from megacore.model import kernels
 from megacore.model.kernels import KERNELS, attention_kernel, check_kernels, norm_kernels
 from megacore.model.nvidia_apex import apex_problem
 from megacore.parallel import ParallelSizes
-from megacore.training import RunConfig, Step, engine, loop, read_run_config
+from megacore.training import RunConfig, Step, loop, plan, read_run_config
 from megacore.training.loop import _train_on_rank
 from megacore.training.run_config import KernelsSection
 from tiny_llama import published_model, write_dataset
@@ -493,7 +493,7 @@ def test_a_schedule_that_takes_the_backward_pass_apart_is_refused_with_compilati
 
 
 def test_compilation_without_a_compiler_is_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(plan.shutil, "which", lambda name: None)
 
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on a CPU, and g\+\+ is not there: install it"):
         megacore.train(run_of(place, tmp_path / "out", "kernels.compile=true"))

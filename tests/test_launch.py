@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 import megacore
-from launched import OfAPluginError, hang_on, killed_on, place_and_sum, programming_error_on, refuse_on, seconds_in_vain
+from launched import (
+    OfAPluginError,
+    exiting_on,
+    hang_on,
+    killed_on,
+    place_and_sum,
+    programming_error_on,
+    refuse_on,
+    seconds_in_vain,
+)
 from megacore.checkpoint import Checkpoint
 from megacore.errors import DataError, WorkerError
 from megacore.parallel import ParallelSizes, on_ranks
@@ -103,6 +112,12 @@ def test_the_groups_of_the_axes_have_the_timeout_too(ranks):
     waited = ranks.run(seconds_in_vain, sizes=ParallelSizes(tp=2, dp_replicate=2))
 
     assert all(1 <= seconds < 4 for seconds in waited[::2])
+
+
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, "SIGTERM"), (None, "exit code 3")])
+def test_a_rank_that_leaves_in_the_middle_of_its_work_is_named_with_how(number, how):
+    with pytest.raises(WorkerError, match=rf"^rank 1 was ended by {how} in the middle of its work$"):
+        on_ranks(exiting_on, 1, number, sizes=ParallelSizes(tp=2))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -24,13 +24,14 @@ from megacore.data import DatasetDescription, IndexedDataset, IndexedDatasetWrit
 from megacore.errors import ConfigError, CorruptCheckpointError, DataError, TrainingError
 from megacore.model import load_model
 from megacore.parallel import ParallelContext, ParallelSizes, parameter_specs
+from megacore.testing.ranks import RankError
 from megacore.training import RunConfig, Step, loop, read_run_config
 from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer import build_optimizer
 from megacore.training.run_config import OptimizerSection
 from megacore.training.schedule import learning_rate
 from tiny_llama import VOCAB, published_model, write_dataset
-from training_on_rank import trained_replicas, whole_gradients
+from training_on_rank import train_on_what_each_sees, trained_replicas, whole_gradients
 
 STEPS = 10
 
@@ -324,6 +325,9 @@ def refusal(place: Path, tmp_path: Path, *arguments: str, old: str = "", new: st
         ("lr = 0.01", "lr = nan", r"optimizer\.lr: "),
         ("min_lr = 0.001", "min_lr = 0.1", r"min_lr \(0\.1\) must not be above optimizer\.lr \(0\.01\)"),
         ("warmup_iters = 3", "warmup_iters = 10", r"warmup_iters \(10\) must be below training\.train_iters \(10\)"),
+        ("[output]", "[recompute]\nnum_layers = 2\n[output]", r"num_layers \(2\) belongs to .* \"full\", and that is"),
+        ("[output]", "[dropout]\nlima = true\n[output]", r"dropout\.lima lets dropout\.hidden rise .* and that is 0"),
+        ("[output]", "[parallel]\nstages_per_rank = 2\n[output]", r"stages_per_rank is 2, .* leave .* out"),
         ("batch_size = 2", "batch_size = 3", r"global_batch_size \(4\) must be a multiple of.*micro_batch_size \(3\)"),
         ("[data]", "[data", r"out\.toml is not TOML: .*line 5"),
     ],
@@ -586,3 +590,43 @@ def test_a_note_tells_of_a_dataset_made_with_another_tokenizer(place, tmp_path):
 def test_a_checkpoint_that_is_not_there_is_named_with_its_key(place, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.checkpoint: nowhere is not a directory \(paths in a run file"):
         megacore.train(run_of(place, tmp_path / "out", "model.checkpoint=nowhere"))
+
+
+# --- processes that see different files
+
+
+@pytest.fixture(scope="module")
+def elsewhere(place, tmp_path_factory) -> Path:
+    """Files that have the names and the sizes of those in ``place``, and other contents; one that is the same."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for suffix in (".idx", ".bin"):
+        shutil.copy(f"{place / 'data'}{suffix}", f"{elsewhere / 'same'}{suffix}")
+        shutil.copy(f"{place / 'data'}{suffix}", f"{elsewhere / 'data'}{suffix}")
+    with (elsewhere / "data.bin").open("r+b") as file:
+        file.write(b"\x05\x00")
+    published_model(elsewhere / "published", initializer_range=0.5)
+    model = LlamaForCausalLM.from_pretrained(elsewhere / "published")
+    model.model.norm.weight.data[0] += 1
+    model.save_pretrained(elsewhere / "published")
+    megacore.convert("llama", elsewhere / "published", elsewhere / "checkpoint")
+    return elsewhere
+
+
+@pytest.mark.parametrize("sizes", [ParallelSizes(dp_replicate=2), ParallelSizes(tp=2)], ids=["dp 2", "tp 2"])
+@pytest.mark.parametrize(("key", "name"), [("data.prefix", "data"), ("model.checkpoint", "checkpoint")])
+def test_processes_that_see_other_weights_or_data_under_the_same_name_do_not_train(
+    ranks, place, elsewhere, tmp_path, key, name, sizes
+):
+    runs = [run_of(place, tmp_path / "out"), run_of(place, tmp_path / "out", f"{key}={elsewhere / name}")]
+
+    with pytest.raises(RankError, match=rf"ConfigError: rank 1 does not see the same as rank 0 in {key} "):
+        ranks.run(train_on_what_each_sees, runs, sizes=sizes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_may_see_the_same_under_other_names(ranks, place, elsewhere, tmp_path):
+    runs = [run_of(place, tmp_path / "out"), run_of(place, tmp_path / "out", f"data.prefix={elsewhere / 'same'}")]
+
+    ranks.run(train_on_what_each_sees, runs, sizes=ParallelSizes(dp_replicate=2))
+
+    assert (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from megacore.checkpoint import Checkpoint
 from megacore.parallel import ParallelContext, gathered
 from megacore.testing.numerics import whole_tensor
 from megacore.training import Batch, Engine, RunConfig, batches
+from megacore.training.loop import _train_on_rank
 
 
 def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
@@ -98,3 +99,8 @@ def masked_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, 
     batch = next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size))
     loss, _ = engine.accumulate(masked(batch))
     return loss, {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}
+
+
+def train_on_what_each_sees(parallel: ParallelContext, runs: list[RunConfig]) -> None:
+    """Train each rank by a run file of its own."""
+    _train_on_rank(parallel, runs[parallel.rank], None)

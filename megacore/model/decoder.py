@@ -157,6 +157,14 @@ class DecoderModel(nn.Module):
         """The module whose weight, ``[local_vocab, hidden]``, projects to logits."""
         return self.embedding.word_embeddings if self.config.tie_embeddings else self.output_layer
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, without the last stage's copy of an embedding that is the head too."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if self.stage.is_first or not name.startswith("embedding.")
+        }
+
 
 def model_specs(config: ModelConfig, build_layer: LayerBuilder) -> dict[str, ParameterSpec]:
     """The parameters of the whole model and how each is cut, without allocating any."""

@@ -20,7 +20,7 @@ from megacore.parallel.layers import (
     vocab_parallel_logits,
 )
 from megacore.parallel.loss import linear_cross_entropy
-from megacore.parallel.module import ParallelModule, ReplicatedModule, materialize, parameter_specs
+from megacore.parallel.module import ParallelModule, ReplicatedModule, local_part, materialize, parameter_specs
 from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, stages_on_rank
 from megacore.parallel.sizes import ParallelSizes
@@ -56,6 +56,7 @@ __all__ = [
     "linear_cross_entropy",
     "local_device",
     "local_gradients",
+    "local_part",
     "materialize",
     "on_ranks",
     "own_square_norm",

@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import ParameterSpec
-from megacore.parallel.module import parameter_specs
+from megacore.parallel.module import local_part, parameter_specs
 
 BUCKET_BYTES = 25 * 2**20
-"""Of gradients that are summed over the replicas at once."""
+"""The least that a buffer of gradients has, and the most but for its last parameter."""
 
 
 class GradientBuckets:
@@ -73,7 +74,7 @@ class GradientBuckets:
 
 class _Bucket:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        locals_ = [_local(parameter) for parameter in parameters]
+        locals_ = [local_part(parameter) for parameter in parameters]
         self.num_parameters = len(parameters)
         self.num_added = 0
         self.work: dist.Work | None = None
@@ -91,17 +92,13 @@ def _in_buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
             buckets.append([])
             num_bytes = 0
         buckets[-1].append(parameter)
-        num_bytes += _local(parameter).nbytes
+        num_bytes += local_part(parameter).nbytes
     return buckets
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def _as_parameter_is(flat: Tensor, parameter: nn.Parameter) -> Tensor:
     """``flat`` in the shape of ``parameter``, and a DTensor where that is one."""
-    local = flat.view(_local(parameter).shape)
+    local = flat.view(local_part(parameter).shape)
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(
@@ -133,7 +130,7 @@ def shard(
     axes = ("dp_replicate", "dp_shard") if parallel.sizes.dp_replicate > 1 else ("dp_shard",)
     parameters = dict(module.named_parameters())
     dims = {
-        parameters[name]: sharded_dim(spec, tuple(_local(parameters[name]).shape), parallel)
+        parameters[name]: sharded_dim(spec, tuple(local_part(parameters[name]).shape), parallel)
         for name, spec in parameter_specs(module).items()
     }
     [held_dtype] = {parameter.dtype for parameter in dims}
@@ -169,13 +166,13 @@ def gathered(parameter: Tensor, parallel: ParallelContext) -> Tensor:
 
     A collective of the processes along ``dp_shard``; the others get an empty tensor.
     """
-    local = _local(parameter)
+    local = local_part(parameter)
     if parallel.sizes.dp_shard == 1 or not isinstance(parameter, DTensor):
         return local
     names = parameter.device_mesh.mesh_dim_names
     assert names is not None
     placement = parameter.placements[names.index("dp_shard")]
-    assert isinstance(placement, Shard) or hasattr(placement, "dim")
+    assert isinstance(placement, Shard | _StridedShard)  # the latter where tensor parallelism cuts the same axis
     dim = placement.dim
     group, rank, size = parallel.group("dp_shard"), parallel.dp_shard_rank, parallel.sizes.dp_shard
     lengths = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(size)]

@@ -56,6 +56,7 @@ def reporting(reports: Path) -> Iterator[None]:
     finds the one that died first.
     """
     rank = os.environ["RANK"]
+    _begun(reports, rank).touch()
     try:
         yield
     except Exception as error:
@@ -88,6 +89,9 @@ def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -
             hint = ": was there too little memory?" if name == "SIGKILL" else ""
             # NCCL's watchdog aborts a process whose peer is gone.
             return Failure("WorkerError", f"rank {rank}{where} was killed by {name}{hint}", is_echo=name == "SIGABRT")
+        if _begun(reports, rank).exists():
+            how = signal.Signals(ended.exitcode - 128).name if ended.exitcode > 128 else f"exit code {ended.exitcode}"
+            return Failure("WorkerError", f"rank {rank}{where} was ended by {how} in the middle of its work")
         said = f": {ended.message['message']}" if isinstance(ended.message, dict) else ""
         return Failure(
             "WorkerError",
@@ -103,6 +107,10 @@ def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -
         message = f"rank {first['rank']}{where} waited in vain for another rank, which hangs or is gone:\n{told}"
         return Failure("WorkerError", message, is_echo=True)
     return Failure("WorkerError", f"rank {first['rank']}{where} failed:\n{told}")
+
+
+def _begun(reports: Path, rank: int | str) -> Path:
+    return reports / f"begun-{rank}"
 
 
 def _report_of(reports: Path, rank: int | str) -> Path:

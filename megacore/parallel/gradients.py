@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import ParameterSpec
+from megacore.parallel.module import local_part
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This process's part of each gradient, as plain tensors that share its memory."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def own_square_norm(

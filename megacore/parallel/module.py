@@ -70,6 +70,11 @@ class ParallelModule(nn.Module):
         return held if self.compute_dtype is None else held.to(self.compute_dtype)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter or a gradient, as a plain tensor that shares its memory and has no history."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 class ReplicatedModule(ParallelModule):
     """A module whose parameters every rank holds whole."""
 

@@ -104,7 +104,8 @@ class Link:
         try:
             yield
         finally:
-            self._ranks_run = False
+            with self._one_cause:
+                self._ranks_run = False
 
     def settle(self, failure: Failure) -> Failure:
         """Why the run failed, where ``failure`` is why the ranks of this node did. The other nodes are told."""
@@ -133,8 +134,9 @@ class Link:
                 if "failed" in message:
                     self._learn(Failure(**message["failed"]), of_node=node)
                     self._has_heard.set()
-                    if self._ranks_run:
-                        os.kill(os.getpid(), signal.SIGTERM)
+                    with self._one_cause:  # so that it comes while the launcher still takes signals
+                        if self._ranks_run:
+                            os.kill(os.getpid(), signal.SIGTERM)
 
     def _learn(self, failure: Failure, *, of_node: int | None = None) -> Failure:
         """Why the run failed: what was learnt first, ``failure`` or another one. Nodes that cannot know are told."""
@@ -215,10 +217,13 @@ def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> tuple[
                 reached_at = accepted.getsockname()[0]
                 connection = _connection_of(accepted)
                 hello = _receive(connection, _INTRODUCTION)
-                if hello is None or "settings" not in hello:  # somebody else's
+                if hello is None or not isinstance(hello.get("settings"), dict):  # somebody else's
                     connection.close()
                     continue
-                rank = hello["rank"]
+                rank = hello.get("rank")
+                if not isinstance(rank, int) or not 0 < rank < nodes.count:
+                    _refuse([connection], ConfigError(f"there is no node of rank {rank!r} among {nodes.count}"))
+                    continue
                 if rank in joined and not joined[rank].poll():  # nothing to read: it is not gone
                     _refuse([connection], ConfigError(f"another command has --node-rank {rank} already"))
                     continue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,31 +13,24 @@ from torch.distributed.fsdp import FSDPModule
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
-from megacore.errors import ConfigError, LayoutError
-from megacore.model import ComputeOptions, DecoderModel, apply_options, load_stages, model_specs, read_config
-from megacore.model.kernels import check_kernels
+from megacore.model import apply_options, load_stages, read_config
 from megacore.parallel import (
     SCHEDULES,
     GradientBuckets,
     ParallelContext,
-    ParameterSpec,
     Pipeline,
-    Stage,
-    balanced_stages,
-    check_schedule,
-    local_device,
     local_gradients,
     own_square_norm,
     parameter_specs,
     scale_gradients,
     shard,
-    stages_of,
     stages_on_rank,
 )
 from megacore.plugins import get_family
 from megacore.training.batches import Batch
 from megacore.training.loss_scale import LossScale
 from megacore.training.optimizer import build_optimizer
+from megacore.training.plan import compute_options, model_specs_of, pipeline_stages
 from megacore.training.run_config import RunConfig
 
 COMPUTED_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,7 +92,7 @@ class Engine:
                 # What lies around the layers is gathered as it is held: the gradients of embedding and head are sums
                 # over many tokens, for which 16 bit are too few.
                 shard_one(model, compute_dtype=None)
-        self.parameters = _distinct_parameters(self.stages)
+        self.parameters = {name: p for model in self.stages for name, p in model.own_parameters().items()}
         self.num_micro_batches = run.training.global_batch_size // parallel.dp_size // run.training.micro_batch_size
         self._buckets: GradientBuckets | None = None
         if parallel.sizes.dp_shard == 1 and parallel.sizes.dp_replicate > 1:
@@ -242,103 +233,3 @@ class Engine:
 
     def _all_named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [item for model in self.stages for item in model.named_parameters()]
-
-
-def model_specs_of(checkpoint: Checkpoint) -> dict[str, ParameterSpec]:
-    """The parameters of a checkpoint's model, as its plugin declares them."""
-    family = get_family(checkpoint.manifest.family)
-    return model_specs(read_config(family, checkpoint), family.build_layer)
-
-
-def pipeline_stages(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec]) -> list[Stage]:
-    """The stages of the whole model.
-
-    Raises:
-        LayoutError: when there are more than layers, or those that the run file gives are not all.
-    """
-    counts = run.parallel.layers_per_stage
-    if counts is not None:
-        if sum(counts) != config.num_layers or min(counts) < 1:
-            raise LayoutError(
-                f"parallel.layers_per_stage {list(counts)} must be whole numbers above 0 that add up to the model's "
-                f"{config.num_layers} layers"
-            )
-        return stages_of(counts)
-    layer = sum(math.prod(spec.shape) for name, spec in specs.items() if name.startswith("decoder.layers.0."))
-    head = config.vocab_size * config.hidden_size / layer
-    # An embedding takes as much memory as the head, but hardly any time.
-    return balanced_stages(config.num_layers, run.parallel.num_stages, embedding=head / 2, head=head)
-
-
-def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec], *, dp_size: int) -> None:
-    """Refuse what cannot be run, before anything is loaded.
-
-    Raises:
-        LayoutError: says what does not fit what.
-        ConfigError: says which kernels cannot be used here, and why.
-    """
-    check_kernels(
-        run.kernels.chosen,
-        device_type=local_device().type,
-        dtype=run.model.dtype,
-        has_mask=config.position_embedding == "alibi",
-        drops_attention=run.dropout.attention > 0,
-    )
-    if run.kernels.compile:
-        _check_compilation(run)
-    pipeline_stages(run, config, specs)
-    training = run.training
-    if training.global_batch_size % (training.micro_batch_size * dp_size):
-        raise LayoutError(
-            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-            f"training.micro_batch_size ({training.micro_batch_size}) × the data-parallel size ({dp_size})"
-        )
-    if run.parallel.pipeline_parallel > 1:
-        check_schedule(
-            run.parallel.pipeline_schedule,
-            pp=run.parallel.pipeline_parallel,
-            stages_per_rank=run.parallel.num_stages_per_rank,
-            num_micro_batches=training.global_batch_size // dp_size // training.micro_batch_size,
-        )
-
-
-def _check_compilation(run: RunConfig) -> None:
-    schedule = run.parallel.pipeline_schedule
-    if run.parallel.pipeline_parallel > 1 and SCHEDULES[schedule].splits_backward:
-        able = ", ".join(name for name, other in SCHEDULES.items() if not other.splits_backward)
-        raise ConfigError(
-            f"kernels.compile does not go with the pipeline schedule {schedule}, which takes the backward pass of a "
-            f"layer apart: set parallel.pipeline_schedule to one of {able}, or kernels.compile to false"
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if local_device().type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"kernels.compile needs a C++ compiler on a CPU, and {compiler} is not there: install it, name another one "
-            "in the environment variable CXX, or set kernels.compile to false"
-        )
-
-
-def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> ComputeOptions:
-    """How the run file says that the model computes."""
-    return ComputeOptions(
-        compute_dtype=compute_dtype,
-        recompute=run.recompute.granularity,
-        recompute_layers=run.recompute.num_layers,
-        attention_dropout=run.dropout.attention,
-        hidden_dropout=run.dropout.hidden,
-        lima_dropout=run.dropout.lima,
-        dropout_seed=run.dropout.seed,
-        attention=run.kernels.attention,
-        norm=run.kernels.norm,
-        compile=run.kernels.compile,
-    )
-
-
-def _distinct_parameters(stages: list[DecoderModel]) -> dict[str, nn.Parameter]:
-    """The parameters of the stages by name, without the last stage's copy of an embedding that is the head too."""
-    return {
-        name: parameter
-        for model in stages
-        for name, parameter in model.named_parameters()
-        if model.stage.is_first or not name.startswith("embedding.")
-    }

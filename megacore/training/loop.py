@@ -31,8 +31,10 @@ from megacore.parallel import (
     on_ranks,
 )
 from megacore.plugins import get_family
+from megacore.training.agreement import require_agreement
 from megacore.training.batches import batches, open_dataset
-from megacore.training.engine import HELD_IN, Engine, check_run, pipeline_stages
+from megacore.training.engine import HELD_IN, Engine
+from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate
@@ -183,6 +185,7 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
 
 def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
     checkpoint = Checkpoint(run.model.checkpoint)
+    require_agreement(checkpoint, run.data.prefix, parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:

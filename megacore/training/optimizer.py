@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
-from megacore.parallel import ParameterSpec
+from megacore.parallel import ParameterSpec, local_part
 from megacore.training.run_config import OptimizerSection
 
 
@@ -59,7 +58,8 @@ class ApexAdamW:
     def __init__(self, groups: list[dict[str, Any]], **constants: Any) -> None:
         from apex.optimizers import FusedAdam
 
-        self._parts = {parameter: nn.Parameter(_local(parameter)) for group in groups for parameter in group["params"]}
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        self._parts = {parameter: nn.Parameter(local_part(parameter)) for parameter in parameters}
         of_parts = [{**group, "params": [self._parts[parameter] for parameter in group["params"]]} for group in groups]
         self._fused = FusedAdam(of_parts, adam_w_mode=True, **constants)
         self.param_groups: list[dict[str, Any]] = self._fused.param_groups
@@ -68,15 +68,11 @@ class ApexAdamW:
         """Change the parameters as their gradients say."""
         for parameter, part in self._parts.items():
             # Sharded parameters may have moved.
-            part.data = _local(parameter)
-            part.grad = None if parameter.grad is None else _local(parameter.grad)
+            part.data = local_part(parameter)
+            part.grad = None if parameter.grad is None else local_part(parameter.grad)
         self._fused.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for parameter, part in self._parts.items():
             parameter.grad = part.grad = None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

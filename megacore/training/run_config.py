@@ -219,6 +219,13 @@ class RunConfig(Section):
                 f"parallel.stages_per_rank is {parallel.stages_per_rank}, and parallel.pipeline_parallel is 1: without "
                 "pipeline parallelism there is one stage; leave stages_per_rank out"
             )
+        if self.recompute.num_layers > 1 and self.recompute.granularity != "full":
+            raise ValueError(
+                f'recompute.num_layers ({self.recompute.num_layers}) belongs to recompute.granularity = "full", and '
+                f'that is "{self.recompute.granularity}"'
+            )
+        if self.dropout.lima and self.dropout.hidden == 0:
+            raise ValueError("dropout.lima lets dropout.hidden rise from layer to layer, and that is 0")
         if (parallel.data_parallel == "hybrid") != (parallel.shard_size is not None):
             raise ValueError('parallel.shard_size belongs to parallel.data_parallel = "hybrid", which needs it')
         if parallel.layers_per_stage is not None and len(parallel.layers_per_stage) != parallel.num_stages:

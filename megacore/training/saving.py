@@ -91,11 +91,7 @@ def save_stages(
     entries: dict[str, ParameterEntry] = {}
     for model in models:
         specs = parameter_specs(model)
-        parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if model.stage.is_first or not name.startswith("embedding.")  # the copy of one that is the head too
-        }
+        parameters = model.own_parameters()
         entries |= {name: ParameterEntry(specs[name], DTYPE_NAMES[p.dtype]) for name, p in parameters.items()}
         if parallel.dp_replicate_rank > 0:
             continue

@@ -1,0 +1,116 @@
+"""What a run file amounts to for a model: pipeline stages, how it computes, and what cannot be run."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+
+import torch
+
+from megacore.checkpoint import Checkpoint
+from megacore.config import ModelConfig
+from megacore.errors import ConfigError, LayoutError
+from megacore.model import ComputeOptions, model_specs, read_config
+from megacore.model.kernels import check_kernels
+from megacore.parallel import (
+    SCHEDULES,
+    ParameterSpec,
+    Stage,
+    balanced_stages,
+    check_schedule,
+    local_device,
+    stages_of,
+)
+from megacore.plugins import get_family
+from megacore.training.run_config import RunConfig
+
+
+def model_specs_of(checkpoint: Checkpoint) -> dict[str, ParameterSpec]:
+    """The parameters of a checkpoint's model, as its plugin declares them."""
+    family = get_family(checkpoint.manifest.family)
+    return model_specs(read_config(family, checkpoint), family.build_layer)
+
+
+def pipeline_stages(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec]) -> list[Stage]:
+    """The stages of the whole model.
+
+    Raises:
+        LayoutError: when there are more than layers, or those that the run file gives are not all.
+    """
+    counts = run.parallel.layers_per_stage
+    if counts is not None:
+        if sum(counts) != config.num_layers or min(counts) < 1:
+            raise LayoutError(
+                f"parallel.layers_per_stage {list(counts)} must be whole numbers above 0 that add up to the model's "
+                f"{config.num_layers} layers"
+            )
+        return stages_of(counts)
+    layer = sum(math.prod(spec.shape) for name, spec in specs.items() if name.startswith("decoder.layers.0."))
+    head = config.vocab_size * config.hidden_size / layer
+    # An embedding takes as much memory as the head, but hardly any time.
+    return balanced_stages(config.num_layers, run.parallel.num_stages, embedding=head / 2, head=head)
+
+
+def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpec], *, dp_size: int) -> None:
+    """Refuse what cannot be run, before anything is loaded.
+
+    Raises:
+        LayoutError: says what does not fit what.
+        ConfigError: says which kernels cannot be used here, and why.
+    """
+    check_kernels(
+        run.kernels.chosen,
+        device_type=local_device().type,
+        dtype=run.model.dtype,
+        has_mask=config.position_embedding == "alibi",
+        drops_attention=run.dropout.attention > 0,
+    )
+    if run.kernels.compile:
+        _check_compilation(run)
+    pipeline_stages(run, config, specs)
+    training = run.training
+    if training.global_batch_size % (training.micro_batch_size * dp_size):
+        raise LayoutError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size}) × the data-parallel size ({dp_size})"
+        )
+    if run.parallel.pipeline_parallel > 1:
+        check_schedule(
+            run.parallel.pipeline_schedule,
+            pp=run.parallel.pipeline_parallel,
+            stages_per_rank=run.parallel.num_stages_per_rank,
+            num_micro_batches=training.global_batch_size // dp_size // training.micro_batch_size,
+        )
+
+
+def _check_compilation(run: RunConfig) -> None:
+    schedule = run.parallel.pipeline_schedule
+    if run.parallel.pipeline_parallel > 1 and SCHEDULES[schedule].splits_backward:
+        able = ", ".join(name for name, other in SCHEDULES.items() if not other.splits_backward)
+        raise ConfigError(
+            f"kernels.compile does not go with the pipeline schedule {schedule}, which takes the backward pass of a "
+            f"layer apart: set parallel.pipeline_schedule to one of {able}, or kernels.compile to false"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if local_device().type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"kernels.compile needs a C++ compiler on a CPU, and {compiler} is not there: install it, name another one "
+            "in the environment variable CXX, or set kernels.compile to false"
+        )
+
+
+def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> ComputeOptions:
+    """How the run file says that the model computes."""
+    return ComputeOptions(
+        compute_dtype=compute_dtype,
+        recompute=run.recompute.granularity,
+        recompute_layers=run.recompute.num_layers,
+        attention_dropout=run.dropout.attention,
+        hidden_dropout=run.dropout.hidden,
+        lima_dropout=run.dropout.lima,
+        dropout_seed=run.dropout.seed,
+        attention=run.kernels.attention,
+        norm=run.kernels.norm,
+        compile=run.kernels.compile,
+    )
