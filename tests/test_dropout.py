@@ -9,40 +9,27 @@ import torch
 from torch import nn
 
 import megacore
+import tiny_run
 from megacore import ModelConfig
 from megacore.checkpoint import Checkpoint
 from megacore.errors import PluginError
 from megacore.model import ComputeOptions, DecoderModel, HiddenDropout, apply_options, load_model
 from megacore.model.dropout import Dropout
 from megacore.parallel import ParallelContext
-from megacore.training import RunConfig, read_run_config
+from megacore.training import RunConfig
 from megacore.training.loop import _train_on_rank, parallel_sizes
-from tiny_llama import published_model, write_dataset
 
 CPU = torch.device("cpu")
-
-RUN_FILE = """
-model = {{ checkpoint = "{checkpoint}", dtype = "fp64" }}
-data = {{ prefix = "{data}", seq_length = 12 }}
-optimizer = {{ lr = 0.01, eps = 1e-5 }}
-training = {{ train_iters = 3, global_batch_size = 4 }}
-output.checkpoint = "{out}"
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("dropout")
-    write_dataset(place / "data")
-    published_model(place / "published")
-    megacore.convert("llama", place / "published", place / "checkpoint")
-    return place
+    return tiny_run.prepare(tmp_path_factory.mktemp("dropout"))
 
 
 def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
-    file = out.with_suffix(".toml")
-    file.write_text(RUN_FILE.format(checkpoint=place / "checkpoint", data=place / "data", out=out))
-    return read_run_config(file, overrides)
+    base = ("model.dtype=fp64", "training.train_iters=3", "training.global_batch_size=4")
+    return tiny_run.run_of(place, out, *base, *overrides)
 
 
 def losses(place: Path, tmp_path: Path, *overrides: str) -> list[float]:

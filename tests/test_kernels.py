@@ -14,52 +14,30 @@ from click.testing import CliRunner
 from torch import Tensor
 
 import megacore
+import tiny_run
 from megacore.cli import cli
 from megacore.errors import ConfigError
 from megacore.model import kernels
 from megacore.model.kernels import KERNELS, attention_kernel, check_kernels, norm_kernels
 from megacore.model.nvidia_apex import apex_problem
 from megacore.parallel import ParallelSizes
-from megacore.training import RunConfig, Step, loop, plan, read_run_config
+from megacore.training import RunConfig, Step, loop, plan
 from megacore.training.loop import _train_on_rank
 from megacore.training.run_config import KernelsSection
-from tiny_llama import published_model, write_dataset
 from training_with_kernels import trained_with
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-
-RUN_FILE = """
-[model]
-checkpoint = "{place}/checkpoint"
-dtype = "fp64"
-[data]
-prefix = "{place}/data"
-seq_length = 8
-[optimizer]
-lr = 0.01
-[training]
-train_iters = 4
-micro_batch_size = 2
-global_batch_size = 4
-[output]
-checkpoint = "{out}"
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A checkpoint of two layers and a dataset."""
-    place = tmp_path_factory.mktemp("kernels")
-    write_dataset(place / "data")
-    published_model(place / "published", num_hidden_layers=2)
-    megacore.convert("llama", place / "published", place / "checkpoint")
-    return place
+    return tiny_run.prepare(tmp_path_factory.mktemp("kernels"), num_hidden_layers=2)
 
 
 def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
-    file = out.with_suffix(".toml")
-    file.write_text(RUN_FILE.format(place=place, out=out))
-    return read_run_config(file, overrides)
+    base = ("model.dtype=fp64", "training.train_iters=4", "training.micro_batch_size=2", "training.global_batch_size=4")
+    return tiny_run.run_of(place, out, *base, *overrides)
 
 
 def worst_difference(steps: list[Step], expected: list[Step]) -> float:

@@ -15,38 +15,16 @@ import pytest
 from torch import Tensor
 
 import megacore
-from megacore.checkpoint import Checkpoint
+import tiny_run
 from megacore.parallel import SCHEDULES
-from megacore.training import RunConfig, Step, read_run_config
+from megacore.training import RunConfig, Step
 from megacore.training.loop import _train_on_rank, parallel_sizes
 from tiny_llama import published_model, write_dataset
 from tiny_models import tied_multi_query_falcon
+from tiny_run import weights
 
 STEPS = 5
 MAX_WORLD = 8
-
-RUN_FILE = """
-[model]
-checkpoint = "{checkpoint}"
-
-[data]
-prefix = "{data}"
-seq_length = 12
-
-[optimizer]
-lr = 0.01
-min_lr = 0.001
-warmup_iters = 1
-weight_decay = 0.1
-eps = 1e-5
-
-[training]
-train_iters = 5
-global_batch_size = 8
-
-[output]
-checkpoint = "{out}"
-"""
 
 MODELS = {"grouped queries, untied": 3, "one key-value head, tied": 4}
 """Each with the tensor-parallel size above 2 that it can be cut over."""
@@ -174,16 +152,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def run_of(place: Path, out: Path, model: str, *overrides: str) -> RunConfig:
-    file = out.with_suffix(".toml")
-    file.write_text(RUN_FILE.format(checkpoint=place / model, data=place / "data", out=out))
-    return read_run_config(file, overrides)
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All parameters of a checkpoint, each as one matrix."""
-    opened = Checkpoint(checkpoint)
-    matrices = {name: opened.matrix(name) for name in opened.manifest.parameters}
-    return {name: m.read(slice(0, m.rows), slice(0, m.columns)) for name, m in matrices.items()}
+    base = ("optimizer.min_lr=0.001", "optimizer.warmup_iters=1", "optimizer.weight_decay=0.1")
+    return tiny_run.run_of(place, out, *base, *overrides, checkpoint=model)
 
 
 @dataclass(frozen=True)

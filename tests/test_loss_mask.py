@@ -8,22 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-import megacore
+import tiny_run
 from megacore.checkpoint import Checkpoint
 from megacore.model import load_model
 from megacore.parallel import ParallelContext
-from megacore.training import RunConfig, batches, read_run_config
+from megacore.training import RunConfig, batches
 from megacore.training.loop import parallel_sizes
-from tiny_llama import published_model, write_dataset
 from training_on_rank import masked, masked_gradients
-
-RUN_FILE = """
-model = {{ checkpoint = "{checkpoint}", dtype = "fp64" }}
-data = {{ prefix = "{data}", seq_length = 12 }}
-optimizer = {{ lr = 0.01 }}
-training = {{ train_iters = 1, global_batch_size = 8 }}
-output.checkpoint = "{out}"
-"""
 
 LAYOUTS = {
     "one process": [],
@@ -41,17 +32,11 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("mask")
-    write_dataset(place / "data")
-    published_model(place / "published")
-    megacore.convert("llama", place / "published", place / "checkpoint")
-    return place
+    return tiny_run.prepare(tmp_path_factory.mktemp("mask"))
 
 
 def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
-    file = out.with_suffix(".toml")
-    file.write_text(RUN_FILE.format(checkpoint=place / "checkpoint", data=place / "data", out=out))
-    return read_run_config(file, overrides)
+    return tiny_run.run_of(place, out, "model.dtype=fp64", "training.train_iters=1", *overrides)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

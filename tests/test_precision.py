@@ -8,48 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import megacore
+import tiny_run
 from megacore.checkpoint import Checkpoint
 from megacore.data import IndexedDatasetWriter
 from megacore.errors import TrainingError
 from megacore.parallel import ParallelContext
-from megacore.training import Engine, RunConfig, Step, batches, read_run_config
+from megacore.training import Engine, RunConfig, Step, batches
 from megacore.training.loop import _train_on_rank, parallel_sizes
 from megacore.training.loss_scale import LossScale
 from megacore.training.run_config import LossScaleSection
-from tiny_llama import published_model, write_dataset
+from tiny_run import weights
 from training_on_rank import collectives_of_a_step, gathered_gradients, num_elements_held
-
-RUN_FILE = """
-model = {{ checkpoint = "{checkpoint}", dtype = "{dtype}" }}
-data = {{ prefix = "{data}", seq_length = 12 }}
-optimizer = {{ lr = 0.01, eps = 1e-5 }}
-training = {{ train_iters = 6, global_batch_size = 8 }}
-output.checkpoint = "{out}"
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("precision")
-    write_dataset(place / "data")
-    published_model(place / "published")
-    megacore.convert("llama", place / "published", place / "checkpoint")
-    return place
+    return tiny_run.prepare(tmp_path_factory.mktemp("precision"))
 
 
 def run_of(place: Path, out: Path, *overrides: str, dtype: str = "fp32") -> RunConfig:
-    file = out.with_suffix(".toml")
-    file.write_text(RUN_FILE.format(checkpoint=place / "checkpoint", data=place / "data", out=out, dtype=dtype))
-    return read_run_config(file, overrides)
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    opened = Checkpoint(checkpoint)
-    matrices = {name: opened.matrix(name) for name in opened.manifest.parameters}
-    return {name: m.read(slice(0, m.rows), slice(0, m.columns)) for name, m in matrices.items()}
+    return tiny_run.run_of(place, out, f"model.dtype={dtype}", "training.train_iters=6", *overrides)
 
 
 def losses(steps: list[Step]) -> list[float]:

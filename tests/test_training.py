@@ -31,6 +31,7 @@ from megacore.training.optimizer import build_optimizer
 from megacore.training.run_config import OptimizerSection
 from megacore.training.schedule import learning_rate
 from tiny_llama import VOCAB, published_model, write_dataset
+from tiny_run import weights
 from training_on_rank import train_on_what_each_sees, trained_replicas, whole_gradients
 
 STEPS = 10
@@ -87,13 +88,6 @@ def run_of(place: Path, out: Path, *overrides: str, model: str = "untied", layou
 
 def two_ranks(sequence_parallel: bool) -> ParallelSizes:
     return ParallelSizes(tp=2, sequence_parallel=sequence_parallel)
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All parameters of a checkpoint, each as one matrix."""
-    opened = Checkpoint(checkpoint)
-    matrices = {name: opened.matrix(name) for name in opened.manifest.parameters}
-    return {name: m.read(slice(0, m.rows), slice(0, m.columns)) for name, m in matrices.items()}
 
 
 def worst_relative_error(actual: list[float], expected: list[float]) -> float:
