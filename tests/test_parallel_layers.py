@@ -30,6 +30,7 @@ BATCH, SEQUENCE, HIDDEN, VOCAB = 2, 4, 10, 99
 either_sequence = pytest.mark.parametrize(
     "sequence_parallel", [False, True], ids=["whole sequence", "sequence parallel"]
 )
+either_overlap = pytest.mark.parametrize("overlaps", [True, False], ids=["overlapping", "one after the other"])
 either_bias = pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 
 
@@ -68,12 +69,20 @@ COLUMN_CUTS = {"3 groups as 2 + 1": ((3, 6), 0), "gate and up of 7 as 4 + 3": ((
 ROW_CUTS = {"3 groups as 2 + 1": (3, 4), "7 as 4 + 3": (7,)}
 
 
-def run_column(ranks, out_shape, shard_dim, bias, sequence_parallel) -> tuple[list[Outcome], tuple[Tensor, ...]]:
+def column_layer(overlaps: bool, *arguments, **settings) -> ColumnParallelLinear:
+    layer = ColumnParallelLinear(*arguments, **settings)
+    layer.overlaps = overlaps
+    return layer
+
+
+def run_column(
+    ranks, out_shape, shard_dim, bias, sequence_parallel, overlaps=True
+) -> tuple[list[Outcome], tuple[Tensor, ...]]:
     hidden, gradient = random(BATCH, SEQUENCE, HIDDEN), random(BATCH, SEQUENCE, torch.Size(out_shape).numel())
     values = {"weight": random(*out_shape, HIDDEN)} | ({"bias": random(*out_shape, seed=1)} if bias else {})
     outcomes = ranks.run(
         run_module,
-        partial(ColumnParallelLinear, HIDDEN, out_shape, shard_dim=shard_dim, bias=bias),
+        partial(column_layer, overlaps, HIDDEN, out_shape, shard_dim=shard_dim, bias=bias),
         values,
         between_layers(hidden, sequence_parallel),
         parts(gradient, out_shape, shard_dim),
@@ -99,10 +108,13 @@ def test_a_column_parallel_layer_computes_the_outputs_of_the_whole(
 
 
 @either_sequence
+@either_overlap
 @either_bias
 @pytest.mark.parametrize(("out_shape", "shard_dim"), COLUMN_CUTS.values(), ids=COLUMN_CUTS)
-def test_a_column_parallel_layer_has_the_gradients_of_the_whole(ranks, out_shape, shard_dim, bias, sequence_parallel):
-    outcomes, (_, hidden, *gradients) = run_column(ranks, out_shape, shard_dim, bias, sequence_parallel)
+def test_a_column_parallel_layer_has_the_gradients_of_the_whole(
+    ranks, out_shape, shard_dim, bias, overlaps, sequence_parallel
+):
+    outcomes, (_, hidden, *gradients) = run_column(ranks, out_shape, shard_dim, bias, sequence_parallel, overlaps)
 
     for outcome, expected in zip(outcomes, between_layers(hidden, sequence_parallel), strict=True):
         close(outcome.input_gradient, expected)

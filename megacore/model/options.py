@@ -12,7 +12,7 @@ from megacore.model.decoder import DecoderModel
 from megacore.model.dropout import Dropout, HiddenDropout
 from megacore.model.kernels import attention_kernel, norm_kernels
 from megacore.model.norms import LayerNorm, RMSNorm
-from megacore.parallel import ParallelModule
+from megacore.parallel import ColumnParallelLinear, ParallelModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class ComputeOptions:
         attention: name of what computes attention, in :data:`megacore.model.kernels.KERNELS`.
         norm: likewise of the norms.
         compile: let torch compile each layer.
+        splits_backward: the backward pass computes the gradients of parameters apart from those of activations.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -44,6 +45,7 @@ class ComputeOptions:
     attention: str = "auto"
     norm: str = "auto"
     compile: bool = False
+    splits_backward: bool = False
 
 
 def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
@@ -59,6 +61,8 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.compute_dtype = options.compute_dtype
+        if isinstance(module, ColumnParallelLinear):
+            module.overlaps = not (options.splits_backward or options.compile)
         if isinstance(module, RMSNorm | LayerNorm):
             module.kernels = norm_kernels(options.norm)
     if hasattr(model, "embedding"):

@@ -70,17 +70,23 @@ def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gathered_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The slices of all ranks of ``group``, joined; autograd does not see it."""
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=SEQUENCE)
 
 
 def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [part.contiguous() for part in x.chunk(group.size(), dim=SEQUENCE)]
+    parts = parts_of_sequence(x, group)
     total = torch.empty_like(parts[0])
     dist.reduce_scatter(total, parts, group=group)
     return total
+
+
+def parts_of_sequence(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The slice of each rank of ``group``, contiguous."""
+    return [part.contiguous() for part in x.chunk(group.size(), dim=SEQUENCE)]
 
 
 class _SumGradients(torch.autograd.Function):
@@ -120,7 +126,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _gathered(x, group)
+        return gathered_sequence(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -135,4 +141,4 @@ class _ScatterSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _gathered(gradient, ctx.group), None
+        return gathered_sequence(gradient, ctx.group), None

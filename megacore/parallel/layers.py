@@ -13,6 +13,7 @@ from megacore.parallel.collectives import all_reduce, gather_sequence, scatter_s
 from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import chunk_bounds
 from megacore.parallel.module import ParallelModule, ReplicatedModule
+from megacore.parallel.overlap import overlapping_linear
 
 
 def enter_parallel_region(hidden: Tensor, parallel: ParallelContext) -> Tensor:
@@ -32,6 +33,10 @@ class ColumnParallelLinear(ParallelModule):
     ``out_shape``. ``num_subunits`` and ``num_shared`` say how that axis can be cut over more ranks than it is long; see
     :class:`~megacore.parallel.ParameterSpec`. The result has this rank's outputs, flattened:
     ``[batch, sequence, local_out_features]``.
+
+    Attributes:
+        overlaps: sum the input's gradient over the ranks while the weight's is computed; not for a backward pass that
+            computes the two apart. See :func:`~megacore.parallel.overlap.overlapping_linear`.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class ColumnParallelLinear(ParallelModule):
         parallel: ParallelContext,
     ) -> None:
         super().__init__(parallel)
+        self.overlaps = True
         cut: dict[str, int] = {
             "shard_dim": shard_dim,
             "row_dims": len(out_shape),
@@ -58,9 +64,11 @@ class ColumnParallelLinear(ParallelModule):
             self.declare("bias", out_shape, **cut)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = enter_parallel_region(hidden, self.parallel)
+        weight = self.local("weight").flatten(0, -2)
         bias = self.local("bias").flatten() if self.has_bias else None
-        return F.linear(hidden, self.local("weight").flatten(0, -2), bias)
+        if self.overlaps:
+            return overlapping_linear(hidden, weight, bias, self.parallel)
+        return F.linear(enter_parallel_region(hidden, self.parallel), weight, bias)
 
 
 class RowParallelLinear(ReplicatedModule):

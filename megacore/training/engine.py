@@ -15,7 +15,6 @@ from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
 from megacore.model import apply_options, load_stages, read_config
 from megacore.parallel import (
-    SCHEDULES,
     GradientBuckets,
     ParallelContext,
     Pipeline,
@@ -30,7 +29,7 @@ from megacore.plugins import get_family
 from megacore.training.batches import Batch
 from megacore.training.loss_scale import LossScale
 from megacore.training.optimizer import build_optimizer
-from megacore.training.plan import compute_options, model_specs_of, pipeline_stages
+from megacore.training.plan import compute_options, model_specs_of, pipeline_stages, splits_backward
 from megacore.training.run_config import RunConfig
 
 COMPUTED_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -161,8 +160,7 @@ class Engine:
         token_weights = loss_mask * (self._loss_factor / self._over_data_parallelism(loss_mask.sum()).clamp(min=1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
         if self._buckets is not None:
-            splits_backward = self._pipeline and SCHEDULES[self.run.parallel.pipeline_schedule].splits_backward
-            self._buckets.expect(None if splits_backward else self.num_micro_batches)
+            self._buckets.expect(None if splits_backward(self.run) else self.num_micro_batches)
         if self._pipeline is not None:
             return self._pipeline.run(input_ids, targets, **inputs)
         [model] = self.stages

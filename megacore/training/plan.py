@@ -86,7 +86,7 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
 
 def _check_compilation(run: RunConfig) -> None:
     schedule = run.parallel.pipeline_schedule
-    if run.parallel.pipeline_parallel > 1 and SCHEDULES[schedule].splits_backward:
+    if splits_backward(run):
         able = ", ".join(name for name, other in SCHEDULES.items() if not other.splits_backward)
         raise ConfigError(
             f"kernels.compile does not go with the pipeline schedule {schedule}, which takes the backward pass of a "
@@ -98,6 +98,11 @@ def _check_compilation(run: RunConfig) -> None:
             f"kernels.compile needs a C++ compiler on a CPU, and {compiler} is not there: install it, name another one "
             "in the environment variable CXX, or set kernels.compile to false"
         )
+
+
+def splits_backward(run: RunConfig) -> bool:
+    """Whether the backward pass computes the gradients of parameters apart from those of activations."""
+    return run.parallel.pipeline_parallel > 1 and SCHEDULES[run.parallel.pipeline_schedule].splits_backward
 
 
 def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> ComputeOptions:
@@ -113,4 +118,5 @@ def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> Comput
         attention=run.kernels.attention,
         norm=run.kernels.norm,
         compile=run.kernels.compile,
+        splits_backward=splits_backward(run),
     )
