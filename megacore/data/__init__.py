@@ -1,6 +1,7 @@
 """Data: tokenizing text, the indexed dataset that holds the ids, and the samples that training takes from it."""
 
 from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megacore.data.samples import Sample
 from megacore.data.tokenization import DatasetDescription, TokenizeSummary, tokenize
 from megacore.data.tokenizer import Tokenizer, load_tokenizer
 from megacore.data.vocabulary import check_token_ids
@@ -11,6 +12,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetWriter",
     "KeyedPermutation",
+    "Sample",
     "SampleOrder",
     "TokenWindows",
     "TokenizeSummary",
