@@ -63,6 +63,30 @@ def test_weights_are_held_and_saved_in_32_bit_so_that_steps_too_small_for_16_bit
         assert 1e-6 < moved.max() < 1e-5, name  # of numbers near 0.2, where bfloat16 counts in steps of 1e-3
 
 
+@pytest.mark.parametrize(("recompute", "copies"), [("none", 1), ("selective", 1), ("full", 0)])
+def test_micro_batches_whose_backward_pass_is_to_come_share_one_16_bit_copy_of_the_weights(
+    place, tmp_path, recompute, copies
+):
+    run = run_of(place, tmp_path / "out", f"recompute.granularity={recompute}", dtype="bf16")
+    engine = Engine(run, Checkpoint(run.model.checkpoint), ParallelContext.single())
+    [model] = engine.stages
+    weight = model.get_parameter("decoder.layers.0.mlp.linear_fc1.weight").flatten(0, -2)
+    tokens = torch.zeros((1, run.data.seq_length), dtype=torch.int64)
+    kept = []
+
+    def keep(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in (weight.shape, weight.t().shape):
+            kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graphs = [model(tokens, targets=tokens, token_weights=torch.ones(tokens.shape)) for _ in range(2)]
+
+    assert len(graphs) == 2
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    assert len(storages) == copies * model.config.num_layers
+
+
 DATA_PARALLEL = {
     "replicated": ["parallel.nproc_per_node=2"],
     "sharded": ["parallel.nproc_per_node=2", "parallel.data_parallel=sharded"],

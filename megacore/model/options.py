@@ -22,6 +22,7 @@ class ComputeOptions:
     Attributes:
         compute_dtype: of the arithmetic, where the parameters are held in a wider one; ``None`` for that of the
             parameters.
+        keeps_casts: keep what parameters are cast to, see :class:`~megacore.parallel.ParallelModule`.
         recompute: ``"none"``; ``"selective"``, what lies between the projections of attention; ``"full"``, layers.
         recompute_layers: of ``"full"``, how many layers at a time.
         attention_dropout: probability that an attention weight is dropped.
@@ -36,6 +37,7 @@ class ComputeOptions:
     """
 
     compute_dtype: torch.dtype | None = None
+    keeps_casts: bool = False
     recompute: str = "none"
     recompute_layers: int = 1
     attention_dropout: float = 0.0
@@ -60,7 +62,7 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
         torch.compiler.config.cache_key_tag = f"tp {model.parallel.tp_rank} of {model.parallel.tp_size}"
     for module in model.modules():
         if isinstance(module, ParallelModule):
-            module.compute_dtype = options.compute_dtype
+            module.compute_dtype, module.keeps_casts = options.compute_dtype, options.keeps_casts
         if isinstance(module, ColumnParallelLinear):
             module.overlaps = not (options.splits_backward or options.compile)
         if isinstance(module, RMSNorm | LayerNorm):

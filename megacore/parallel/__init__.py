@@ -20,7 +20,14 @@ from megacore.parallel.layers import (
     vocab_parallel_logits,
 )
 from megacore.parallel.loss import linear_cross_entropy
-from megacore.parallel.module import ParallelModule, ReplicatedModule, local_part, materialize, parameter_specs
+from megacore.parallel.module import (
+    ParallelModule,
+    ReplicatedModule,
+    forget_casts,
+    local_part,
+    materialize,
+    parameter_specs,
+)
 from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, stages_on_rank
 from megacore.parallel.sizes import ParallelSizes
@@ -49,6 +56,7 @@ __all__ = [
     "chunk_bounds",
     "describe_imbalance",
     "end_process",
+    "forget_casts",
     "gathered",
     "is_first_process",
     "join_parts",

@@ -8,6 +8,7 @@ any size can be planned without memory; :func:`materialize` then gives each para
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class ParallelModule(nn.Module):
     Attributes:
         compute_dtype: what parameters are computed with in, where that is not what they are held in: 16 bit with
             parameters in 32 bit, whose gradients then are in 32 bit too.
+        keeps_casts: cast a parameter to that once, for all micro-batches until :func:`forget_casts`; else each time,
+            and every micro-batch whose backward pass is to come keeps a copy of its own.
     """
 
     def __init__(self, parallel: ParallelContext) -> None:
@@ -31,6 +34,8 @@ class ParallelModule(nn.Module):
         self.parallel = parallel
         self.specs: dict[str, ParameterSpec] = {}
         self.compute_dtype: torch.dtype | None = None
+        self.keeps_casts = False
+        self.casts: dict[str, Tensor] = {}
 
     def declare(
         self,
@@ -53,7 +58,7 @@ class ParallelModule(nn.Module):
 
         Gradients flow back to the parameter; those of entries that other ranks hold too are summed over these.
         """
-        return self._to_compute_with(self.held(name))
+        return self._cast(name, self.held(name))
 
     def held(self, name: str) -> Tensor:
         """As :meth:`local`, in the dtype that the parameter is held in."""
@@ -66,8 +71,36 @@ class ParallelModule(nn.Module):
         parameter = getattr(self, name)
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
+    def _cast(self, name: str, held: Tensor) -> Tensor:
+        """Parameter ``name``, of which this process holds ``held``, in the dtype to compute in."""
+        if not self.keeps_casts or self.compute_dtype is None:
+            return self._to_compute_with(held)
+        if name not in self.casts:
+            self.casts[name] = held.detach().to(self.compute_dtype)
+        return _Cast.apply(held, self.casts[name])
+
     def _to_compute_with(self, held: Tensor) -> Tensor:
         return held if self.compute_dtype is None else held.to(self.compute_dtype)
+
+
+class _Cast(torch.autograd.Function):
+    """To ``cast``, which ``held`` was cast to before."""
+
+    @staticmethod
+    def forward(ctx: Any, held: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = held.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
+def forget_casts(model: nn.Module) -> None:
+    """Give back the memory of the parameters that ``model`` has cast, as must be done before they change."""
+    for module in model.modules():
+        if isinstance(module, ParallelModule):
+            module.casts.clear()
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -85,7 +118,7 @@ class ReplicatedModule(ParallelModule):
         otherwise they are equal on all of them already.
         """
         held = self._held(name)
-        return self._to_compute_with(sum_gradients(held, self.parallel) if self.parallel.sequence_parallel else held)
+        return self._cast(name, sum_gradients(held, self.parallel) if self.parallel.sequence_parallel else held)
 
 
 def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:

@@ -18,6 +18,7 @@ from megacore.parallel import (
     GradientBuckets,
     ParallelContext,
     Pipeline,
+    forget_casts,
     local_gradients,
     own_square_norm,
     parameter_specs,
@@ -135,6 +136,8 @@ class Engine:
         In fp16 the gradients are those of the loss times the loss scale; the loss and the norm are not.
         """
         losses = self._forward_and_backward(batch)
+        for model in self.stages:
+            forget_casts(model)
         if self._buckets is not None:
             self._buckets.finish()
         self._sum_tied_gradients()

@@ -109,6 +109,11 @@ def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> Comput
     """How the run file says that the model computes."""
     return ComputeOptions(
         compute_dtype=compute_dtype,
+        # Layers that are recomputed have one cast at a time, shards are gathered as they are cast, and compiled code
+        # casts as it likes.
+        keeps_casts=run.recompute.granularity != "full"
+        and run.parallel.data_parallel == "replicated"
+        and not run.kernels.compile,
         recompute=run.recompute.granularity,
         recompute_layers=run.recompute.num_layers,
         attention_dropout=run.dropout.attention,
