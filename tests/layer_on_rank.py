@@ -75,7 +75,7 @@ def run_cross_entropy(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and the gradients of what this rank holds of hidden states and head."""
-    loss.CHUNK_BYTES = chunk_bytes
+    loss.CHUNK_BYTES = {"cpu": chunk_bytes}
     own_hidden, own_weight = hidden[parallel.tp_rank].requires_grad_(), weights[parallel.tp_rank].requires_grad_()
     result = linear_cross_entropy(
         own_hidden, own_weight, targets, token_weights, vocab_size=vocab_size, parallel=parallel

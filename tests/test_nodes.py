@@ -369,6 +369,28 @@ def test_a_node_that_does_not_come_is_named_after_the_timeout():
     assert str(unanswered).startswith(f"node 0 did not answer at localhost:{port} in time: ")
 
 
+@pytest.mark.parametrize(
+    ("rank", "note"),
+    [(0, r"^node 0 waits for nodes 1, 2, for 1 seconds more at most$"), (1, r"^node 0 does not answer at localhost:")],
+)
+def test_who_waits_for_a_node_is_told_which_one(monkeypatch, rank, note):
+    monkeypatch.setattr("megacore.parallel.nodes._REMINDER", 0.4)
+    notes: list[str] = []
+
+    with (
+        pytest.raises(WorkerError),
+        joined_nodes(Nodes(3, rank, port=free_port()), {}, timeout=timedelta(seconds=1), on_note=notes.append),
+    ):
+        pass
+
+    assert re.search(note, notes[0])
+
+
+@pytest.mark.parametrize("told", ["no object", {"kind": "WorkerError"}, {"kind": 1, "message": []}])
+def test_what_another_node_tells_in_another_form_is_told_as_it_is(told):
+    assert str(Failure.told(told).error()) == f"another node failed: {told}"
+
+
 def test_a_port_that_is_taken_and_an_address_that_is_not_known_are_told_at_once():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
@@ -441,8 +463,38 @@ def test_more_processes_than_a_node_has_gpus_are_refused(place, monkeypatch):
         parallel_sizes(run)
 
 
-def test_under_torchrun_the_option_nodes_is_refused(place, monkeypatch):
+def started_by_torchrun(monkeypatch, num_here: int) -> None:
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": num_here}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+
+def test_under_torchrun_another_number_of_processes_than_it_started_is_refused(place, monkeypatch):
+    started_by_torchrun(monkeypatch, 2)
+    run = read_run_config(run_file(place), ["parallel.nproc_per_node=4"])
+
+    with pytest.raises(LayoutError, match=r"nproc_per_node is 4, and 2 processes were started on this node"):
+        parallel_sizes(run)
+
+
+def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, monkeypatch):
+    started_by_torchrun(monkeypatch, 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    with pytest.raises(LayoutError, match=r"^4 processes were started on this node, which has 2 GPUs$"):
+        parallel_sizes(read_run_config(run_file(place), []))
+
+
+def test_a_rank_in_the_environment_without_the_rest_of_what_torchrun_says_is_refused(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
+
+    with pytest.raises(ConfigError, match=r"but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT of"):
+        parallel_sizes(read_run_config(run_file(place), []))
+
+
+def test_under_torchrun_the_option_nodes_is_refused(place, monkeypatch):
+    started_by_torchrun(monkeypatch, 2)
     run = read_run_config(run_file(place), [*SETTINGS, "output.checkpoint=/tmp/never"])
 
     with pytest.raises(ConfigError, match=r"^under torchrun, which knows the nodes"):

@@ -21,6 +21,9 @@ from megacore.parallel.sizes import ParallelSizes
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """The axes of the mesh; ranks next to each other differ in the last."""
 
+_SOMEWHERE_ELSE = "192.0.2.1"
+"""An address of documentation's own (RFC 5737): the route to it is that to any other machine."""
+
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
 
@@ -158,7 +161,10 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
         torch.cuda.set_device(device)
     elif os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
         # Left alone, gloo takes the address that this machine's own name stands for, which may well be 127.0.1.1.
-        interface = interface_towards(os.environ["MASTER_ADDR"])
+        master = os.environ["MASTER_ADDR"]
+        interface = interface_towards(master)
+        if interface is not None and interface == "lo" and not _names_this_machine_only(master):
+            interface = interface_towards(_SOMEWHERE_ELSE)  # the master, which takes its own name for 127.0.1.1
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
@@ -166,6 +172,10 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _names_this_machine_only(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.")
 
 
 def interface_towards(host: str) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -38,6 +39,13 @@ class Failure:
     kind: str
     message: str
     is_echo: bool = False
+
+    @classmethod
+    def told(cls, fields: Any) -> Failure:
+        """What another node tells of its own, as ``asdict`` made it; whatever else arrives is taken for a message."""
+        if isinstance(fields, dict) and isinstance(fields.get("kind"), str) and isinstance(fields.get("message"), str):
+            return cls(fields["kind"], fields["message"], fields.get("is_echo") is True)
+        return cls("WorkerError", f"another node failed: {fields}")
 
     def error(self) -> MegacoreError:
         """The exception that tells of it; a :class:`WorkerError` for a kind that this megacore does not have."""

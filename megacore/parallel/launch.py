@@ -32,6 +32,9 @@ from megacore.parallel.slurm import srun_variables
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 """The loggers of torch's launcher begin with this."""
 
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process."""
+
 HALF_AN_HOUR = timedelta(minutes=30)
 
 
@@ -42,6 +45,7 @@ def on_ranks(
     nodes: Nodes = ONE_NODE,
     timeout: timedelta = HALF_AN_HOUR,
     settings: Mapping[str, Any] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Any:
     """Call ``function(parallel, *arguments)`` on every rank and return what rank 0 returned.
 
@@ -56,6 +60,7 @@ def on_ranks(
         nodes: each starts an equal share of the ranks, in a call of its own, which returns the same.
         timeout: how long the nodes wait for each other at the start, and a rank for another one.
         settings: by name, what must be the same on all nodes; JSON.
+        on_note: is told, now and then, which nodes have not come yet.
 
     Raises:
         MegacoreError: what the first rank to fail raised, in the kind of :mod:`megacore.errors` that it is.
@@ -73,7 +78,8 @@ def on_ranks(
     with tempfile.TemporaryDirectory(prefix="megacore-ranks-") as directory, _undisturbed():
         reports = Path(directory)
         try:
-            with joined_nodes(nodes, {"layout": str(sizes)} | dict(settings or {}), timeout=timeout) as link:
+            told = {"layout": str(sizes)} | dict(settings or {})
+            with joined_nodes(nodes, told, timeout=timeout, on_note=on_note) as link:
                 config = LaunchConfig(
                     min_nodes=nodes.count,
                     max_nodes=nodes.count,
@@ -104,9 +110,15 @@ def launched_environment(nodes: Nodes = ONE_NODE) -> Mapping[str, str]:
     """The variables by which torchrun or srun tells this process of its place; empty where it starts the others itself.
 
     Raises:
-        ConfigError: when torchrun has started it, and it is told of several nodes all the same.
+        ConfigError: when torchrun has started it, and it is told of several nodes all the same; when only some of
+            torchrun's variables are there.
     """
     if "RANK" in os.environ:
+        if missing := [name for name in _TORCHRUN if name not in os.environ]:
+            raise ConfigError(
+                f"the environment variable RANK says that torchrun has started this process, but {', '.join(missing)} "
+                "of its variables are not there: start it with torchrun, or unset RANK"
+            )
         if nodes.count > 1:
             raise ConfigError("under torchrun, which knows the nodes (--nnodes), --nodes is left out")
         return os.environ

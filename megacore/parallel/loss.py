@@ -12,8 +12,8 @@ from megacore.parallel.context import ParallelContext
 from megacore.parallel.cuts import chunk_bounds
 from megacore.parallel.layers import enter_parallel_region
 
-CHUNK_BYTES = 2**24
-"""Of the logits that exist at once, in 32 bit."""
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Of the logits that exist at once, in 32 bit, by the type of device: a GPU has more to keep busy."""
 
 
 def linear_cross_entropy(
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if with_gradients else None
         weight_gradient = torch.zeros_like(weight) if with_gradients else None
         total = torch.zeros(1, dtype=token_weights.dtype, device=hidden.device)
-        chunk = max(1, CHUNK_BYTES // (4 * rows.shape[0]))
+        chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * rows.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             tokens = slice(start, start + chunk)
             losses, gradient = _of_chunk(

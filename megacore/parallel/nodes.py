@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -37,6 +37,9 @@ _HEAR_THE_CAUSE = 40.0
 
 _INTRODUCTION = 10.0
 """Seconds that who connects has to say which node it is, and that a connection may take."""
+
+_REMINDER = 20.0
+"""Seconds after which a person is told, and told again, which nodes are awaited."""
 
 _LONGEST_MESSAGE = 1 << 20
 """Bytes; a traceback is a few thousand."""
@@ -132,7 +135,7 @@ class Link:
                 if message is None:
                     message = {"failed": asdict(Failure("WorkerError", f"node {node} is gone: its command was killed"))}
                 if "failed" in message:
-                    self._learn(Failure(**message["failed"]), of_node=node)
+                    self._learn(Failure.told(message["failed"]), of_node=node)
                     self._has_heard.set()
                     with self._one_cause:  # so that it comes while the launcher still takes signals
                         if self._ranks_run:
@@ -155,13 +158,20 @@ class Link:
 
 
 @contextmanager
-def joined_nodes(nodes: Nodes, settings: Mapping[str, Any], *, timeout: timedelta) -> Iterator[Link]:
+def joined_nodes(
+    nodes: Nodes,
+    settings: Mapping[str, Any],
+    *,
+    timeout: timedelta,
+    on_note: Callable[[str], None] | None = None,
+) -> Iterator[Link]:
     """Meet the commands on the other nodes, and tell them how the block ends.
 
     Args:
         nodes: all of them.
         settings: by name, what each node must have been told alike; JSON.
         timeout: how long to wait for the last one.
+        on_note: is told, now and then, which ones are awaited.
 
     Raises:
         ConfigError: when another node was told something else, or node 0 cannot be asked.
@@ -172,12 +182,12 @@ def joined_nodes(nodes: Nodes, settings: Mapping[str, Any], *, timeout: timedelt
     if nodes.rank == 0:
         # torch's own rendezvous shares this store, whose port is free for certain and which listens before it is told.
         store = TCPStore("localhost", 0, None, True, timeout, multi_tenant=True, wait_for_workers=False)
-        address, connections = _meet_all(nodes, own, deadline)
+        address, connections = _meet_all(nodes, own, deadline, on_note or _to_nobody)
         for connection in connections.values():
             _send(connection, store_port=store.port)
         link = Link(nodes, connections, (address, store.port))
     else:
-        connection = _connect(nodes, deadline)
+        connection = _connect(nodes, deadline, on_note or _to_nobody)
         store_port = _join(nodes, connection, own, deadline)
         link = Link(nodes, {0: connection}, (nodes.address, store_port))
     try:
@@ -190,7 +200,13 @@ def joined_nodes(nodes: Nodes, settings: Mapping[str, Any], *, timeout: timedelt
         link.close()
 
 
-def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> tuple[str, dict[int, Connection]]:
+def _to_nobody(note: str) -> None:
+    pass
+
+
+def _meet_all(
+    nodes: Nodes, settings: dict[str, Any], deadline: float, on_note: Callable[[str], None]
+) -> tuple[str, dict[int, Connection]]:
     """On node 0, wait for the others: the address at which they reach it, and their connections by the node's rank.
 
     The former need not be what ``nodes.address`` is here: many a machine takes its own name for 127.0.1.1.
@@ -208,12 +224,16 @@ def _meet_all(nodes: Nodes, settings: dict[str, Any], deadline: float) -> tuple[
     with server:
         try:
             while missing := sorted(set(range(1, nodes.count)) - set(joined)):
-                server.settimeout(max(0.001, deadline - time.monotonic()))
+                remaining = deadline - time.monotonic()
+                absent = f"node {missing[0]}" if len(missing) == 1 else f"nodes {', '.join(map(str, missing))}"
+                if remaining <= 0:
+                    raise WorkerError(f"{absent} did not come to {nodes.address}:{nodes.port} in time")
+                server.settimeout(min(_REMINDER, remaining))
                 try:
                     accepted, _ = server.accept()
                 except TimeoutError:
-                    absent = f"node {missing[0]}" if len(missing) == 1 else f"nodes {', '.join(map(str, missing))}"
-                    raise WorkerError(f"{absent} did not come to {nodes.address}:{nodes.port} in time") from None
+                    on_note(f"node 0 waits for {absent}, for {remaining:.0f} seconds more at most")
+                    continue
                 reached_at = accepted.getsockname()[0]
                 connection = _connection_of(accepted)
                 hello = _receive(connection, _INTRODUCTION)
@@ -245,16 +265,24 @@ def _require_equal(own: dict[str, Any], theirs: dict[str, Any], rank: int) -> No
         raise ConfigError(f"the nodes were not started alike: {'; '.join(different)}")
 
 
-def _connect(nodes: Nodes, deadline: float) -> Connection:
+def _connect(nodes: Nodes, deadline: float, on_note: Callable[[str], None]) -> Connection:
     """Reach node 0, which may not have been started yet."""
+    reminder = time.monotonic() + _REMINDER
     while True:
         try:
             return _connection_of(socket.create_connection((nodes.address, nodes.port), timeout=_INTRODUCTION))
         except socket.gaierror as error:
             raise ConfigError(f"the address of node 0, {nodes.address}, is not known: {error.strerror}") from error
         except OSError as error:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise WorkerError(f"node 0 did not answer at {nodes.address}:{nodes.port} in time: {error}") from error
+            if now > reminder:
+                on_note(
+                    f"node 0 does not answer at {nodes.address}:{nodes.port} yet ({error.strerror}); node {nodes.rank} "
+                    f"tries again for {deadline - now:.0f} seconds"
+                )
+                reminder = now + _REMINDER
             time.sleep(0.5)
 
 
@@ -265,8 +293,10 @@ def _join(nodes: Nodes, connection: Connection, settings: dict[str, Any], deadli
     if answer is None:
         raise WorkerError(f"node 0 at {nodes.address}:{nodes.port} ended before all nodes were there")
     if "failed" in answer:
-        raise Failure(**answer["failed"]).error()
-    port: int = answer["store_port"]
+        raise Failure.told(answer["failed"]).error()
+    port = answer.get("store_port")
+    if not isinstance(port, int):
+        raise WorkerError(f"who answers at {nodes.address}:{nodes.port} is not node 0 of this run")
     return port
 
 

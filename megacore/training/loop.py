@@ -117,6 +117,7 @@ def train(
         nodes=nodes,
         timeout=timedelta(seconds=run.parallel.timeout),
         settings=_settings(run),
+        on_note=on_note,
     )
 
 
@@ -130,9 +131,15 @@ def parallel_sizes(run: RunConfig, nodes: Nodes = ONE_NODE) -> ParallelSizes:
     model_size = section.tensor_parallel * section.pipeline_parallel
     if num_gpus and (section.nproc_per_node or 0) > num_gpus:
         raise LayoutError(f"parallel.nproc_per_node is {section.nproc_per_node}, and this node has {num_gpus} GPUs")
-    started = launched_environment(nodes).get("WORLD_SIZE")
-    if started:
-        world = int(started)
+    if launched := launched_environment(nodes):
+        world, here = int(launched["WORLD_SIZE"]), int(launched["LOCAL_WORLD_SIZE"])
+        if section.nproc_per_node not in (None, here):
+            raise LayoutError(
+                f"parallel.nproc_per_node is {section.nproc_per_node}, and {here} processes were started on this node: "
+                "leave it out where megacore does not start them itself"
+            )
+        if here > num_gpus > 1:  # one GPU may be all that srun shows each of several processes
+            raise LayoutError(f"{here} processes were started on this node, which has {num_gpus} GPUs")
     elif on_each_node := section.nproc_per_node or num_gpus:
         world = on_each_node * nodes.count
     elif model_size % nodes.count == 0:
