@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
+from megacore import ModelConfig
+from megacore.model import SelfAttention
+from megacore.model.attention import AttentionOptions, Positions
 from megacore.parallel import ParallelContext, ParameterSpec, linear_cross_entropy, loss, materialize
 
 
@@ -119,3 +122,25 @@ def wait_forever_on(parallel: ParallelContext, rank: int) -> None:
     """Wait on one rank for a collective that the others do not take part in."""
     if parallel.tp_rank == rank:
         dist.barrier()
+
+
+def attended_heads(parallel: ParallelContext, config: ModelConfig, options: AttentionOptions) -> list[Tensor]:
+    """What attention gives each of this rank's heads, ``[batch, sequence, head_dim]``, where all have the same weights.
+
+    The numbers of the samples are 3 and 4.
+    """
+    attention = SelfAttention(config, parallel)
+    attention.options = options
+    head = torch.randn(config.head_dim, config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def same_heads(name: str, spec: ParameterSpec) -> Tensor:
+        shape = spec.local_shape(parallel.tp_size, parallel.tp_rank)
+        if "qkv" not in name:
+            return torch.zeros(shape)
+        return head.repeat(shape[1] // config.head_dim, 1).expand(shape).contiguous()
+
+    materialize(attention, parallel, same_heads)
+    hidden = torch.randn(2, 6, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    positions = Positions(sample_ids=torch.tensor([3, 4]))
+    heads = attention.attend(attention.linear_qkv(hidden), positions)
+    return list(heads.detach().unflatten(-1, (-1, config.head_dim)).unbind(dim=2))

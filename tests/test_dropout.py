@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import megacore
 import tiny_run
+from layer_on_rank import attended_heads
 from megacore import ModelConfig
 from megacore.checkpoint import Checkpoint
 from megacore.errors import PluginError
 from megacore.model import ComputeOptions, DecoderModel, HiddenDropout, apply_options, load_model
+from megacore.model.attention import AttentionOptions
 from megacore.model.dropout import Dropout
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.training import RunConfig
 from megacore.training.loop import _train_on_rank, parallel_sizes
 
@@ -141,6 +144,29 @@ def test_hidden_dropout_is_the_same_in_every_layout(place, ranks, tmp_path, layo
     steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
 
     assert [step.loss for step in steps] == pytest.approx(expected, rel=1e-12)
+
+
+# --- attention, whose heads lie on several ranks
+
+
+@pytest.mark.parametrize(("num_kv_heads", "tp"), [(4, 2), (1, 2), (1, 4)], ids=["cut", "replicas", "a head each"])
+def test_heads_on_all_ranks_drop_different_weights_and_the_same_when_asked_again(ranks, num_kv_heads, tp):
+    config = ModelConfig(
+        family="any", num_layers=1, hidden_size=8, ffn_hidden_size=4, num_attention_heads=4, num_kv_heads=num_kv_heads,
+        head_dim=6, vocab_size=9, max_position_embeddings=8, norm_eps=1e-5,
+    )  # fmt: skip
+    sizes = ParallelSizes(tp=tp)
+
+    def heads(probability: float) -> list[Tensor]:
+        options = AttentionOptions(dropout=Dropout(probability, seed=1, layer=0, place=-1))
+        return [head for own in ranks.run(attended_heads, config, options, sizes=sizes) for head in own]
+
+    whole, dropped, again = heads(0.0), heads(0.5), heads(0.5)
+
+    assert len(whole) == 4
+    assert all(torch.allclose(head, whole[0], atol=1e-5) for head in whole)
+    assert all(torch.equal(one, other) for one, other in zip(dropped, again, strict=True))
+    assert not any(torch.allclose(one, other, atol=1e-2) for one, other in itertools.combinations(dropped, 2))
 
 
 # --- layers of a plugin that do not know of it

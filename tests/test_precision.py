@@ -20,7 +20,7 @@ from megacore.training.loop import _train_on_rank, parallel_sizes
 from megacore.training.loss_scale import LossScale
 from megacore.training.run_config import LossScaleSection
 from tiny_run import weights
-from training_on_rank import collectives_of_a_step, gathered_gradients, num_elements_held
+from training_on_rank import collectives_of_a_step, gathered_gradients, num_elements_held, step_that_overflows_on
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,32 @@ def test_the_reported_loss_and_norm_do_not_depend_on_the_scale(place, tmp_path):
     assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
 
 
+IN_EVERY_WAY = ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2", "parallel.nproc_per_node=8"]
+
+
+def test_fp16_overflows_and_trains_alike_on_many_processes(place, ranks, tmp_path):
+    settings = ("loss_scale.initial=1e7", "loss_scale.hysteresis=1")
+    expected = megacore.train(run_of(place, tmp_path / "one", *settings, dtype="fp16"))
+    run = run_of(place, tmp_path / "out", *settings, *IN_EVERY_WAY, dtype="fp16")
+
+    steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+
+    assert [(step.num_skipped, step.loss_scale) for step in steps] == [
+        (step.num_skipped, step.loss_scale) for step in expected
+    ]
+    assert 0 < expected[-1].num_skipped < len(expected)
+    assert losses(steps) == pytest.approx(losses(expected), rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_step_that_overflows_on_one_rank_is_taken_on_none(place, ranks, tmp_path, rank):
+    run = run_of(place, tmp_path / "out", *IN_EVERY_WAY, dtype="fp16")
+
+    outcomes = ranks.run(step_that_overflows_on, run, rank, sizes=parallel_sizes(run))
+
+    assert outcomes == [(False, 1, False)] * 8
+
+
 def test_the_scale_halves_after_as_many_overflows_as_it_is_patient_with_and_doubles_after_a_window():
     scale = LossScale(LossScaleSection(initial=1024.0, minimum=256.0, window=3, hysteresis=2))
 
@@ -213,6 +239,28 @@ def test_recomputing_gives_the_same_losses_and_weights_to_the_bit(place, tmp_pat
 
     assert [(s.loss, s.grad_norm) for s in steps] == [(s.loss, s.grad_norm) for s in expected]
     kept, recomputed = weights(tmp_path / "kept"), weights(tmp_path / "recomputed")
+    assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
+
+
+RECOMPUTED_ON_RANKS = {
+    "tp 2, sequence parallel": ["parallel.tensor_parallel=2", "parallel.sequence_parallel=true"],
+    "pp 2": ["parallel.pipeline_parallel=2"],
+    "dp 2, sharded": DATA_PARALLEL["sharded"],
+}
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+@pytest.mark.parametrize("layout", RECOMPUTED_ON_RANKS)
+def test_recomputing_gives_the_same_to_the_bit_on_several_ranks(place, ranks, tmp_path, layout, granularity):
+    outcomes = []
+    for chosen in ("none", granularity):
+        settings = (f"recompute.granularity={chosen}", *RECOMPUTED_ON_RANKS[layout])
+        run = run_of(place, tmp_path / chosen, *settings)
+        steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+        outcomes.append([(step.loss, step.grad_norm) for step in steps])
+
+    assert outcomes[0] == outcomes[1]
+    kept, recomputed = weights(tmp_path / "none"), weights(tmp_path / granularity)
     assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
 
 

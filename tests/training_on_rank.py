@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext, gathered
+from megacore.parallel import ParallelContext, gathered, local_part
 from megacore.testing.numerics import whole_tensor
 from megacore.training import Batch, Engine, RunConfig, batches
 from megacore.training.loop import _train_on_rank
@@ -82,6 +82,21 @@ def gathered_gradients(parallel: ParallelContext, run: RunConfig) -> dict[str, T
     engine = Engine(run, checkpoint, parallel)
     engine.accumulate(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)))
     return {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}
+
+
+def step_that_overflows_on(parallel: ParallelContext, run: RunConfig, rank: int) -> tuple[bool, int, bool]:
+    """Whether a step is taken, how many are skipped, and whether a weight here changes, where ``rank`` overflows."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel)
+    before = {name: local_part(parameter).clone() for name, parameter in engine.parameters.items()}
+    if parallel.rank == rank:
+        cut = next(name for name, spec in engine.specs.items() if spec.shard_dim is not None)  # no replica has it
+        engine.parameters[cut].register_hook(lambda gradient: gradient * float("inf"))
+    own = batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
+    result = engine.step(next(own), lr=run.optimizer.lr)
+    assert engine.loss_scale is not None
+    has_changed = any(not torch.equal(before[name], local_part(p)) for name, p in engine.parameters.items())
+    return result.is_taken, engine.loss_scale.num_skipped, has_changed
 
 
 def masked(batch: Batch) -> Batch:
