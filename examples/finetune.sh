@@ -59,6 +59,15 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+command -v megacore >/dev/null || fail "the command megacore is not found: install it, or put its bin/ into PATH"
+for option in tp pp nodes rank port iters micro_batch global_batch ${gpus:+gpus} ${seq_len:+seq_len}; do
+    case ${!option} in
+        "" | *[!0-9]*) fail "--${option//_/-} takes a whole number, not '${!option}'" ;;
+    esac
+done
+if [ "$nodes" -eq 1 ] && [ "$rank" -gt 0 ]; then fail "--rank $rank needs --nodes, which says how many nodes there are"; fi
+case $lr in *[!0-9.eE+-]*) fail "--lr takes a number, not '$lr'" ;; esac
+
 if ! megacore plugins | tr -s ', ' '\n\n' | grep -xF -- "$model" >/dev/null; then
     fail "megacore has no model $model: \`megacore plugins\` lists those that it has"
 fi

@@ -119,7 +119,7 @@ def test_a_size_that_leaves_every_rank_something_is_accepted(tp_size):
 def test_a_size_that_leaves_a_rank_empty_is_refused_with_those_that_work(tp_size):
     with pytest.raises(
         LayoutError,
-        match=rf"cannot be cut over tp {tp_size}: qkv weight \[3, 8, 10\] is cut into 3 units at most"
+        match=rf"cannot be cut over tp {tp_size}: qkv weight \[3, 8, 10\] can be cut into 3 along axis 0, "
         r".*tp sizes that work: 1, 2, 3$",
     ):
         check_tensor_parallel(SPECS, tp_size)
@@ -135,7 +135,7 @@ def test_a_size_within_the_units_is_refused_where_chunking_leaves_the_last_rank_
 
 def test_the_parameter_at_fault_is_named_and_the_sizes_that_work_for_every_parameter():
     specs = {"groups": ParameterSpec((4, 6), shard_dim=0, row_dims=1), "ffn": ParameterSpec((5,), 0, 1)}
-    with pytest.raises(LayoutError, match=r"tp 4: ffn \[5\] is cut into 5 units at most.*tp sizes that work: 1, 2$"):
+    with pytest.raises(LayoutError, match=r"tp 4: ffn \[5\] can be cut into 5 along axis 0.*tp sizes that work: 1, 2$"):
         check_tensor_parallel(specs, 4)  # 5 over 4 is 2 + 2 + 1 + 0, and 4 over 3 is 2 + 2 + 0
 
 
@@ -228,7 +228,8 @@ def test_sizes_that_the_query_heads_of_a_group_divide_are_accepted_and_others_re
         check_tensor_parallel(GROUPED, tp_size)
     for tp_size in (4, 5, 8, 9, 24):
         with pytest.raises(
-            LayoutError, match=r"3 units at most, or into equal parts of the 4 in each.*1, 2, 3, 6, 12$"
+            LayoutError,
+            match=r"into 3 along axis 0, and each of these only into equal parts of its 4, .*1, 2, 3, 6, 12$",
         ):
             check_tensor_parallel(GROUPED, tp_size)
 

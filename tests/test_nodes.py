@@ -206,6 +206,9 @@ def test_the_script_says_how_to_make_a_checkpoint_that_is_not_there():
         (["gpt5", "--size", "7"], "megacore has no model gpt5: `megacore plugins` lists those that it has"),
         (["llama"], "--size N says how large the model is, in billions of parameters"),
         (["llama", "--size"], "--size needs a value"),
+        (["llama", "--size", "7", "--tp", "two"], "--tp takes a whole number, not 'two'"),
+        (["llama", "--size", "7", "--lr", "high"], "--lr takes a number, not 'high'"),
+        (["llama", "--size", "7", "--rank", "1"], "--rank 1 needs --nodes, which says how many nodes there are"),
         (["llama", "--sise", "7"], "there is no option --sise; bash {script} --help lists them"),
     ],
 )

@@ -84,8 +84,8 @@ def test_a_process_has_every_second_stage_or_those_of_a_v(schedule, expected):
 @pytest.mark.parametrize(
     ("schedule", "stages_per_rank", "num_micro_batches", "message"),
     [
-        ("1F1B", 2, 8, r"1F1B has 1 stages a process, not 2: set parallel\.stages_per_rank to 1"),
-        ("ZBVZeroBubble", 3, 8, r"ZBVZeroBubble has 2 stages a process, not 3"),
+        ("1F1B", 2, 8, r"1F1B takes stages_per_rank 1, not 2: set parallel\.stages_per_rank to 1"),
+        ("ZBVZeroBubble", 3, 8, r"ZBVZeroBubble takes stages_per_rank 2, not 3"),
         ("1F1B", 1, 3, r"1F1B at pp 4 needs at least 4 micro-batches, and a global batch gives each replica 3: raise"),
         ("DualPipeV", 2, 7, r"DualPipeV at pp 4 needs at least 8 micro-batches"),
         ("Interleaved1F1B", 2, 9, r"takes micro-batches in 2 equal rounds, and .* each replica 9: .* a multiple of 4"),

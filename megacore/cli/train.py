@@ -49,8 +49,8 @@ def train(
 
     \b
     megacore train run.toml --tp 2 --set optimizer.lr=1e-4
-    megacore train run.toml --nodes 2 --node-rank 0 --addr node1     # on node1
-    megacore train run.toml --nodes 2 --node-rank 1 --addr node1     # on node2
+    megacore train run.toml --tp 4 --nodes 2 --node-rank 0 --addr node1     # on node1
+    megacore train run.toml --tp 4 --nodes 2 --node-rank 1 --addr node1     # on node2
     """
     if nodes > 1 and (node_rank is None or addr is None):
         raise click.UsageError(

@@ -201,11 +201,11 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
     largest = min((spec.num_units * spec.num_subunits for spec in cut), default=1)
     working = [str(tp) for tp in range(1, largest + 1) if all(spec.can_be_cut_over(tp) for spec in cut)]
     spec = specs[smallest]
-    finer = f", or into equal parts of the {spec.num_subunits} in each" if spec.num_subunits > 1 else ""
+    finer = f", and each of these only into equal parts of its {spec.num_subunits}" if spec.num_subunits > 1 else ""
     raise LayoutError(
-        f"this model cannot be cut over tp {tp_size}: {smallest} {list(spec.shape)} is cut into "
-        f"{spec.num_units} units at most{finer}, and a rank would be left with none. "
-        f"tp sizes that work: {', '.join(working)}"
+        f"this model cannot be cut over tp {tp_size}: {smallest} {list(spec.shape)} can be cut into "
+        f"{spec.num_units} along axis {spec.shard_dim}{finer}, and in chunks of equal size but for the last a "
+        f"rank would be left with none. tp sizes that work: {', '.join(working)}"
     )
 
 

@@ -67,8 +67,8 @@ def check_schedule(name: str, *, pp: int, stages_per_rank: int, num_micro_batche
     schedule = SCHEDULES[name]
     if schedule.stages_per_rank not in (None, stages_per_rank):
         raise LayoutError(
-            f"the pipeline schedule {name} has {schedule.stages_per_rank} stages a process, not {stages_per_rank}: set "
-            f"parallel.stages_per_rank to {schedule.stages_per_rank}, or choose another of {', '.join(SCHEDULES)}"
+            f"the pipeline schedule {name} takes stages_per_rank {schedule.stages_per_rank}, not {stages_per_rank}: "
+            f"set parallel.stages_per_rank to {schedule.stages_per_rank}, or choose another of {', '.join(SCHEDULES)}"
         )
     needed = {"rank": pp, "stage": pp * stages_per_rank, None: 1}[schedule.needs_a_micro_batch_per]
     if num_micro_batches < needed:
