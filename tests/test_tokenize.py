@@ -293,11 +293,11 @@ def test_ids_of_a_vocabulary_from_65500_on_are_stored_in_32_bits(tmp_path):
 
 
 def test_progress_adds_up_to_the_bytes_of_the_input(tokenizer_json, tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 3000)
-    calls: list[int] = []
-    tokenize(source, tokenizer=tokenizer_json, out=tmp_path / "out", advance=calls.append)
+    source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 100_000)
+    calls: list[tuple[int, int]] = []
+    tokenize(source, tokenizer=tokenizer_json, out=tmp_path / "out", advance=lambda *done: calls.append(done))
     assert len(calls) > 1
-    assert sum(calls) == source.stat().st_size
+    assert [sum(done) for done in zip(*calls, strict=True)] == [100_000, source.stat().st_size]
 
 
 # --- the description
@@ -384,7 +384,7 @@ def test_a_missing_input_is_named_before_the_work_begins(tokenizer_json, tmp_pat
 def test_appending_an_end_token_that_is_not_known_is_refused(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
     tokenizer = train_byte_level(tmp_path)
-    with pytest.raises(DataError, match=r"tokenizer\.json: its end-of-document token is not known.*as eos_token"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: its end-of-document token is not known.*it as eos_token"):
         tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", append_eod=True)
 
 
@@ -396,11 +396,11 @@ def test_an_existing_dataset_is_not_replaced(tokenizer_json, tmp_path):
 
 
 def test_a_kill_leaves_nothing_that_looks_like_a_dataset(tokenizer_json, tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 5000)
+    source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 100_000)
     program = """if True:
         import os, signal, sys
         from megacore.data import tokenize
-        kill = lambda num_bytes: os.kill(os.getpid(), signal.SIGKILL)
+        kill = lambda num_documents, num_bytes: os.kill(os.getpid(), signal.SIGKILL)
         tokenize(sys.argv[1], tokenizer=sys.argv[2], out=sys.argv[3], advance=kill)
     """
     arguments = [str(source), str(tokenizer_json), str(tmp_path / "out")]
@@ -433,10 +433,12 @@ def test_the_command_ends_with_one_line_that_sums_up(command, tmp_path):
     num_tokens = IndexedDataset(tmp_path / "out").num_tokens
     assert result.exit_code == 0
     assert result.stderr == ""
-    assert result.stdout == (
+    summary, speed = result.stdout.rsplit("; ", 1)
+    assert summary == (
         f"{tmp_path}/out: 2 documents, {num_tokens} tokens, {6 / num_tokens:.2f} bytes a token; "
-        f"skipped 1 empty document\n"
+        f"skipped 1 empty document"
     )
+    assert re.fullmatch(r"[0-9.]+ MB/s with fastokens\n", speed)
 
 
 def test_the_command_takes_several_files_after_one_option_as_after_several(command, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +47,26 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+@contextmanager
+def documents_progress(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """As :func:`bytes_progress`, with documents: what is yielded is told of every few documents and bytes done."""
+    if not sys.stderr.isatty():
+        yield lambda num_documents, num_bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    documents = TextColumn("{task.fields[documents]:,} documents, {task.fields[rate]:,.0f}/s")
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), documents, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total, documents=0, rate=0.0)
+        started, done = time.monotonic(), 0
+
+        def advance(num_documents: int, num_bytes: int) -> None:
+            nonlocal done
+            done += num_documents
+            progress.update(task, advance=num_bytes, documents=done, rate=done / (time.monotonic() - started))
+
+        yield advance

@@ -97,11 +97,28 @@ class IndexedDatasetWriter:
         the stream. (:func:`megacore.tokenize` skips such documents before they get here.)
         """
         arrays = [self._stored(sequence) for sequence in sequences]
+        if too_long := [len(ids) for ids in arrays if len(ids) > _LONGEST_SEQUENCE]:
+            raise DataError(f"{self.prefix}: a sequence of {too_long[0]} ids; the format ends at {_LONGEST_SEQUENCE}")
         with _output_errors(self.prefix):
             for ids in arrays:
                 self._bin.write(ids.data)
                 self._sizes.append(len(ids))
         self._document_indices.append(len(self._sizes))
+
+    def add_documents(self, ids: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
+        """Append documents of one sequence each: their ``ids`` back to back, ``[sum of lengths]``, and their lengths.
+
+        As :meth:`add_document` for each, and quicker.
+        """
+        assert len(ids) == int(lengths.sum())
+        stored = self._stored(ids)
+        if len(lengths) and int(lengths.max()) > _LONGEST_SEQUENCE:
+            raise DataError(f"{self.prefix}: a sequence of {lengths.max()} ids; the format ends at {_LONGEST_SEQUENCE}")
+        first = len(self._sizes)
+        with _output_errors(self.prefix):
+            self._bin.write(stored.data)
+        self._sizes.frombytes(lengths.astype(np.int32).tobytes())
+        self._document_indices.frombytes(np.arange(first + 1, first + 1 + len(lengths), dtype=np.int64).tobytes())
 
     def describe(self, text: str) -> None:
         """Have ``PREFIX.json`` written with this text; it is in place before the dataset is."""
@@ -127,8 +144,6 @@ class IndexedDatasetWriter:
             return np.empty(0, self.dtype)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{self.prefix}: a sequence is a list of integers, not {ids.dtype} of shape {ids.shape}")
-        if len(ids) > _LONGEST_SEQUENCE:
-            raise DataError(f"{self.prefix}: a sequence of {len(ids)} ids; the format ends at {_LONGEST_SEQUENCE}")
         limits = np.iinfo(self.dtype)
         for extreme in (int(ids.min()), int(ids.max())):
             if not limits.min <= extreme <= limits.max:

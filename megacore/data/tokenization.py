@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, Literal, Self
 
+from megacore.data.documents import input_files, read_chunks
+from megacore.data.encoding import EncodedChunk, Encoding, encoded_chunks
+from megacore.data.engines import EnginesDisagreeError
 from megacore.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megacore.data.tokenizer import load_tokenizer
+from megacore.data.tokenizer import Tokenizer, load_tokenizer
 from megacore.errors import DataError
 
-# What is encoded at once: enough to keep all cores busy, little enough for the library's own bookkeeping (about 100
-# bytes a token) to stay small.
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 1024
+_ALONE_BYTES = 8 << 20
+"""Inputs smaller than this are done before other processes have started."""
+
+_TOLD_ERRORS = 5
+"""Of documents that are skipped, how many are named; all are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,11 @@ class TokenizeSummary:
     """The UTF-8 bytes of the documents' text, without what JSON adds."""
     num_empty_documents: int
     """Documents without a token, which were skipped."""
+    num_erroneous_documents: int
+    """Documents that could not be read, which were skipped."""
+    engine: str
+    """The library that encoded."""
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,8 @@ class DatasetDescription:
     num_documents: int
     num_tokens: int
     megacore_version: str
+    prepend_bos: bool = False
+    """Whether every document begins with the tokenizer's begin token."""
 
     def to_json(self) -> str:
         content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
@@ -81,11 +94,11 @@ class DatasetDescription:
                 f"{path}: version {content.get('version')} of the description; this megacore reads {cls.VERSION}"
             )
         names = {field.name for field in dataclasses.fields(cls)}
-        if missing := sorted(names - set(content)):
+        if missing := sorted(names - {"prepend_bos"} - set(content)):  # which older datasets do not have
             raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
         if not all(isinstance(content[key], int) for key in ("vocab_size", "num_documents", "num_tokens")):
             raise DataError(f"{path}: is damaged: its numbers are none")
-        return cls(**{name: content[name] for name in names})
+        return cls(**{name: content[name] for name in names & set(content)})
 
 
 def tokenize(
@@ -95,139 +108,151 @@ def tokenize(
     out: str | Path,
     json_key: str = "text",
     append_eod: bool = False,
-    advance: Callable[[int], None] = lambda num_bytes: None,
+    prepend_bos: bool = False,
+    on_error: Literal["stop", "skip"] = "stop",
+    workers: int | None = None,
+    advance: Callable[[int, int], None] = lambda num_documents, num_bytes: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> TokenizeSummary:
     """Tokenize text files into the dataset ``out`` (``out.bin``, ``out.idx``) and its description (``out.json``).
 
     A ``.jsonl`` or ``.json`` file holds one JSON object a line, each a document with its text under ``json_key``; lines
-    are read as they are needed, and blank ones passed over. Any other file is plain text and one document as a whole,
-    held in memory while it is encoded. Text is UTF-8; a byte order mark is dropped, line ends are kept as they are.
-    Documents keep their order; those without a token are skipped and counted, with no end-of-document token either.
+    are read as they are needed, and blank ones passed over. A ``.parquet`` file is a table, each row a document with
+    its text in the column ``json_key``. Any other file is plain text and one document as a whole, held in memory while
+    it is encoded. All but tables may be compressed, ``.gz`` or ``.zst``. Text is UTF-8; a byte order mark is dropped,
+    line ends are kept as they are. Documents keep their order; those without a token are skipped and counted, with no
+    end-of-document token either.
 
     Args:
+        inputs: files, or patterns of their names.
         tokenizer: a tokenizer's file or directory, see :func:`~megacore.data.load_tokenizer`, which also says what
-            becomes of text that spells a special token. No begin token is added.
+            becomes of text that spells a special token.
         append_eod: end every document with the tokenizer's end-of-document token.
-        advance: is told of every few input bytes done.
+        prepend_bos: begin every document with the tokenizer's begin token.
+        on_error: what to do about a document that cannot be read: ``"stop"``, or ``"skip"`` it and tell ``on_note``.
+        workers: processes that encode; by default as many as there are cores, and for small inputs none but this one.
+            Each of them imports the main module: a script guards what it does with ``if __name__ == "__main__":``.
+        advance: is told of every few documents and input bytes done.
+        on_note: is told what a person should know.
 
     Raises:
         DataError: an input or the tokenizer is missing or malformed (the message has file and line), or holds no text.
         OutputError: an output file exists or cannot be written. After any error nothing is left of the dataset.
+        WorkerError: a process that encodes was killed.
     """
-    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file")
+    started = time.monotonic()
+    paths = input_files(inputs)
     encoder = load_tokenizer(tokenizer)
-    if append_eod and encoder.eod_id is None:
-        raise DataError(
-            f"{encoder.file}: its end-of-document token is not known, so none can be appended: name it as eos_token in "
-            f"a tokenizer_config.json beside a tokenizer.json, or leave out --append-eod"
+    encoding = Encoding(
+        tokenizer=encoder.file,
+        json_key=json_key,
+        prepended=_required(encoder, encoder.bos_id, "begin", "bos_token", "--prepend-bos") if prepend_bos else None,
+        appended=_required(encoder, encoder.eod_id, "end-of-document", "eos_token", "--append-eod")
+        if append_eod
+        else None,
+        dtype=token_dtype(encoder.vocab_size),
+    )
+    counts = _Counts()
+    describe = partial(_description, encoder, append_eod=append_eod, prepend_bos=prepend_bos)
+    write = partial(_write, out, paths, describe=describe, workers=_workers(workers, paths), advance=advance)
+    tell = on_note if on_error == "skip" else None
+    try:
+        write(encoding, counts, tell=tell)
+    except EnginesDisagreeError as disagreement:
+        on_note(
+            f"{disagreement.document}: {disagreement.engine} gives other ids than {encoder.library}, which defines "
+            f"{encoder.file}; starting again with {encoder.library}, which is slower"
         )
-    ending = [encoder.eod_id] if append_eod else []
-
-    num_documents = num_tokens = num_text_bytes = num_empty_documents = 0
-    with IndexedDatasetWriter(out, token_dtype(encoder.vocab_size)) as writer:
-        for batch in _batches(chain.from_iterable(_read_documents(path, json_key) for path in paths)):
-            for document, ids in zip(batch, encoder.encode_batch([document.text for document in batch]), strict=True):
-                if not ids:
-                    num_empty_documents += 1
-                    continue
-                writer.add_document(ids + ending)
-                num_documents += 1
-                num_tokens += len(ids) + len(ending)
-                num_text_bytes += document.num_text_bytes
-            advance(sum(document.num_input_bytes for document in batch))
-        if num_documents == 0:
-            raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no text to tokenize")
-        description = DatasetDescription(
-            tokenizer_file=encoder.file.name,
-            tokenizer_sha256=encoder.sha256,
-            vocab_size=encoder.vocab_size,
-            eod_id=encoder.eod_id,
-            append_eod=append_eod,
-            num_documents=num_documents,
-            num_tokens=num_tokens,
-            megacore_version=version("megacore"),
-        )
-        writer.describe(description.to_json())
+        advance(-counts.num_documents, -counts.num_input_bytes)
+        encoding, counts = dataclasses.replace(encoding, may_be_fast=False), _Counts()
+        write(encoding, counts, tell=tell)
     return TokenizeSummary(
         prefix=Path(out),
-        num_documents=num_documents,
-        num_tokens=num_tokens,
-        num_text_bytes=num_text_bytes,
-        num_empty_documents=num_empty_documents,
+        num_documents=counts.num_documents,
+        num_tokens=counts.num_tokens,
+        num_text_bytes=counts.num_text_bytes,
+        num_empty_documents=counts.num_empty_documents,
+        num_erroneous_documents=counts.num_erroneous_documents,
+        engine=counts.engine,
+        seconds=time.monotonic() - started,
     )
 
 
-class _Document(NamedTuple):
-    text: str
-    num_text_bytes: int
-    num_input_bytes: int
+@dataclass
+class _Counts:
+    """How far a dataset is."""
+
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_text_bytes: int = 0
+    num_empty_documents: int = 0
+    num_erroneous_documents: int = 0
+    num_input_bytes: int = 0
+    engine: str = ""
+
+    def add(self, chunk: EncodedChunk) -> None:
+        self.num_documents += len(chunk.lengths)
+        self.num_tokens += len(chunk.ids)
+        self.num_text_bytes += chunk.num_text_bytes
+        self.num_empty_documents += chunk.num_empty
+        self.num_erroneous_documents += len(chunk.errors)
+        self.num_input_bytes += chunk.num_input_bytes
+        self.engine = chunk.engine
 
 
-def _read_documents(path: Path, json_key: str) -> Iterator[_Document]:
-    if path.suffix not in (".jsonl", ".json"):
-        content = path.read_bytes()
-        yield _Document(_decode(content, where=f"{path}"), len(content), len(content))
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            where = f"{path}:{number}"
-            text = _text_in(_decode(line.rstrip(), where=where), json_key, where=where)
-            try:
-                num_text_bytes = len(text.encode())
-            except UnicodeEncodeError as error:
-                # JSON can spell what no text holds, such as "\ud800"; no tokenizer takes it.
-                raise DataError(
-                    f"{where}: the text has half of a surrogate pair ({text[error.start]!r}); "
-                    f"write the whole pair, or U+FFFD in its place"
-                ) from error
-            yield _Document(text, num_text_bytes, len(line))
+def _write(
+    out: str | Path,
+    paths: Sequence[Path],
+    encoding: Encoding,
+    counts: _Counts,
+    *,
+    describe: Callable[[_Counts], DatasetDescription],
+    workers: int,
+    advance: Callable[[int, int], None],
+    tell: Callable[[str], None] | None,
+) -> None:
+    """Write the dataset, and count what is in it; errors are told to ``tell``, or the first one is raised."""
+    with IndexedDatasetWriter(out, encoding.dtype) as writer:
+        chunks = (chunk for path in paths for chunk in read_chunks(path, encoding.json_key))
+        for chunk in encoded_chunks(chunks, encoding, workers=workers):
+            for number, error in enumerate(chunk.errors, start=counts.num_erroneous_documents + 1):
+                if tell is None:
+                    raise error
+                if number <= _TOLD_ERRORS:
+                    tell(f"skipped: {error}")
+            writer.add_documents(chunk.ids, chunk.lengths)
+            counts.add(chunk)
+            advance(len(chunk.lengths), chunk.num_input_bytes)
+        if counts.num_documents == 0:
+            raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no text to tokenize")
+        writer.describe(describe(counts).to_json())
 
 
-def _text_in(line: str, json_key: str, *, where: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+def _description(encoder: Tokenizer, counts: _Counts, *, append_eod: bool, prepend_bos: bool) -> DatasetDescription:
+    return DatasetDescription(
+        tokenizer_file=encoder.file.name,
+        tokenizer_sha256=encoder.sha256,
+        vocab_size=encoder.vocab_size,
+        eod_id=encoder.eod_id,
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
+        num_documents=counts.num_documents,
+        num_tokens=counts.num_tokens,
+        megacore_version=version("megacore"),
+    )
+
+
+def _required(encoder: Tokenizer, token: int | None, kind: str, name: str, option: str) -> int:
+    if token is None:
         raise DataError(
-            f"{where}: is not JSON: {error.msg} at column {error.colno}; each line must be one whole JSON object"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep, for Python
-        raise DataError(f"{where}: cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: is JSON, but not an object; each line must be one whole JSON object")
-    if json_key not in record:
-        keys = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where}: has no key {json_key!r} (its keys: {keys}); choose one with --json-key")
-    text = record[json_key]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: the value of {json_key!r} is {json.dumps(text)[:40]}, not a string; "
-            f"remove the line, or choose another key with --json-key"
+            f"{encoder.file}: its {kind} token is not known, so documents cannot have it: name "
+            f"it as {name} in a tokenizer_config.json beside a tokenizer.json, or leave out {option}"
         )
-    return text
+    return token
 
 
-def _decode(content: bytes, *, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}; convert the file"
-        ) from error
-
-
-def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
-    batch: list[_Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.text)
-        if num_characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+def _workers(asked_for: int | None, paths: Sequence[Path]) -> int:
+    if asked_for is not None:
+        return asked_for
+    is_small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
+    return 1 if is_small else len(os.sched_getaffinity(0))

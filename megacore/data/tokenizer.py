@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megacore.errors import DataError
 
@@ -16,12 +16,15 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
+        library: name of the library that defines it.
         file: the file that defines it.
         sha256: that file's digest, hexadecimal.
         vocab_size: the smallest number that is larger than every id.
         bos_id: the id that begins a text, or None where the tokenizer has none.
         eod_id: the id that ends a document (the tokenizer's end of sequence), or None where it is not known.
     """
+
+    library: ClassVar[str]
 
     def __init__(self, file: Path, *, vocab_size: int, bos_id: int | None, eod_id: int | None) -> None:
         with file.open("rb") as stream:
@@ -51,6 +54,8 @@ class SentencePieceTokenizer(Tokenizer):
     the model itself calls user-defined are recognized in text. That is sentencepiece's own rule.
     """
 
+    library = "sentencepiece"
+
     def __init__(self, file: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
@@ -71,6 +76,13 @@ class SentencePieceTokenizer(Tokenizer):
             eod_id=eos_id if eos_id >= 0 else None,
         )
 
+    @property
+    def rewrites_text(self) -> bool:
+        """Whether the model changes other characters than spaces, or their number, before it encodes."""
+        surrogates = range(0xD800, 0xE000)
+        text = "x  y" + "".join(chr(code) for code in range(1, 0x110000) if code not in surrogates) + " "
+        return self._processor.normalize(text).lstrip("▁") != text.replace(" ", "▁")
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=-1)
 
@@ -84,6 +96,8 @@ class JsonTokenizer(Tokenizer):
     Text that spells one of the file's added tokens, special ones included, becomes that token's id. That is the
     tokenizers library's own rule: clean the text of such strings where they must not have that power.
     """
+
+    library = "tokenizers"
 
     def __init__(self, file: Path) -> None:
         import tokenizers

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megacore.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_token_ids(ids: Tensor, vocab_size: int, where: str) -> Tensor:
