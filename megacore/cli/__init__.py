@@ -50,7 +50,8 @@ def cli() -> None:
 
 
 for command in (
-    tokenize, tokenize_chat, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins, new_plugin,
+    tokenize, tokenize_chat, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins,
+    new_plugin,
 ):  # fmt: skip
     cli.add_command(command)
 

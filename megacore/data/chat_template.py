@@ -1,7 +1,8 @@
 """A tokenizer's chat template: a conversation to text, and which of that text is the assistant's.
 
-Templates are Jinja programs that come with a tokenizer, so they run in Jinja's sandbox, with what transformers gives them
-and nothing else: the messages, the tools, the names of special tokens, ``raise_exception``, ``strftime_now``, and the tag ``{% generation %}`` around what the assistant says.
+Templates are Jinja programs that come with a tokenizer, so they run in Jinja's sandbox, with what transformers gives
+them and nothing else: the messages, the tools, the names of special tokens, ``raise_exception``, ``strftime_now``, and
+the tag ``{% generation %}`` around what the assistant says.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class ChatTemplate:
                 for number, message in enumerate(messages)
                 if message["role"] == "assistant"
             ]
-        return RenderedChat(text, spans, self._system_stop(text, messages, tools))
+        return RenderedChat(
+            text, [span for span in spans if span[1] > span[0]], self._system_stop(text, messages, tools)
+        )
 
     def _run(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False) -> str:
         # transformers leaves out keys without a value too: templates ask whether there is such a key.
@@ -133,7 +136,7 @@ class ChatTemplate:
                 begun.append(position)
             elif piece == f"</{self._mark}>":
                 start = begun.pop()
-                if not begun and position > start:
+                if not begun:
                     spans.append((start, position))
             else:
                 position += len(piece)

@@ -13,8 +13,8 @@ from megacore.data.samples import Sample
 from megacore.errors import DataError
 
 PADDING = 0
-"""The id in rows where no conversation is. Every vocabulary has it; it is never learned, and nothing that is learned comes
-after it. So a tokenizer needs no token for padding."""
+"""The id in rows where no conversation is. Every vocabulary has it; it is not learned, and nothing learned comes after
+it. So a tokenizer needs no token for padding."""
 
 
 class InstructionSamples:
