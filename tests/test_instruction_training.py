@@ -12,12 +12,14 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 import megacore
+import tiny_chat
 from instruction_on_rank import losses_and_norms
 from megacore.checkpoint import Checkpoint
 from megacore.data import IndexedDatasetWriter, InstructionDescription, SampleOrder
 from megacore.errors import ConfigError, DataError
 from megacore.training import RunConfig, batches, read_run_config, train
 from megacore.training.loop import parallel_sizes
+from tiny_chat import write_tokenizer
 from tiny_llama import VOCAB, published_model
 from tiny_models import tied_multi_query_falcon
 
@@ -207,6 +209,29 @@ def test_a_run_says_what_it_trains_on_and_saves_a_checkpoint(place, tmp_path):
     assert steps[-1].loss < steps[0].loss and (tmp_path / "out/megacore.json").is_file()
     assert any("13 conversations in 13 samples, " in note and "of their 40 tokens filled" in note for note in notes)
     assert "1 conversations of more than 41 tokens are truncated" in notes
+
+
+def test_from_records_to_the_loss_all_is_as_transformers_has_it(tmp_path, ranks):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", tiny_chat.CHATML)
+    records = tiny_chat.write_conversations(tmp_path / "chats.jsonl", tiny_chat.CONVERSATIONS)
+    megacore.tokenize_chat(records, tokenizer=tmp_path / "tokenizer", out=tmp_path / "chats")
+    published_model(tmp_path / "published", vocab_size=420)
+    megacore.convert("llama", tmp_path / "published", tmp_path / "llama")
+    overrides = ["data.seq_length=200", "training.train_iters=1", "training.global_batch_size=5"]
+    run = run_of(tmp_path, tmp_path / "out", *overrides)
+
+    [[(found, _)]] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float64)
+    losses = []
+    for chat in tiny_chat.CONVERSATIONS:
+        encoded = tokenizer.apply_chat_template(
+            chat, return_dict=True, return_assistant_tokens_mask=True, chat_template=tiny_chat.MARKED_CHATML
+        )
+        ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
+        logits = model(input_ids=ids.unsqueeze(0)).logits[0, :-1]
+        losses.append(F.cross_entropy(logits, ids[1:], reduction="none")[mask[1:] == 1])
+    assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
 
 
 def test_dropped_conversations_are_told_too(place, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from megacore.cli import cli
@@ -179,6 +180,51 @@ def test_a_template_that_writes_a_beginning_otherwise_when_more_follows_is_refus
     write_tokenizer(tmp_path / "tokenizer", template)
     with pytest.raises(DataError, match=r"chats.jsonl:1: .* put {% generation %} and {% endgeneration %} around it"):
         tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+
+
+def test_a_conversation_that_the_assistant_begins_is_taken_where_the_template_writes_nothing_else_first(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", CHATML)
+    file = write_conversations(tmp_path / "chats.jsonl", [[{"role": "assistant", "content": "Welcome."}]])
+    tokenize_chat(file, tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+    [(ids, roles)] = written(tmp_path / "out")
+    learned = tokenizer.decode([id for id, role in zip(ids, roles, strict=True) if role == 2])
+    assert learned == "Welcome.<|im_end|>"
+
+
+@pytest.mark.parametrize("value", [3, [3], [{"name": "default"}]])
+def test_a_configuration_whose_template_is_none_is_refused(tmp_path, conversations, value):
+    write_tokenizer(tmp_path / "tokenizer", None)
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(DataError, match="its chat_template is neither a text nor a list of name and template"):
+        tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+
+
+def test_a_tokenizer_model_is_refused_with_a_chat_template(tmp_path, conversations):
+    with (tmp_path / "tokenizer.model").open("wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d e f g"]), model_writer=model, vocab_size=11, minloglevel=2
+        )
+    with pytest.raises(DataError, match=r"a chat template needs a tokenizer\.json"):
+        tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer.model", out=tmp_path / "out")
+
+
+def test_a_tokenizer_model_that_knows_the_markup_of_megatron_llm_is_taken(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["question answer a b c"]), model_writer=model, vocab_size=290, byte_fallback=True,
+            user_defined_symbols=["<|im_start|>", "<|im_end|>"], hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"input": "a", "output": "b"}))
+    tokenize_chat(
+        tmp_path / "qa.jsonl", tokenizer=tmp_path / "tokenizer.model", out=tmp_path / "out", keys=QuestionKeys()
+    )
+    pairs = [("question", "a"), ("answer", "b")]
+    processor = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    turns = [
+        processor.encode(f"<|im_start|>{name}\n{text}<|im_end|>\n")
+        for name, text in [["question", "a"], ["answer", "b"]]
+    ]
+    assert written(tmp_path / "out") == [(turns[0] + turns[1], [1] * len(turns[0]) + [2] * len(turns[1]))]
 
 
 def test_such_a_template_works_when_it_marks_the_assistants_text(tmp_path, conversations):

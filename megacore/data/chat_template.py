@@ -197,8 +197,11 @@ def find_chat_template(directory: Path, *, with_tools: bool = False) -> tuple[st
     where = str(directory / "tokenizer_config.json")
     if isinstance(config, str):
         found["default"] = (config, where)
-    elif isinstance(config, list):
-        found |= {str(entry["name"]): (str(entry["template"]), where) for entry in config}
+    elif config is not None:
+        try:
+            found |= {entry["name"]: (str(entry["template"]), where) for entry in config}
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{where}: its chat_template is neither a text nor a list of name and template") from error
     files = {"default": directory / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     found |= {name: (path.read_text(encoding="utf-8"), str(path)) for name, path in files.items() if path.is_file()}
