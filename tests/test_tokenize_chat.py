@@ -220,10 +220,7 @@ def test_a_tokenizer_model_that_knows_the_markup_of_megatron_llm_is_taken(tmp_pa
     )
     pairs = [("question", "a"), ("answer", "b")]
     processor = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    turns = [
-        processor.encode(f"<|im_start|>{name}\n{text}<|im_end|>\n")
-        for name, text in [["question", "a"], ["answer", "b"]]
-    ]
+    turns = [processor.encode(f"<|im_start|>{name}\n{text}<|im_end|>\n") for name, text in pairs]
     assert written(tmp_path / "out") == [(turns[0] + turns[1], [1] * len(turns[0]) + [2] * len(turns[1]))]
 
 
