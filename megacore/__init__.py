@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megacore.checkpoint import split as split
     from megacore.config import ModelConfig as ModelConfig
     from megacore.data import tokenize as tokenize
+    from megacore.data import tokenize_chat as tokenize_chat
     from megacore.errors import MegacoreError as MegacoreError
     from megacore.hookspecs import ModelFamily as ModelFamily
     from megacore.hookspecs import hookimpl as hookimpl
@@ -39,6 +40,7 @@ _HOME = {
     "list_families": "megacore.plugins",
     "split": "megacore.checkpoint",
     "tokenize": "megacore.data",
+    "tokenize_chat": "megacore.data",
     "train": "megacore.training",
     "translate": "megacore.weights",
     "verify": "megacore.verification",

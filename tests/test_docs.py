@@ -8,6 +8,7 @@ import pytest
 from pydantic_core import PydanticUndefined
 
 from megacore.cli import cli
+from megacore.data import MessageKeys, QuestionKeys
 from megacore.training import RunConfig, read_run_config
 
 ROOT = Path(__file__).parent.parent
@@ -68,3 +69,22 @@ def test_every_command_line_in_the_readme_and_the_demo_parses() -> None:
         known = {option for parameter in cli.commands[name].params for option in parameter.opts}
         unknown = [word for word in words if word.startswith("--") and word.rstrip(",.;`") not in known | {"--help"}]
         assert not unknown, f"megacore {name} has no {unknown}"
+
+
+def test_the_page_on_data_lists_every_option_of_the_command_for_conversations() -> None:
+    [table] = re.findall(r"### Records\n(.*?)\n### ", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    documented = {option for row in re.findall(r"^\| (`--.+?) \|", table, re.MULTILINE) for option in row.split(", ")}
+    options = {option for parameter in cli.commands["tokenize-chat"].params for option in parameter.opts}
+    assert documented == {f"`{option}`" for option in options - {"--input", "--tokenizer", "--out"}}
+
+
+def test_the_records_in_the_page_on_data_can_be_read() -> None:
+    [messages, question] = re.findall(r"```json\n(.*)\n(.*)\n```", (ROOT / "docs/data.md").read_text())[0]
+    assert MessageKeys().read(json.loads(messages))[0][1]["content"] == "Hello."
+    assert len(QuestionKeys(system="system").read(json.loads(question))[0]) == 3
+
+
+def test_every_command_line_in_the_page_on_data_parses() -> None:
+    for name, rest in re.findall(r"^megacore ([\w-]+) +(\S.*)", (ROOT / "docs/data.md").read_text(), re.MULTILINE):
+        known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        assert {word for word in rest.split() if word.startswith("--")} <= known

@@ -22,6 +22,7 @@ from megacore.cli.permute_qkv import permute_qkv
 from megacore.cli.plugins import plugins
 from megacore.cli.split import split
 from megacore.cli.tokenize import tokenize
+from megacore.cli.tokenize_chat import tokenize_chat
 from megacore.cli.train import train
 from megacore.cli.translate import translate
 from megacore.cli.verify import verify
@@ -48,7 +49,10 @@ def cli() -> None:
     """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
 
 
-for command in (tokenize, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins, new_plugin):
+for command in (
+    tokenize, tokenize_chat, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins,
+    new_plugin,
+):  # fmt: skip
     cli.add_command(command)
 
 

@@ -97,7 +97,8 @@ class Engine:
         self._buckets: GradientBuckets | None = None
         if parallel.sizes.dp_shard == 1 and parallel.sizes.dp_replicate > 1:
             self._buckets = GradientBuckets(self._all_parameters(), parallel.group("dp_replicate"))
-        self._pipeline = self._build_pipeline(config) if parallel.pp_size > 1 else None
+        self._pipeline = self._build_pipeline(run.data.seq_length) if parallel.pp_size > 1 else None
+        self._pipeline_length = run.data.seq_length
         self._ends_group = self._group_of_both_ends(config)
         self.optimizer = build_optimizer(
             self._all_named_parameters(), self.specs, run.optimizer, kernel=run.kernels.optimizer
@@ -165,7 +166,7 @@ class Engine:
         if self._buckets is not None:
             self._buckets.expect(None if splits_backward(self.run) else self.num_micro_batches)
         if self._pipeline is not None:
-            return self._pipeline.run(input_ids, targets, **inputs)
+            return self._pipeline_for(input_ids.shape[1]).run(input_ids, targets, **inputs)
         [model] = self.stages
         losses = []
         for number in range(self.num_micro_batches):
@@ -174,10 +175,14 @@ class Engine:
                 is_last = number == self.num_micro_batches - 1
                 model.set_is_last_backward(is_last)
                 model.set_requires_gradient_sync(is_last)
+            length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else None
             loss = model(
-                input_ids[samples],
-                targets=targets[samples],
-                **{name: tensor[samples] for name, tensor in inputs.items()},
+                input_ids[samples, :length],
+                targets=targets[samples, :length],
+                **{
+                    name: tensor[samples, :length] if tensor.dim() == 2 else tensor[samples]
+                    for name, tensor in inputs.items()
+                },
             )
             loss.backward()
             losses.append(loss.detach())
@@ -190,13 +195,19 @@ class Engine:
                 dist.all_reduce(number, group=self.parallel.group(axis))
         return number
 
-    def _build_pipeline(self, config: ModelConfig) -> Pipeline:
+    def _pipeline_for(self, length: int) -> Pipeline:
+        """The pipeline for samples of ``length`` inputs: the stages are told the shape of what they are sent."""
+        if self._pipeline is None or length != self._pipeline_length:
+            self._pipeline, self._pipeline_length = self._build_pipeline(length), length
+        return self._pipeline
+
+    def _build_pipeline(self, length: int) -> Pipeline:
         tp = self.parallel.tp_size if self.parallel.sequence_parallel else 1
         return Pipeline(
             self.run.parallel.pipeline_schedule,
             [(model.stage, model) for model in self.stages],
             num_micro_batches=self.num_micro_batches,
-            hidden_shape=(self.run.training.micro_batch_size, self.run.data.seq_length // tp, config.hidden_size),
+            hidden_shape=(self.run.training.micro_batch_size, length // tp, self.stages[0].config.hidden_size),
             hidden_dtype=self.compute_dtype,
             parallel=self.parallel,
         )

@@ -14,7 +14,8 @@ import torch
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
-from megacore.data import DatasetDescription, TokenWindows
+from megacore.data import DatasetDescription, InstructionDescription, TokenWindows
+from megacore.data.instruction import prefixes
 from megacore.errors import ConfigError, LayoutError, TrainingError
 from megacore.model import model_specs, read_config
 from megacore.model.kernels import describe_kernels
@@ -34,6 +35,7 @@ from megacore.plugins import get_family
 from megacore.training.agreement import require_agreement
 from megacore.training.batches import batches, open_dataset
 from megacore.training.engine import HELD_IN, Engine
+from megacore.training.instruction_batches import instruction_notes, open_instruction_samples
 from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
@@ -101,11 +103,11 @@ def train(
     sizes = parallel_sizes(run, nodes)
     check_run(run, config, specs, dp_size=sizes.dp)
     require_absent(run.output.checkpoint)
-    TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
+    told_of_data = list(_check_data(run, checkpoint))
     if on_note and is_first_process(nodes):
         if sizes.world > 1:
             on_note(_describe_layout(run, sizes, pipeline_stages(run, config, specs)))
-        for note in _notes(run, checkpoint):
+        for note in (*_notes(run, checkpoint), *told_of_data):
             on_note(note)
     if on_note and nodes.count > 1:
         on_note(f"node {nodes.rank} of {nodes.count} meets the others at {nodes.address}:{nodes.port}")
@@ -182,7 +184,8 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
     yield describe_kernels(run.kernels.chosen, is_compiled=run.kernels.compile)
     if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
         yield imbalance
-    description, tokenizer = DatasetDescription.read(run.data.prefix), checkpoint.manifest.tokenizer
+    kind = DatasetDescription if run.data.kind == "text" else InstructionDescription
+    description, tokenizer = kind.read(run.data.prefix), checkpoint.manifest.tokenizer
     if description is not None and tokenizer and description.tokenizer_sha256 not in tokenizer.values():
         yield f"the dataset {run.data.prefix} was made with another tokenizer than the checkpoint carries"
     context = checkpoint.manifest.config["max_position_embeddings"]
@@ -190,9 +193,18 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"data.seq_length {run.data.seq_length} is more than the {context} positions the model was made for"
 
 
+def _check_data(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """Open what the run trains on, which is refused if it cannot be used; yield what a person should know of it."""
+    if run.data.kind == "instruction":
+        yield from instruction_notes(run, open_instruction_samples(run, checkpoint))
+    else:
+        TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
+
+
 def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
     checkpoint = Checkpoint(run.model.checkpoint)
-    require_agreement(checkpoint, run.data.prefix, parallel)
+    is_text = run.data.kind == "text"
+    require_agreement(checkpoint, [run.data.prefix] if is_text else prefixes(run.data.prefix), parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:

@@ -36,6 +36,34 @@ class DataSection(Section):
     prefix: Path = Field(description="Dataset, as `megacore tokenize --out` was given it.")
     seq_length: int = Field(gt=0, description="Tokens of a sample that are predicted.")
     seed: int = Field(1234, ge=0, description="Of the order of the samples.")
+    kind: Literal["text", "instruction"] = Field(
+        "text",
+        description='What the dataset is: `"text"`, or `"instruction"`, conversations that `megacore tokenize-chat` '
+        "or Megatron-LLM made.",
+    )
+    packing: bool = Field(
+        False, description="Of `instruction`: put several conversations into a sample, each with attention of its own."
+    )
+    variable_seq_lengths: bool = Field(
+        False,
+        description="Of `instruction`: make micro-batches as long as their longest sample, in steps of 16, instead of "
+        "seq_length.",
+    )
+    overlong: Literal["truncate", "drop"] = Field(
+        "truncate",
+        description="Of `instruction`: what becomes of a conversation that is longer than a sample, "
+        '`"truncate"` or `"drop"`.',
+    )
+    scalar_loss_mask: float = Field(
+        0.0,
+        ge=0,
+        description="Of `instruction`: what a token counts for in the loss that is not the assistant's; the "
+        "assistant's count 1.",
+    )
+
+
+_OF_INSTRUCTION = {"packing", "variable_seq_lengths", "overlong", "scalar_loss_mask"}
+"""The keys of the section that mean something for conversations only."""
 
 
 class ParallelSection(Section):
@@ -209,6 +237,11 @@ class RunConfig(Section):
             )
         if optimizer.min_lr > optimizer.lr:
             raise ValueError(f"optimizer.min_lr ({optimizer.min_lr}) must not be above optimizer.lr ({optimizer.lr})")
+        if self.data.kind != "instruction" and (given := self.data.model_fields_set & _OF_INSTRUCTION):
+            raise ValueError(
+                f"data.{' and data.'.join(sorted(given))} belong{'s' if len(given) == 1 else ''} to data.kind = "
+                f'"instruction", and that is "{self.data.kind}"'
+            )
         if parallel.sequence_parallel and self.data.seq_length % parallel.tensor_parallel:
             raise ValueError(
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "

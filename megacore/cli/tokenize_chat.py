@@ -1,0 +1,141 @@
+"""``megacore tokenize-chat``: conversations to a dataset of token ids and of who speaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megacore.cli.notes import print_note
+from megacore.cli.progress import bytes_progress
+from megacore.cli.tokenize import ManyInputs
+
+_SHOWN = 10
+"""Skipped records that are told of one by one."""
+
+
+@click.command(name="tokenize-chat", cls=ManyInputs)
+@click.option(
+    "--input",
+    "inputs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    metavar="FILE...",
+    help="Conversations, one JSON object a line. Files are taken in the order given.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PATH",
+    help="tokenizer.json, or the directory that has it, its tokenizer_config.json and its chat template; "
+    "a tokenizer.model too, with the markup of megatron-llm.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PREFIX",
+    help="Writes PREFIX-text and PREFIX-role, each a .bin and an .idx, and PREFIX.json. None of them may exist.",
+)
+@click.option(
+    "--messages-key", metavar="KEY", help="Where a record has its list of role and content.  [default: messages]"
+)
+@click.option("--tools-key", metavar="KEY", help="Where it has the tools, if any, for the template.  [default: tools]")
+@click.option(
+    "--question-key", metavar="KEY", help="Where a record has its question, instead of messages.  [default: input]"
+)
+@click.option("--answer-key", metavar="KEY", help="Where a record has its answer.  [default: output]")
+@click.option("--system-key", metavar="KEY", help="Where a record has its system message.  [default: there is none]")
+@click.option(
+    "--markup",
+    type=click.Choice(["template", "megatron-llm"]),
+    help="What turns are written as: with a chat template, or with <|im_start|>question and so on, as Megatron-LLM "
+    "does.  [default: megatron-llm for questions and answers, template for messages]",
+)
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A Jinja template.  [default: the tokenizer's own]",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="What to do about a record that cannot be used.",
+)
+def tokenize_chat(
+    inputs: tuple[Path, ...],
+    tokenizer: Path,
+    out: Path,
+    messages_key: str | None,
+    tools_key: str | None,
+    question_key: str | None,
+    answer_key: str | None,
+    system_key: str | None,
+    markup: str | None,
+    chat_template: Path | None,
+    on_error: str,
+) -> None:
+    """Turn conversations into instruction data: token ids, and who speaks at each of them.
+
+    Training on it (data.kind = "instruction") has a loss on the assistant's tokens, the end of its turns included.
+
+    \b
+    megacore tokenize-chat --input chats.jsonl --tokenizer published/ --out data/chats
+    megacore tokenize-chat --input qa.jsonl --question-key q --answer-key a --tokenizer published/ --out data/qa
+    """
+    import megacore.data
+    from megacore.errors import DataError
+
+    asks_messages, asks_questions = messages_key or tools_key, question_key or answer_key or system_key
+    if asks_messages and asks_questions:
+        raise click.UsageError(
+            "records have either messages (--messages-key, --tools-key) or a question and an answer (--question-key, "
+            "--answer-key, --system-key)"
+        )
+    keys = (
+        megacore.data.QuestionKeys(question=question_key or "input", answer=answer_key or "output", system=system_key)
+        if asks_questions
+        else megacore.data.MessageKeys(messages=messages_key or "messages", tools=tools_key or "tools")
+    )
+    num_told = 0
+
+    def tell(error: DataError) -> None:
+        nonlocal num_told
+        num_told += 1
+        if num_told <= _SHOWN:
+            print_note(f"skipped {error}")
+
+    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    with bytes_progress("tokenizing", total) as advance:
+        summary = megacore.data.tokenize_chat(
+            inputs,
+            tokenizer=tokenizer,
+            out=out,
+            keys=keys,
+            markup=markup,  # type: ignore[arg-type]
+            chat_template=chat_template,
+            on_error=on_error,  # type: ignore[arg-type]
+            on_skip=tell,
+            advance=advance,
+        )
+    if num_told > _SHOWN:
+        print_note(f"skipped {num_told - _SHOWN:,} more")
+    if summary.num_with_special_tokens:
+        print_note(
+            f"{_count(summary.num_with_special_tokens, 'conversation')} with text that spells special tokens, which "
+            "it has become; remove it from the records where it must not have that power"
+        )
+    click.echo(
+        f"{out}: {_count(summary.num_conversations, 'conversation')}, {_count(summary.num_tokens, 'token')}, "
+        f"{summary.num_assistant_tokens / summary.num_tokens:.1%} of them the assistant's"
+        + (f"; skipped {_count(summary.num_skipped, 'record')}" if summary.num_skipped else "")
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,331 @@
+"""``tokenize_chat``: conversations to instruction data, with who speaks at each token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacore.data.chat_records import Conversation, MessageKeys, QuestionKeys, read_conversations
+from megacore.data.chat_template import ChatTemplate, find_chat_template, special_tokens
+from megacore.data.indexed_dataset import token_dtype
+from megacore.data.instruction import InstructionDescription, Role, writing_instruction_data
+from megacore.data.tokenizer import Tokenizer, load_tokenizer
+from megacore.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_CONVERSATIONS = 1024
+
+Markup = Literal["template", "megatron-llm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSummary:
+    """What :func:`tokenize_chat` wrote."""
+
+    prefix: Path
+    num_conversations: int
+    num_tokens: int
+    num_assistant_tokens: int
+    """Those that are learned."""
+    num_skipped: int
+    """Records that could not be used."""
+    num_with_special_tokens: int
+    """Conversations with text that spells special tokens, which it has become."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Text that is encoded by itself.
+
+    Attributes:
+        text: the text.
+        spans: ``(start, stop, role)``: who writes which of its characters; the others are the prompter's.
+    """
+
+    text: str
+    spans: list[tuple[int, int, Role]]
+
+
+class _Encoder(Protocol):
+    """What makes tokens of conversations."""
+
+    template_sha256: str | None
+
+    def pieces(self, conversation: Conversation) -> list[_Piece]:
+        """The text of a conversation. Raises :class:`DataError` for one that cannot be written."""
+
+    def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The ids and roles of each piece."""
+
+
+def tokenize_chat(
+    inputs: str | Path | Iterable[str | Path],
+    *,
+    tokenizer: str | Path,
+    out: str | Path,
+    keys: MessageKeys | QuestionKeys | None = None,
+    markup: Markup | None = None,
+    chat_template: str | Path | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    on_skip: Callable[[DataError], None] = lambda error: None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> ChatSummary:
+    """Tokenize conversations into the instruction data ``out``: see :mod:`megacore.data.instruction` for its files.
+
+    Inputs are JSON Lines, one conversation a line, in UTF-8; blank lines are passed over.
+
+    Args:
+        tokenizer: a tokenizer's file or directory. Text that spells a special token becomes that token, as it does in
+            transformers; such conversations are counted.
+        keys: where a record has its conversation; by default a list under ``messages``.
+        markup: ``template``, a chat template; or ``megatron-llm``, ``<|im_start|>question\\n…<|im_end|>\\n`` with the
+            roles system, question and answer, which that program writes, each turn encoded by itself, its header and
+            end learned with an answer. By default the latter for questions and answers, else the former.
+        chat_template: a file with the template; by default it is the tokenizer's.
+        on_error: what to do about a record that cannot be used.
+        on_skip: is told of each record that is skipped.
+        advance: is told of every few input bytes done.
+
+    Raises:
+        DataError: an input, the tokenizer or the template is missing or malformed, or a record (the message has file
+            and line), or no record can be used.
+        OutputError: an output file exists or cannot be written. After any error nothing is left of the dataset.
+    """
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file")
+    keys = keys or MessageKeys()
+    markup = markup or ("megatron-llm" if isinstance(keys, QuestionKeys) else "template")
+    loaded = load_tokenizer(tokenizer)
+    library = _library_tokenizer(loaded)
+    special = re.compile("|".join(map(re.escape, _added_tokens(library) if library else [])) or "(?!)")
+    encoder: _Encoder
+    if markup == "template":
+        encoder = _TemplateEncoder(loaded, library, None if chat_template is None else Path(chat_template))
+    elif chat_template is not None:
+        raise DataError(f"the chat template {chat_template} has no effect with the markup of megatron-llm; give one")
+    else:
+        encoder = _MegatronLlmEncoder(loaded)
+
+    num_skipped = num_conversations = num_tokens = num_assistant_tokens = num_with_special_tokens = 0
+    first_error: DataError | None = None
+
+    def skip(error: DataError, num_input_bytes: int) -> None:
+        nonlocal num_skipped, first_error
+        if on_error == "stop":
+            raise error
+        first_error = first_error or error
+        num_skipped += 1
+        on_skip(error)
+        advance(num_input_bytes)
+
+    def written() -> Iterator[tuple[Conversation, list[_Piece]]]:
+        for conversation in chain.from_iterable(read_conversations(path, keys, on_error=skip) for path in paths):
+            try:
+                pieces = encoder.pieces(conversation)
+                for piece in pieces:
+                    _check_text(piece.text)
+            except DataError as error:
+                skip(DataError(f"{conversation.where}: {error}"), conversation.num_input_bytes)
+                continue
+            yield conversation, pieces
+
+    with writing_instruction_data(out, token_dtype(loaded.vocab_size)) as writer:
+        for batch in _batches(written()):
+            encoded = encoder.encode([piece for _, pieces in batch for piece in pieces])
+            for conversation, pieces in batch:
+                of_pieces = [next(encoded) for _ in pieces]
+                ids, roles = (np.concatenate(arrays) for arrays in zip(*of_pieces, strict=True))
+                num_assistant = int(np.count_nonzero(roles == Role.ASSISTANT))
+                if num_assistant == 0:
+                    message = f"{conversation.where}: none of its tokens is the assistant's: nothing to learn from it"
+                    skip(DataError(message), conversation.num_input_bytes)
+                    continue
+                writer.add(ids, roles)
+                num_conversations += 1
+                num_tokens += len(ids)
+                num_assistant_tokens += num_assistant
+                num_with_special_tokens += any(
+                    special.search(str(message.get("content", ""))) for message in conversation.messages
+                )
+                advance(conversation.num_input_bytes)
+        if num_conversations == 0:
+            told = f"; the first of {num_skipped} that were skipped: {first_error}" if first_error else ""
+            raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no conversation to tokenize{told}")
+        writer.description = InstructionDescription(
+            tokenizer_file=loaded.file.name,
+            tokenizer_sha256=loaded.sha256,
+            vocab_size=loaded.vocab_size,
+            markup=markup,
+            template_sha256=encoder.template_sha256,
+            num_conversations=num_conversations,
+            num_tokens=num_tokens,
+            num_assistant_tokens=num_assistant_tokens,
+            megacore_version=version("megacore"),
+        )
+    return ChatSummary(
+        prefix=Path(out),
+        num_conversations=num_conversations,
+        num_tokens=num_tokens,
+        num_assistant_tokens=num_assistant_tokens,
+        num_skipped=num_skipped,
+        num_with_special_tokens=num_with_special_tokens,
+    )
+
+
+def _batches(
+    written: Iterable[tuple[Conversation, list[_Piece]]],
+) -> Iterator[list[tuple[Conversation, list[_Piece]]]]:
+    batch: list[tuple[Conversation, list[_Piece]]] = []
+    num_bytes = 0
+    for conversation, pieces in written:
+        batch.append((conversation, pieces))
+        num_bytes += conversation.num_input_bytes
+        if num_bytes >= _BATCH_CHARACTERS or len(batch) == _BATCH_CONVERSATIONS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+class _TemplateEncoder:
+    """Conversations as a chat template writes them, encoded as a whole; the characters say whose each token is.
+
+    A token that has a character of the assistant's is the assistant's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, library: tokenizers.Tokenizer | None, template_file: Path | None) -> None:
+        if library is None:
+            raise DataError(
+                f"{tokenizer.file}: a chat template needs a tokenizer.json, which knows the special tokens that it "
+                "writes; give the directory of one, or questions and answers with the markup of megatron-llm"
+            )
+        self._library = library
+        directory = tokenizer.file.parent
+        self._with_tools, self._template = (
+            ChatTemplate(
+                source, where=where, special_tokens=special_tokens(directory), added_tokens=_added_tokens(library)
+            )
+            for source, where in (
+                _template_source(directory, template_file, with_tools=with_tools) for with_tools in (True, False)
+            )
+        )
+        self.template_sha256: str | None = hashlib.sha256(self._template.source.encode()).hexdigest()
+
+    def pieces(self, conversation: Conversation) -> list[_Piece]:
+        template = self._template if conversation.tools is None else self._with_tools
+        chat = template.render_marked(conversation.messages, tools=conversation.tools)
+        spans = [(0, chat.system_stop, Role.SYSTEM)] if chat.system_stop else []
+        return [_Piece(chat.text, spans + [(start, stop, Role.ASSISTANT) for start, stop in chat.assistant])]
+
+    def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        encodings = self._library.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            # A token may stand for no character, such as a sign for the beginning of a word: it is of the next one.
+            starts, stops = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)
+            roles = np.full(len(places), Role.PROMPTER, np.int64)
+            for start, stop, role in piece.spans:
+                roles[(starts < stop) & (stops > start)] = role
+            yield np.array(encoding.ids, np.int64), roles
+
+
+class _MegatronLlmEncoder:
+    """Turns as Megatron-LLM writes them, each encoded by itself."""
+
+    template_sha256: str | None = None
+
+    _NAMES: ClassVar = {
+        "system": ("system", Role.SYSTEM),
+        "user": ("question", Role.PROMPTER),
+        "assistant": ("answer", Role.ASSISTANT),
+    }
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        for token in ("<|im_start|>", "<|im_end|>"):
+            # Twice, since sentencepiece may put a piece for a space before the first.
+            once, twice = tokenizer.encode_batch([token, token + token])
+            if len(twice) - len(once) != 1:
+                raise DataError(
+                    f"{tokenizer.file}: does not know {token} as a token, which the markup of megatron-llm needs: add "
+                    "it to the tokenizer and to the model, or write the conversations with a chat template"
+                )
+
+    def pieces(self, conversation: Conversation) -> list[_Piece]:
+        pieces = []
+        for number, message in enumerate(conversation.messages, start=1):
+            if message["role"] not in self._NAMES or not isinstance(message.get("content"), str):
+                raise DataError(
+                    f"message {number}: the markup of megatron-llm has text of {', '.join(self._NAMES)}, and nothing "
+                    f"else; not {json.dumps(message)[:40]}"
+                )
+            name, role = self._NAMES[message["role"]]
+            text = f"<|im_start|>{name}\n{message['content']}<|im_end|>\n"
+            pieces.append(_Piece(text, [(0, len(text), role)]))
+        return pieces
+
+    def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        for piece, ids in zip(pieces, self._tokenizer.encode_batch([piece.text for piece in pieces]), strict=True):
+            [(_, _, role)] = piece.spans
+            yield np.array(ids, np.int64), np.full(len(ids), role, np.int64)
+
+
+def _library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a ``tokenizer.json`` in the library that tells which characters a token stands for."""
+    if tokenizer.file.suffix != ".json":
+        return None
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_str(tokenizer.file.read_text(encoding="utf-8"))
+    library.no_truncation()
+    library.no_padding()
+    # It would add no token here, but may cut white space off what a token says of its place.
+    library.post_processor = None
+    return library
+
+
+def _added_tokens(library: tokenizers.Tokenizer) -> list[str]:
+    """The texts that a tokenizer takes for one token wherever they stand."""
+    return [token.content for token in library.get_added_tokens_decoder().values()]
+
+
+def _template_source(directory: Path, file: Path | None, *, with_tools: bool) -> tuple[str, str]:
+    """The text of a chat template, and where it stands."""
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: the chat template cannot be read: {error}") from error
+    found = find_chat_template(directory, with_tools=with_tools)
+    if found is None:
+        raise DataError(
+            f"{directory}: the tokenizer has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json): give a file with one as --chat-template"
+        )
+    return found
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell what no text holds, such as "\ud800"; no tokenizer takes it.
+        raise DataError(
+            f"the text has half of a surrogate pair ({text[error.start]!r}); write the whole pair, or U+FFFD in its "
+            "place"
+        ) from error

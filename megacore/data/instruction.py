@@ -1,0 +1,186 @@
+"""Instruction data on disk: the token ids of conversations in one indexed dataset, who speaks in a second one.
+
+``PREFIX-text`` and ``PREFIX-role`` are what ``preprocess_instruct_data.py`` of Megatron-LLM writes: sequences of equal
+lengths, one a conversation, with ids in the first and a :class:`Role` for each of them in the second, as uint16.
+``PREFIX.json`` describes them, where megacore wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megacore.errors import DataError, DiskFullError, OutputError
+
+
+class Role(IntEnum):
+    """Who speaks, as the format numbers them."""
+
+    SYSTEM = 0
+    PROMPTER = 1
+    ASSISTANT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionDescription:
+    """``PREFIX.json``: which tokenizer and which markup made instruction data."""
+
+    FORMAT: ClassVar = "megacore-instruction-dataset"
+    VERSION: ClassVar = 1
+
+    tokenizer_file: str
+    """Its name, without directories."""
+    tokenizer_sha256: str
+    vocab_size: int
+    """Larger than every id that the tokenizer can give."""
+    markup: str
+    """``template``, a chat template, or ``megatron-llm``, the markup of that program."""
+    template_sha256: str | None
+    """Of the chat template's text."""
+    num_conversations: int
+    num_tokens: int
+    num_assistant_tokens: int
+    megacore_version: str
+
+    def to_json(self) -> str:
+        content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> Self | None:
+        """The description of the instruction data at ``prefix``; ``None`` where it has none, as other programs' have.
+
+        Raises:
+            DataError: the file is damaged, or of a newer version.
+        """
+        path = Path(f"{prefix}.json")
+        # A file of this name may also be another program's, and of any size: only ours says so at its start.
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            if f'"{cls.FORMAT}"'.encode() not in file.read(100):
+                return None
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path}: is damaged: {error}") from error
+        if content.get("version") != cls.VERSION:
+            raise DataError(
+                f"{path}: version {content.get('version')} of the description; this megacore reads {cls.VERSION}"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        if missing := sorted(names - set(content)):
+            raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
+        if not isinstance(content["vocab_size"], int):
+            raise DataError(f"{path}: is damaged: its numbers are none")
+        return cls(**{name: content[name] for name in names})
+
+
+class InstructionDataset:
+    """Conversations by number: ``dataset[i]`` is the token ids and the roles of conversation ``i``, both ``[length]``.
+
+    Attributes:
+        text: the dataset of the ids.
+        roles: and that of the roles.
+        lengths: int32, ``[conversations]``, tokens in each.
+
+    Raises:
+        DataError: a file is missing or damaged, or the two datasets do not belong together.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        text, role = prefixes(prefix)
+        if not Path(f"{text}.idx").is_file() and Path(f"{prefix}.idx").is_file():
+            raise DataError(
+                f"{prefix}: is a dataset of text, not of conversations; make those with megacore tokenize-chat, or set "
+                'data.kind = "text"'
+            )
+        self.text, self.roles = IndexedDataset(text), IndexedDataset(role)
+        if not np.array_equal(self.text.sizes, self.roles.sizes):
+            raise DataError(
+                f"{text} and {role} do not belong together: their sequences are not of the same lengths; make both anew"
+            )
+        self.lengths = self.text.sizes
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        return self.text[number], self.roles[number]
+
+
+class InstructionWriter:
+    """Takes conversations for instruction data; see :func:`writing_instruction_data`."""
+
+    def __init__(self, text: IndexedDatasetWriter, roles: IndexedDatasetWriter) -> None:
+        self._text, self._roles = text, roles
+        self.description: InstructionDescription | None = None
+
+    def add(self, ids: ArrayLike, roles: ArrayLike) -> None:
+        """Append one conversation: its token ids and their roles, both ``[length]``."""
+        ids, roles = np.asarray(ids), np.asarray(roles)
+        assert ids.shape == roles.shape, "each token has a role"
+        self._text.add_document(ids)
+        self._roles.add_document(roles)
+
+
+@contextmanager
+def writing_instruction_data(prefix: str | Path, dtype: DTypeLike) -> Iterator[InstructionWriter]:
+    """Write instruction data as its conversations come; what is set as the writer's description becomes PREFIX.json.
+
+    A conversation is a document of each of the two datasets. An exception leaves nothing. The ids' ``.idx`` is the last
+    file to appear, and without it nothing reads the others: a killed process leaves no half of the pair in use.
+
+    Raises:
+        OutputError: an output file exists or cannot be written (:class:`DiskFullError` when there is no room).
+    """
+    text, role = prefixes(prefix)
+    json_path = Path(f"{prefix}.json")
+    if json_path.exists():
+        raise OutputError(f"{json_path} exists: delete what is not needed, or choose another output prefix")
+    published: list[Path] = []
+    try:
+        with IndexedDatasetWriter(text, dtype) as ids:
+            with IndexedDatasetWriter(role, np.uint16) as roles:
+                writer = InstructionWriter(ids, roles)
+                yield writer
+            published += [Path(f"{role}.bin"), Path(f"{role}.idx")]
+            if writer.description is not None:
+                _write_new(json_path, writer.description.to_json(), published)
+    except BaseException:
+        for path in published:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _write_new(path: Path, text: str, published: list[Path]) -> None:
+    """Write a file that does not exist yet, down to the disk, and enter it among what is ``published``."""
+    try:
+        with path.open("xb") as file:
+            published.append(path)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFullError if full else OutputError)(
+            f"{path}: cannot be written: {error.strerror}. No dataset was left behind"
+        ) from error
+
+
+def prefixes(prefix: str | Path) -> tuple[Path, Path]:
+    """The paths of the two datasets of instruction data: of the ids, and of the roles."""
+    return Path(f"{prefix}-text"), Path(f"{prefix}-role")
