@@ -22,11 +22,15 @@ class Batch:
         tokens: token ids, ``[samples, sequence + 1]``.
         loss_mask: what each target counts for in the loss, ``[samples, sequence]``; 0 for one not to be learned.
         sample_ids: the number of each sample among all of the run, ``[samples]``.
+        segments: the number of each input token's segment, ``[samples, sequence]``, int32, never falling: tokens attend
+            to those of their own segment only, and their positions count from its beginning. ``None`` where each sample
+            is one.
     """
 
     tokens: Tensor
     loss_mask: Tensor
     sample_ids: Tensor
+    segments: Tensor | None = None
 
 
 def open_dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
