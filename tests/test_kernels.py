@@ -20,6 +20,7 @@ from megacore.errors import ConfigError
 from megacore.model import kernels
 from megacore.model.kernels import KERNELS, attention_kernel, check_kernels, norm_kernels
 from megacore.model.nvidia_apex import apex_problem
+from megacore.model.segments import Segments
 from megacore.parallel import ParallelSizes
 from megacore.training import RunConfig, Step, loop, plan
 from megacore.training.loop import _train_on_rank
@@ -52,6 +53,11 @@ def worst_difference(steps: list[Step], expected: list[Step]) -> float:
 # --- attention
 
 
+Lengths = list[list[int]]
+WHOLE_ROWS: Lengths = [[33], [33]]
+PACKED: Lengths = [[1, 2, 7, 23], [33]]
+
+
 def heads(num_heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 33, number, 16) for number in (num_heads, kv_heads, kv_heads)]
@@ -62,7 +68,7 @@ def heads(num_heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, Te
 def written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention, one head after the other."""
     queries_per_kv = query.shape[2] // key.shape[2]
-    future = torch.ones(33, 33, dtype=torch.bool).triu(1)
+    future = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).triu(1)
     attended = []
     for head in range(query.shape[2]):
         scores = query[:, :, head] @ key[:, :, head // queries_per_kv].mT / math.sqrt(16)
@@ -76,26 +82,46 @@ def biases(num_heads: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(num_heads, 33, 33, dtype=dtype).masked_fill(future, -math.inf)
 
 
-def assert_computes_attention(name: str, num_heads: int, kv_heads: int, dtype: torch.dtype, *, has_mask: bool) -> None:
+def written_out_by_segment(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Lengths) -> Tensor:
+    """Attention of each of a row's segments."""
+    rows = []
+    for row, own_lengths in enumerate(lengths):
+        own = [heads[row : row + 1].split(own_lengths, dim=1) for heads in (query, key, value)]
+        masks = [None if mask is None else mask[:, :length, :length] for length in own_lengths]
+        rows.append(torch.cat([written_out(*segment) for segment in zip(*own, masks, strict=True)], dim=1))
+    return torch.cat(rows)
+
+
+def assert_computes_attention(
+    name: str,
+    num_heads: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    *,
+    has_mask: bool,
+    lengths: Lengths = WHOLE_ROWS,
+) -> None:
     inputs = heads(num_heads, kv_heads, dtype)
     mask = biases(num_heads, dtype) if has_mask else None
+    numbers = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
 
-    attended = attention_kernel(name)(*inputs, mask, 0.0)
+    attended = attention_kernel(name)(*inputs, mask, 0.0, Segments.of(numbers, device=numbers.device))
     gradients = torch.autograd.grad(attended.square().sum(), inputs)
 
-    expected = written_out(*inputs, mask)
+    expected = written_out_by_segment(*inputs, mask, lengths)
     bound = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(attended, expected, **bound)
     for own, other in zip(gradients, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
         torch.testing.assert_close(own, other, **bound)
 
 
+@pytest.mark.parametrize("lengths", [WHOLE_ROWS, PACKED], ids=["whole rows", "segments"])
 @pytest.mark.parametrize("has_mask", [False, True], ids=["causal", "linear biases"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kv_heads", [6, 3, 1])
 @pytest.mark.parametrize("name", ["auto", "math", "flash"])
-def test_attention_and_its_gradients_are_those_written_out(name, kv_heads, dtype, has_mask):
-    assert_computes_attention(name, 6, kv_heads, dtype, has_mask=has_mask)
+def test_attention_and_its_gradients_are_those_written_out(name, kv_heads, dtype, has_mask, lengths):
+    assert_computes_attention(name, 6, kv_heads, dtype, has_mask=has_mask, lengths=lengths)
 
 
 def test_the_kernel_that_is_asked_for_is_the_one_that_computes():
@@ -114,11 +140,12 @@ def test_linear_biases_do_not_cost_the_fused_kernel_on_a_cpu():
     assert "FlashAttention" in attended.grad_fn.next_functions[0][0].name()
 
 
+@pytest.mark.parametrize("lengths", [WHOLE_ROWS, PACKED], ids=["whole rows", "segments"])
 @pytest.mark.parametrize("has_mask", [False, True], ids=["causal", "linear biases"])
-def test_efficient_attention_gets_the_shared_heads_once_for_each_query(monkeypatch, has_mask):
+def test_efficient_attention_gets_the_shared_heads_once_for_each_query(monkeypatch, has_mask, lengths):
     monkeypatch.setattr(kernels, "sdpa_kernel", lambda backend: nullcontext())  # it is not to be had on a CPU
 
-    assert_computes_attention("efficient", 6, 3, torch.float64, has_mask=has_mask)
+    assert_computes_attention("efficient", 6, 3, torch.float64, has_mask=has_mask, lengths=lengths)
 
 
 FLASH_ATTN = """
@@ -129,14 +156,28 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         is_causal=True, enable_gqa=True, dropout_p=dropout_p,
     ).transpose(1, 2)
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    assert q.ndim == k.ndim == v.ndim == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert type(max_seqlen_q) is type(max_seqlen_k) is int
+    bounds = cu_seqlens_q.tolist()
+    assert bounds == cu_seqlens_k.tolist() and bounds[0] == 0 and bounds[-1] == len(q) == len(k) == len(v)
+    assert max(b - a for a, b in zip(bounds, bounds[1:])) == max_seqlen_q == max_seqlen_k
+    return torch.cat([
+        flash_attn_func(q[None, a:b], k[None, a:b], v[None, a:b], dropout_p, softmax_scale, causal)[0]
+        for a, b in zip(bounds, bounds[1:])
+    ])
 """
 
 
-def test_flash_attn_is_called_as_it_documents_itself(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lengths", [WHOLE_ROWS, PACKED], ids=["whole rows", "segments"])
+def test_flash_attn_is_called_as_it_documents_itself(tmp_path, monkeypatch, lengths):
     (tmp_path / "flash_attn.py").write_text(FLASH_ATTN)
     monkeypatch.syspath_prepend(tmp_path)
 
-    assert_computes_attention("flash-attn", 6, 3, torch.float64, has_mask=False)
+    assert_computes_attention("flash-attn", 6, 3, torch.float64, has_mask=False, lengths=lengths)
     del sys.modules["flash_attn"]
 
 

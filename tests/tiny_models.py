@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import FalconConfig, FalconForCausalLM
@@ -12,17 +13,38 @@ from tiny_llama import VOCAB
 
 def tied_multi_query_falcon(directory: Path) -> Path:
     """Save a transformers Falcon like 7B: one key-value head, tied embeddings; 5 layers, a vocabulary of 99."""
-    config = FalconConfig(
-        vocab_size=VOCAB,
+    return _falcon(
+        directory,
         hidden_size=32,
-        num_hidden_layers=5,
         num_attention_heads=4,
         ffn_hidden_size=26,
         multi_query=True,
         parallel_attn=True,
-        new_decoder_architecture=False,
         bias=False,
+    )
+
+
+def falcon_with_linear_biases(directory: Path) -> Path:
+    """Save a transformers Falcon like RW-1B: ALiBi, biases everywhere, 7 heads, tied embeddings; 5 layers."""
+    return _falcon(
+        directory,
+        hidden_size=42,
+        num_attention_heads=7,
+        ffn_hidden_size=75,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+        alibi=True,
+    )
+
+
+def _falcon(directory: Path, **settings: Any) -> Path:
+    config = FalconConfig(
+        vocab_size=VOCAB,
+        num_hidden_layers=5,
+        new_decoder_architecture=False,
         tie_word_embeddings=True,
+        **settings,
     )
     torch.manual_seed(0)
     model = FalconForCausalLM(config)

@@ -116,6 +116,44 @@ def masked_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, 
     return loss, {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}
 
 
+SEGMENTS = [
+    [7, 2, 1, 2],
+    [12],
+    [1, 11],
+    [3, 3, 3, 3],
+    [2, 7, 3],
+    [1] * 12,
+    [11, 1],
+    [5, 7],
+]
+"""How long the segments of samples 0 to 7 are; of the last two samples the last segment is padding."""
+
+
+def segmented(batch: Batch) -> Batch:
+    """The batch with segments of the lengths in :data:`SEGMENTS`, and a loss that counts most tokens but no padding."""
+    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in SEGMENTS]
+    segments = torch.stack([numbers[int(sample) % 8] for sample in batch.sample_ids]).to(torch.int32)
+    positions = torch.arange(batch.loss_mask.shape[1])
+    learned = (batch.sample_ids.unsqueeze(-1) * 7 + positions * 5) % 6 != 0
+    learned &= ~((batch.sample_ids.unsqueeze(-1) % 8 >= 6) & (segments == 1))
+    return replace(batch, loss_mask=learned.to(batch.loss_mask.dtype), segments=segments)
+
+
+def segmented_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
+    """The loss of the :func:`segmented` first batch of the run, and its gradients, whole where this rank has them."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel)
+    batch = next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size))
+    loss, _ = engine.accumulate(segmented(batch))
+    return loss, {
+        name: gathered(p.grad, parallel)
+        if parallel.sizes.dp_shard > 1
+        else whole_tensor(p.grad, engine.specs[name], parallel)
+        for name, p in engine.parameters.items()
+        if p.grad is not None
+    }
+
+
 def train_on_what_each_sees(parallel: ParallelContext, runs: list[RunConfig]) -> None:
     """Train each rank by a run file of its own."""
     _train_on_rank(parallel, runs[parallel.rank], None)

@@ -12,7 +12,8 @@ from megacore.config import ModelConfig
 from megacore.model.alibi import alibi_mask, alibi_slopes
 from megacore.model.dropout import Dropout
 from megacore.model.kernels import AttentionKernel, attention_kernel
-from megacore.model.rotary import apply_rotary, rotary_table
+from megacore.model.rotary import apply_rotary, rotary_table, segmented_rotary_table
+from megacore.model.segments import Segments
 from megacore.parallel import ColumnParallelLinear, ParallelContext, ParameterSpec, RowParallelLinear
 
 
@@ -36,10 +37,12 @@ class Positions:
     """What the layers need to know of the positions of their tokens, made once for all of them.
 
     Attributes:
-        cos: of the rotary angles, ``[sequence, head_dim]``; ``None`` for a model without rotary embedding.
+        cos: of the rotary angles, ``[sequence, head_dim]``, with segments ``[batch, sequence, head_dim]``; ``None`` for
+            a model without rotary embedding.
         sin: likewise.
-        mask: what is added to the scores of this rank's heads, ``[local_heads, sequence, sequence]``; ``None`` where
-            attention is causal and nothing else.
+        mask: what is added to the scores of this rank's heads, ``[local_heads, sequence, sequence]``, with segments as
+            long as the longest; ``None`` where attention is causal and nothing else.
+        segments: in which tokens see each other; ``None`` where each row is one.
         sample_ids: the number of each sample among all of the run, ``[batch]``, on the CPU, which dropout draws its
             masks from; ``None`` outside of training.
     """
@@ -47,6 +50,7 @@ class Positions:
     cos: Tensor | None = None
     sin: Tensor | None = None
     mask: Tensor | None = None
+    segments: Segments | None = None
     sample_ids: Tensor | None = None
 
     @classmethod
@@ -58,16 +62,23 @@ class Positions:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        segment_numbers: Tensor | None = None,
         sample_ids: Tensor | None = None,
     ) -> Positions:
-        """The positions 0 to ``sequence_length - 1``."""
+        """The positions 0 to ``sequence_length - 1``, or those in the segments that tokens have the numbers of."""
+        segments = Segments.of(segment_numbers, device=device)
         if config.position_embedding == "rotary":
-            cos, sin = rotary_table(config, sequence_length, device=device, dtype=dtype)
-            return cls(cos=cos, sin=sin, sample_ids=sample_ids)
+            if segments is None:
+                cos, sin = rotary_table(config, sequence_length, device=device, dtype=dtype)
+            else:
+                tables = segmented_rotary_table(config, segments.lengths, device=device, dtype=dtype)
+                cos, sin = (table.unflatten(0, (-1, sequence_length)) for table in tables)
+            return cls(cos=cos, sin=sin, segments=segments, sample_ids=sample_ids)
+        longest = sequence_length if segments is None else max(segments.lengths)
         first, last = local_heads(config, parallel)
         slopes = alibi_slopes(config.num_attention_heads)[first:last]
-        mask = alibi_mask(slopes, sequence_length, config.head_dim**-0.5, device=device, dtype=dtype)
-        return cls(mask=mask, sample_ids=sample_ids)
+        mask = alibi_mask(slopes, longest, config.head_dim**-0.5, device=device, dtype=dtype)
+        return cls(mask=mask, segments=segments, sample_ids=sample_ids)
 
 
 class SelfAttention(nn.Module):
@@ -126,7 +137,7 @@ class SelfAttention(nn.Module):
             query = apply_rotary(query, positions.cos, positions.sin)
             key = apply_rotary(key, positions.cos, positions.sin)
         if self.options.dropout.probability == 0.0:
-            return self.options.kernel(query, key, value, positions.mask, 0.0).flatten(2)
+            return self.options.kernel(query, key, value, positions.mask, 0.0, positions.segments).flatten(2)
         return self._attend_with_dropout(query, key, value, positions).flatten(2)
 
     # A compiled kernel would not draw from the generator that is seeded here.
@@ -134,7 +145,7 @@ class SelfAttention(nn.Module):
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         dropout = self.options.dropout
         with dropout.seeded(positions.sample_ids, self.first_head, device=query.device):
-            return self.options.kernel(query, key, value, positions.mask, dropout.probability)
+            return self.options.kernel(query, key, value, positions.mask, dropout.probability, positions.segments)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take ``[batch, sequence, local_rows]`` apart: query, key, value, ``[batch, sequence, heads, head_dim]``."""

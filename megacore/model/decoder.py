@@ -105,6 +105,7 @@ class DecoderModel(nn.Module):
         *,
         targets: Tensor | None = None,
         token_weights: Tensor | None = None,
+        segments: Tensor | None = None,
         sample_ids: Tensor | None = None,
     ) -> Tensor:
         """Go through this stage.
@@ -113,6 +114,8 @@ class DecoderModel(nn.Module):
             inputs: on the first stage token ids, ``[batch, sequence]``; on the others what the stage before returned.
             targets: token ids, ``[batch, sequence]``; the last stage then returns the loss instead of logits.
             token_weights: of the loss; see :func:`megacore.parallel.linear_cross_entropy`.
+            segments: number of each token's segment, ``[batch, sequence]``, on the CPU: tokens attend to those of their
+                own segment only, and positions count from its beginning; none where each row is one.
             sample_ids: numbers of the samples, ``[batch]``, on the CPU, for dropout; none without.
 
         Returns:
@@ -135,7 +138,13 @@ class DecoderModel(nn.Module):
             hidden = inputs
             sequence_length *= parallel.tp_size if parallel.sequence_parallel else 1
         positions = Positions.of(
-            self.config, sequence_length, parallel, device=hidden.device, dtype=hidden.dtype, sample_ids=sample_ids
+            self.config,
+            sequence_length,
+            parallel,
+            device=hidden.device,
+            dtype=hidden.dtype,
+            segment_numbers=segments,
+            sample_ids=sample_ids,
         )
         hidden = self.decoder(hidden, positions)
         if not self.stage.is_last:

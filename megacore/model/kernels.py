@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megacore.errors import ConfigError
 from megacore.model.nvidia_apex import apex_problem
+from megacore.model.segments import Segments
 
 EVERY_DTYPE = ("fp32", "fp64", "bf16", "fp16")
 SIXTEEN_BIT = ("bf16", "fp16")
@@ -136,26 +139,84 @@ def describe_kernels(chosen: Mapping[str, str], *, is_compiled: bool) -> str:
     return f"kernels: {', '.join(told)}" + (", each layer compiled by torch" if is_compiled else "")
 
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-"""``kernel(query, key, value, mask, dropout)``.
+_Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""``attend(query, key, value, mask, dropout)``, as :class:`AttentionKernel`, of rows that are one segment each."""
 
-All of ``[batch, sequence, heads, head_dim]``, key and value of fewer heads where several queries share them; the mask
-is what is added to the scores, ``[heads, sequence, sequence]``, or ``None`` for attention that is causal and nothing
-else.
-"""
+
+class AttentionKernel(Protocol):
+    """What computes the heads' outputs, in one of the ways of :data:`KERNELS`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """Attend to what is in the same segment and not in the future.
+
+        Args:
+            query: ``[batch, sequence, heads, head_dim]``.
+            key: likewise, of fewer heads where several queries share them.
+            value: likewise.
+            mask: what is added to the scores, no future included, ``[heads, sequence, sequence]``; with segments its
+                first rows and columns are added to the scores of each; ``None`` where nothing is to be added.
+            dropout: probability that an attention weight is dropped.
+            segments: ``None`` where each row is one.
+
+        Returns:
+            ``[batch, sequence, heads, head_dim]``.
+        """
 
 
 @cache
 def attention_kernel(name: str = "auto") -> AttentionKernel:
     """The attention of that name in :data:`KERNELS`; one for all layers, which then are compiled once."""
     kernels: dict[str, AttentionKernel] = {
-        "auto": _sdpa,
-        "math": partial(_sdpa_by, SDPBackend.MATH),
-        "flash": partial(_sdpa_by, SDPBackend.FLASH_ATTENTION),
-        "efficient": _efficient,
+        "auto": partial(_by_segment, _sdpa),
+        "math": partial(_by_segment, partial(_sdpa_by, SDPBackend.MATH)),
+        "flash": partial(_by_segment, partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)),
+        "efficient": partial(_by_segment, _efficient),
         "flash-attn": _flash_attn,
     }
     return kernels[name]
+
+
+def _by_segment(
+    attend: _Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    segments: Segments | None = None,
+) -> Tensor:
+    if segments is None:
+        return attend(query, key, value, mask, dropout)
+    return _each_segment(attend, query, key, value, mask, dropout, segments)
+
+
+# A mask over the whole row would have every score computed, to be thrown away: benchmarks/packing.py. Compiled, this
+# would be another graph for every number and length of segments.
+@torch.compiler.disable
+def _each_segment(
+    attend: _Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    segments: Segments,
+) -> Tensor:
+    # Split rather than sliced: the backward pass of a slice is a gradient of the whole row.
+    parts = zip(*(heads.flatten(0, 1).split(segments.lengths) for heads in (query, key, value)), strict=True)
+    attended = []
+    for length, (own_query, own_key, own_value) in zip(segments.lengths, parts, strict=True):
+        own_mask = None if mask is None else mask[:, :length, :length]
+        attended.append(attend(own_query[None], own_key[None], own_value[None], own_mask, dropout).squeeze(0))
+    return torch.cat(attended).view_as(query)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -186,12 +247,41 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, d
     return _sdpa_by(SDPBackend.EFFICIENT_ATTENTION, query, key, value, mask, dropout)
 
 
-def _flash_attn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """FlashAttention-2 (Dao, 2023, arXiv:2307.08691), which has grouped queries, and no mask."""
+def _flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    segments: Segments | None = None,
+) -> Tensor:
+    """FlashAttention-2 (Dao, 2023, arXiv:2307.08691), which has grouped queries and segments, and no mask."""
     from flash_attn import flash_attn_func
 
     assert mask is None, "check_kernels refuses a mask"
+    if segments is not None:
+        return _flash_attn_of_segments(query, key, value, dropout, segments)
     return flash_attn_func(query, key, value, dropout_p=dropout, causal=True)
+
+
+# Compiled, this would be another graph for every length of the longest segment.
+@torch.compiler.disable
+def _flash_attn_of_segments(query: Tensor, key: Tensor, value: Tensor, dropout: float, segments: Segments) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    longest = max(segments.lengths)
+    attended = flash_attn_varlen_func(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+        cu_seqlens_q=segments.boundaries,
+        cu_seqlens_k=segments.boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        dropout_p=dropout,
+        causal=True,
+    )
+    return attended.view_as(query)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ computed in float32 whatever the model's dtype, as the published models do.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +25,24 @@ def rotary_table(
     config: ModelConfig, sequence_length: int, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles, each ``[sequence, head_dim]``, in ``dtype``."""
+    return segmented_rotary_table(config, [sequence_length], device=device, dtype=dtype)
+
+
+def segmented_rotary_table(
+    config: ModelConfig, lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The tables of sequences of these ``lengths``, joined: each ``[sum of lengths, head_dim]``."""
+    tables = {length: _angles(config, length) for length in set(lengths)}
+    angles = torch.cat([tables[length][0] for length in lengths])
+    [amplitude] = {amplitude for _, amplitude in tables.values()}
+    return (angles.cos() * amplitude).to(device, dtype), (angles.sin() * amplitude).to(device, dtype)
+
+
+def _angles(config: ModelConfig, sequence_length: int) -> tuple[Tensor, float]:
+    """The angles, ``[sequence, head_dim]``, and the factor on their cosine and sine."""
     frequencies, amplitude = inverse_frequencies(config, sequence_length)
     positions = torch.arange(sequence_length, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
-    return (angles.cos() * amplitude).to(device, dtype), (angles.sin() * amplitude).to(device, dtype)
+    return torch.outer(positions, frequencies).repeat(1, 2), amplitude
 
 
 def apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

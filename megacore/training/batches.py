@@ -23,8 +23,9 @@ class Batch:
         tokens: token ids, ``[samples, sequence + 1]``.
         loss_mask: what each target counts for in the loss, ``[samples, sequence]``; 0 for one not to be learned.
         sample_ids: the number of each sample among all of the run, ``[samples]``.
-        segments: of each input token, the number of its segment in the sample, int32, ``[samples, sequence]``; ``None``
-            where each sample is one. See :class:`~megacore.data.Sample`.
+        segments: the number of each input token's segment, ``[samples, sequence]``, int32, never falling: tokens attend
+            to those of their own segment only, and their positions count from its beginning. ``None`` where each sample
+            is one.
         micro_batch_lengths: how many inputs of its samples each micro-batch needs, the others being padding; ``None``
             where it needs all.
     """

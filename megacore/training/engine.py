@@ -163,6 +163,8 @@ class Engine:
         loss_mask = batch.loss_mask.to(device, self.held_dtype)
         token_weights = loss_mask * (self._loss_factor / self._over_data_parallelism(loss_mask.sum()).clamp(min=1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
+        if batch.segments is not None:
+            inputs["segments"] = batch.segments
         if self._buckets is not None:
             self._buckets.expect(None if splits_backward(self.run) else self.num_micro_batches)
         if self._pipeline is not None:
