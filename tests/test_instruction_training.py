@@ -15,7 +15,13 @@ import megacore
 import tiny_chat
 from instruction_on_rank import losses_and_norms
 from megacore.checkpoint import Checkpoint
-from megacore.data import IndexedDatasetWriter, InstructionDescription, SampleOrder
+from megacore.data import (
+    IndexedDatasetWriter,
+    InstructionDataset,
+    InstructionDescription,
+    InstructionSamples,
+    SampleOrder,
+)
 from megacore.errors import ConfigError, DataError
 from megacore.training import RunConfig, batches, read_run_config, train
 from megacore.training.loop import parallel_sizes
@@ -130,6 +136,31 @@ def test_losses_and_gradients_are_those_of_each_conversation_alone(place, expect
     run = run_of(place, tmp_path / "out", *PADDED[layout], family="falcon")
     for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run)):
         np.testing.assert_allclose(found, expected("falcon"), rtol=1e-9)
+
+
+PACKED = {
+    "one process": [],
+    "variable lengths": ["data.variable_seq_lengths=true"],
+    "pp 2, dp 2": ["parallel.pipeline_parallel=2", "parallel.nproc_per_node=4"],
+    "tp 2, sequence parallelism": ["parallel.tensor_parallel=2", "parallel.sequence_parallel=true"],
+}
+
+
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_conversations_have_the_loss_and_gradients_of_each_alone(place, ranks, tmp_path, layout):
+    """A batch of all rows, so of all conversations once."""
+    conversations = write_conversations(tmp_path / "chats")
+    model = AutoModelForCausalLM.from_pretrained(place / "published-falcon", dtype=torch.float64)
+    samples = InstructionSamples(InstructionDataset(place / "chats"), SEQ_LENGTH, packing=True)
+    num_rows = len(samples)
+    assert num_rows < len(conversations) - 3
+    settings = ("data.packing=true", f"training.global_batch_size={num_rows}", "training.train_iters=2")
+    if num_rows % 4:  # two samples of a replica at least, and as many on each
+        settings = (*settings, f"training.global_batch_size={num_rows * 4}")
+    run = run_of(place, tmp_path / "out", *settings, *PACKED[layout], family="falcon")
+
+    for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run)):
+        np.testing.assert_allclose(found, [of_batch(model, conversations, 0.0)] * 2, rtol=1e-9)
 
 
 def test_so_they_are_of_a_llama_whose_norms_transformers_computes_in_32_bit(place, expected, ranks, tmp_path):
