@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from megacore.cli.convert import convert
+from megacore.cli.data import data
 from megacore.cli.export import export
 from megacore.cli.inspect import inspect
 from megacore.cli.new_plugin import new_plugin
@@ -48,7 +49,20 @@ def cli() -> None:
     """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
 
 
-for command in (tokenize, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins, new_plugin):
+for command in (
+    tokenize,
+    data,
+    convert,
+    verify,
+    split,
+    train,
+    export,
+    translate,
+    permute_qkv,
+    inspect,
+    plugins,
+    new_plugin,
+):
     cli.add_command(command)
 
 
