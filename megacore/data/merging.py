@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def _joined(
 ) -> DatasetDescription | None:
     """The description of all together, or ``None`` where one is lacking; those that there are must agree."""
     described = [(prefix, description) for prefix, description in found if description is not None]
-    for (first_prefix, first), (prefix, other) in zip(described, described[1:], strict=False):
+    for (first_prefix, first), (prefix, other) in pairwise(described):
         for name, what in (("tokenizer_sha256", "tokenizer"), ("append_eod", "choice of --append-eod")):
             if getattr(first, name) != getattr(other, name):
                 raise DataError(

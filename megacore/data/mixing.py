@@ -75,9 +75,9 @@ def _period(turns: Sequence[int]) -> tuple[array[int], array[int]]:
 
     Dataset ``i``, whose share is ``w = turns[i] / sum(turns)``, stays within one of ``w * n`` if, and only if, each
     turn ``j`` of it, counted from 0, lies in the window of positions ``floor(j / w)`` to ``ceil((j + 1) / w) - 1``.
-    That all windows can be kept is shown by Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of Fairness
-    in Resource Allocation", Algorithmica 15 (1996); with one turn at a time, taking the one whose window ends first, of
-    those whose window has begun, keeps them.
+    That all windows can be kept is shown by Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of
+    Fairness in Resource Allocation", Algorithmica 15 (1996); with one turn at a time, taking the one whose window ends
+    first, of those whose window has begun, keeps them.
     """
     length = sum(turns)
     datasets, numbers = array("l"), array("l")
@@ -119,8 +119,8 @@ def _pair_up(weights: Sequence[int]) -> tuple[_Node, float]:
     """The root of a tree of pairs, and the bound that it keeps.
 
     Rounding in a pair is an error of up to 1/2 for either half, which its parts inherit in proportion to their weight:
-    a dataset of weight ``w`` ends up with at most ``(1 + sum(w / weight of each pair above it but the root)) / 2``. Those
-    two nodes are paired first whose pair adds least to the largest of these sums.
+    a dataset of weight ``w`` ends up with at most ``(1 + sum(w / weight of each pair above it but the root)) / 2``.
+    Those two nodes are paired first whose pair adds least to the largest of these sums.
     """
     nodes = [(_Node(weight, dataset=dataset), [(weight, 0.0)]) for dataset, weight in enumerate(weights)]
     while len(nodes) > 2:
