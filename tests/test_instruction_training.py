@@ -239,7 +239,7 @@ def test_a_run_says_what_it_trains_on_and_saves_a_checkpoint(place, tmp_path):
     steps = train(run, on_note=notes.append)
     assert steps[-1].loss < steps[0].loss and (tmp_path / "out/megacore.json").is_file()
     assert any("13 conversations in 13 samples, " in note and "of their 40 tokens filled" in note for note in notes)
-    assert "1 conversations of more than 41 tokens are truncated" in notes
+    assert f"{place}/chats: 1 conversations of more than 41 tokens are truncated" in notes
 
 
 def test_from_records_to_the_loss_all_is_as_transformers_has_it(tmp_path, ranks):
@@ -269,12 +269,26 @@ def test_dropped_conversations_are_told_too(place, tmp_path):
     run = run_of(place, tmp_path / "out", "data.overlong=drop", "training.train_iters=1")
     notes: list[str] = []
     train(run, on_note=notes.append)
-    assert "1 conversations of more than 41 tokens are dropped" in notes
+    assert f"{place}/chats: 1 conversations of more than 41 tokens are dropped" in notes
+
+
+def test_keys_for_text_are_refused_for_conversations(place, tmp_path):
+    with pytest.raises(ConfigError, match=r'eod_mask_loss and split belong to data.kind = "text"'):
+        run_of(place, tmp_path / "out", "data.split=[9, 1]", "data.eod_mask_loss=true")
+
+
+def test_conversations_of_several_datasets_are_mixed(place, ranks, tmp_path):
+    mixture = f'data.prefix=[{{prefix="{place}/chats",weight=1}},{{prefix="{place}/chats",weight=3}}]'
+    run = run_of(place, tmp_path / "out", mixture, "data.variable_seq_lengths=true", family="falcon")
+    notes: list[str] = []
+    steps = train(run, on_note=notes.append)
+    assert steps[-1].loss < steps[0].loss
+    assert any(note.startswith("to train on: ") and "75.00% of the samples" in note for note in notes)
 
 
 def test_keys_for_conversations_are_refused_for_text(place, tmp_path):
     with pytest.raises(
-        ConfigError, match=r'data.overlong and data.packing belong to data.kind = "instruction", and that'
+        ConfigError, match=r'overlong and packing belong to data.kind = "instruction", and that is "text"'
     ):
         run_of(place, tmp_path / "out", "data.kind=text", "data.packing=true", "data.overlong=drop")
 

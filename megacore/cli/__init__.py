@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from megacore.cli.convert import convert
+from megacore.cli.data import data
 from megacore.cli.export import export
 from megacore.cli.inspect import inspect
 from megacore.cli.new_plugin import new_plugin
@@ -50,8 +51,8 @@ def cli() -> None:
 
 
 for command in (
-    tokenize, tokenize_chat, convert, verify, split, train, export, translate, permute_qkv, inspect, plugins,
-    new_plugin,
+    tokenize, tokenize_chat, data, convert, verify, split, train, export, translate, permute_qkv, inspect,
+    plugins, new_plugin,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -22,6 +22,7 @@ import os
 import struct
 import uuid
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -248,6 +249,53 @@ class IndexedDataset:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.prefix}, which has {self.num_tokens}")
         return self._stream[start:stop]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents; without marked boundaries each sequence is one, and what follows the last boundary is one more."""
+        num_marked = len(self.document_indices) - 1
+        if num_marked == 0:
+            return len(self)
+        return num_marked + int(self.document_indices[-1] < len(self))
+
+    def document_start(self, number: int) -> int:
+        """Where in the stream document ``number`` begins; for ``num_documents`` itself, where the last one ends."""
+        if number == self.num_documents:
+            return self.num_tokens
+        sequence = int(self.document_indices[number]) if len(self.document_indices) > 1 else number
+        return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
+
+    def documents(self) -> Iterator[list[NDArray[Any]]]:
+        """The sequences of each document."""
+        for number in range(self.num_documents):
+            if len(self.document_indices) == 1:
+                yield [self[number]]
+                continue
+            start = int(self.document_indices[number])
+            is_marked = number + 1 < len(self.document_indices)
+            stop = int(self.document_indices[number + 1]) if is_marked else len(self)
+            yield [self[sequence] for sequence in range(start, stop)]
+
+    def document_starts(self, start: int, stop: int) -> list[int]:
+        """The positions of the stream in ``[start, stop)`` at which a document begins that has tokens, ascending."""
+        found: list[int] = []
+        for number in range(self._first_document_from(start), self.num_documents):
+            position = self.document_start(number)
+            if position >= min(stop, self.num_tokens):
+                break
+            if not found or position != found[-1]:
+                found.append(position)
+        return found
+
+    def nearest_document_start(self, position: int) -> int:
+        """The position nearest to this one where a document begins, or the last one ends; of two, the first."""
+        number = self._first_document_from(position)
+        around = [self.document_start(other) for other in (number - 1, number) if 0 <= other <= self.num_documents]
+        return min(around, key=lambda start: abs(start - position), default=0)
+
+    def _first_document_from(self, position: int) -> int:
+        # Not numpy's search, which would copy the whole of an array that the file does not align.
+        return bisect_left(range(self.num_documents), position, key=self.document_start)
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
         # A worker process maps the files itself instead of receiving their content.

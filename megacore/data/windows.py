@@ -20,29 +20,37 @@ class TokenWindows:
     Up to ``seq_length - 1`` tokens at the end fill no window and are left out. These are Megatron-LM's samples before
     it shuffles; as the tokens lie back to back in the file, finding one is a multiplication.
 
+    Args:
+        tokens: the part of the stream to take samples from, by default all of it.
+
     Raises:
         DataError: ``seq_length`` is not positive, or the dataset is too short for one sample.
     """
 
-    def __init__(self, dataset: IndexedDataset, seq_length: int) -> None:
+    def __init__(self, dataset: IndexedDataset, seq_length: int, *, tokens: range | None = None) -> None:
         if seq_length < 1:
             raise DataError(f"a sequence length of {seq_length}; it must be at least 1")
         self.dataset = dataset
         self.seq_length = seq_length
+        self.tokens = range(dataset.num_tokens) if tokens is None else tokens
         if len(self) == 0:
             raise DataError(
-                f"{dataset.prefix}: {dataset.num_tokens} tokens give no sample of sequence length {seq_length}, "
+                f"{dataset.prefix}: {len(self.tokens)} tokens give no sample of sequence length {seq_length}, "
                 f"which takes {seq_length + 1}; use more text or a shorter sequence"
             )
 
     def __len__(self) -> int:
-        return max(0, self.dataset.num_tokens - 1) // self.seq_length
+        return max(0, len(self.tokens) - 1) // self.seq_length
+
+    def start(self, index: int) -> int:
+        """The position in the dataset's stream of the first token of sample ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.tokens.start + index * self.seq_length
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """Sample ``index``: token ids, int64, ``[seq_length + 1]``."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        start = index * self.seq_length
+        start = self.start(index)
         return self.dataset.tokens(start, start + self.seq_length + 1).astype(np.int64)
 
 
@@ -63,7 +71,7 @@ class KeyedPermutation:
     # over seeds (chi-square tests); with 16 they are.
     _NUM_ROUNDS = 16
 
-    def __init__(self, size: int, seed: int, *, stream: int = 0) -> None:
+    def __init__(self, size: int, seed: int | str, *, stream: int = 0) -> None:
         if size < 1:
             raise ValueError(f"a permutation of {size} positions; there must be at least 1")
         self.size = size
@@ -101,7 +109,7 @@ class SampleOrder:
     stopped, with however many ranks.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int | str) -> None:
         if num_samples < 1:
             raise ValueError(f"an order of {num_samples} samples; there must be at least 1")
         self.num_samples = num_samples

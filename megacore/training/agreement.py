@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ _SAMPLED = 2**20
 """Bytes at the beginning and at the end of a dataset that are compared."""
 
 
-def require_agreement(checkpoint: Checkpoint, datasets: Sequence[Path], parallel: ParallelContext) -> None:
+def require_agreement(checkpoint: Checkpoint, datasets: Mapping[str, Path], parallel: ParallelContext) -> None:
     """Refuse to train where processes see different weights or data under the run's paths. For all ranks.
 
-    Of the weights, the digests in the manifests are compared; of the two files of each
-    of the ``datasets``, given by their prefixes, the lengths and both ends.
+    Of the weights, the digests in the manifests are compared; of a dataset's two files, the lengths and both ends.
+
+    Args:
+        datasets: the prefix of each, by the key of the run file that names it.
 
     Raises:
         ConfigError: names what differs, and a rank that has it otherwise than rank 0.
@@ -34,7 +36,7 @@ def require_agreement(checkpoint: Checkpoint, datasets: Sequence[Path], parallel
     own = {
         "megacore and torch": f"{version('megacore')}, {torch.__version__}",
         f"model.checkpoint {checkpoint.path}": _digest_of_weights(checkpoint),
-    } | {f"data.prefix {prefix}": _digest_of_dataset(prefix) for prefix in datasets}
+    } | {f"{key} {prefix}": _digest_of_dataset(prefix) for key, prefix in datasets.items()}
     of_all: list[dict[str, str]] = [{} for _ in range(parallel.sizes.world)]
     dist.all_gather_object(of_all, own)
     for rank, theirs in enumerate(of_all):

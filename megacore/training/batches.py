@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megacore.checkpoint import Checkpoint
-from megacore.data import DatasetDescription, IndexedDataset, SampleOrder, TokenWindows, check_token_ids
+from megacore.data import (
+    DatasetDescription,
+    IndexedDataset,
+    MixedSamples,
+    SampleSource,
+    Split,
+    TokenWindows,
+    WindowSamples,
+    check_token_ids,
+    split_tokens,
+)
 from megacore.errors import DataError
 from megacore.training.instruction_batches import collated, micro_batch_lengths, open_instruction_samples
 from megacore.training.run_config import RunConfig
@@ -37,63 +49,77 @@ class Batch:
     micro_batch_lengths: tuple[int, ...] | None = None
 
 
-def open_dataset(run: RunConfig, checkpoint: Checkpoint) -> IndexedDataset:
-    """Open the run's dataset; what it was tokenized with must fit the checkpoint, where the dataset says so.
+def open_dataset(prefix: Path, checkpoint: Checkpoint) -> IndexedDataset:
+    """Open a dataset of the run; what it was tokenized with must fit the checkpoint, where the dataset says so.
 
     Raises:
         DataError: when it does not fit, or cannot be read.
     """
-    dataset = IndexedDataset(run.data.prefix)
-    description = DatasetDescription.read(run.data.prefix)
+    dataset = IndexedDataset(prefix)
+    description = DatasetDescription.read(prefix)
     vocab_size = checkpoint.manifest.config["vocab_size"]
     if description is not None and description.vocab_size > vocab_size:
         raise DataError(
-            f"the dataset {run.data.prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
+            f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
             f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer"
         )
     return dataset
 
 
-def batches(run: RunConfig, checkpoint: Checkpoint, *, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
+def open_samples(run: RunConfig, checkpoint: Checkpoint, split: Split = "train") -> MixedSamples:
+    """The samples of the run to train, to validate or to test on.
+
+    Raises:
+        DataError: a dataset cannot be read, does not fit the checkpoint, or is too short.
+    """
+    data = run.data
+    weights = data.part_weights(split)
+    sources: list[SampleSource] = []
+    for entry in data.datasets(split):
+        if data.kind == "instruction":
+            sources.append(open_instruction_samples(entry.prefix, run, checkpoint))
+            continue
+        dataset = open_dataset(entry.prefix, checkpoint)
+        tokens = None if weights is None else split_tokens(dataset, weights, data.seq_length)[split]
+        windows = TokenWindows(dataset, data.seq_length, tokens=tokens)
+        sources.append(
+            WindowSamples(windows, resets_at_documents=data.resets_at_documents, eod_mask_loss=data.eod_mask_loss)
+        )
+    return MixedSamples(sources, [entry.weight for entry in data.datasets(split)], seed=data.seed)
+
+
+def batches(
+    run: RunConfig,
+    checkpoint: Checkpoint,
+    *,
+    split: Split = "train",
+    first_iteration: int = 0,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[Batch]:
     """What data-parallel process ``dp_rank`` of ``dp_size`` sees of the run's global batches.
+
+    Those to train on end with ``training.train_iters``; those to validate and to test on do not end.
+
+    Args:
+        first_iteration: how many batches were seen before; the rest is the same at any ``dp_size``.
 
     Raises:
         DataError: when a token id is beyond the vocabulary.
     """
-    if run.data.kind == "instruction":
-        yield from _instruction_batches(run, checkpoint, dp_rank=dp_rank, dp_size=dp_size)
-        return
-    windows = TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
-    order = SampleOrder(len(windows), run.data.seed)
+    samples = open_samples(run, checkpoint, split)
+    prefixes = [str(entry.prefix) for entry in run.data.datasets(split)]
     size = run.training.global_batch_size
     share = size // dp_size
     vocab_size = checkpoint.manifest.config["vocab_size"]
-    for iteration in range(run.training.train_iters):
+    for iteration in range(first_iteration, run.training.train_iters) if split == "train" else count(first_iteration):
         first = iteration * size + dp_rank * share
         numbers = range(first, first + share)
-        tokens = torch.stack([torch.from_numpy(windows[order[number]]) for number in numbers])
+        rows = [samples[number] for number in numbers]
+        lengths = micro_batch_lengths(run, rows) if run.data.variable_seq_lengths else None
+        tokens, loss_mask, segments = collated(rows, max(lengths) if lengths else run.data.seq_length)
         yield Batch(
-            tokens=check_token_ids(tokens, vocab_size, str(run.data.prefix)),
-            loss_mask=torch.ones(share, run.data.seq_length),
-            sample_ids=torch.tensor(numbers),
-        )
-
-
-def _instruction_batches(run: RunConfig, checkpoint: Checkpoint, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
-    """As :func:`batches`, of conversations."""
-    all_samples = open_instruction_samples(run, checkpoint)
-    order = SampleOrder(len(all_samples), run.data.seed)
-    size = run.training.global_batch_size
-    share = size // dp_size
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    for iteration in range(run.training.train_iters):
-        first = iteration * size + dp_rank * share
-        numbers = range(first, first + share)
-        samples = [all_samples[order[number]] for number in numbers]
-        lengths = micro_batch_lengths(run, samples) if run.data.variable_seq_lengths else None
-        tokens, loss_mask, segments = collated(samples, max(lengths) if lengths else run.data.seq_length)
-        yield Batch(
-            tokens=check_token_ids(tokens, vocab_size, str(run.data.prefix)),
+            tokens=check_token_ids(tokens, vocab_size, " or ".join(prefixes)),
             loss_mask=loss_mask,
             sample_ids=torch.tensor(numbers),
             segments=segments,

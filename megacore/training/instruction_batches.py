@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,22 +19,22 @@ _STEP = 16
 """Samples of variable length are padded to a multiple of it, as Megatron-LLM does, which kernels like."""
 
 
-def open_instruction_samples(run: RunConfig, checkpoint: Checkpoint) -> InstructionSamples:
-    """The samples of the run; what they were tokenized with must fit the checkpoint, where the dataset says so.
+def open_instruction_samples(prefix: Path, run: RunConfig, checkpoint: Checkpoint) -> InstructionSamples:
+    """The samples of a dataset; what it was tokenized with must fit the checkpoint, where the dataset says so.
 
     Raises:
         DataError: when it does not fit, cannot be read, or gives no sample.
     """
     data = run.data
-    description = InstructionDescription.read(data.prefix)
+    description = InstructionDescription.read(prefix)
     vocab_size = checkpoint.manifest.config["vocab_size"]
     if description is not None and description.vocab_size > vocab_size:
         raise DataError(
-            f"the dataset {data.prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
+            f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
             f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer"
         )
     return InstructionSamples(
-        InstructionDataset(data.prefix),
+        InstructionDataset(prefix),
         data.seq_length,
         packing=data.packing,
         scalar_loss_mask=data.scalar_loss_mask,
@@ -44,16 +45,17 @@ def open_instruction_samples(run: RunConfig, checkpoint: Checkpoint) -> Instruct
 
 def instruction_notes(run: RunConfig, samples: InstructionSamples) -> Iterator[str]:
     """What a person should know of the samples before the run starts."""
+    prefix, length = samples.dataset.prefix, run.data.seq_length
     unit = "packed rows" if run.data.packing else "samples"
     yield (
-        f"{samples.num_conversations:,} conversations in {len(samples):,} {unit}, {samples.fill:.1%} of their "
-        f"{run.data.seq_length} tokens filled"
+        f"{prefix}: {samples.num_conversations:,} conversations in {len(samples):,} {unit}, {samples.fill:.1%} of "
+        f"their {length} tokens filled"
     )
     if samples.num_overlong:
         done = "truncated" if run.data.overlong == "truncate" else "dropped"
-        yield f"{samples.num_overlong:,} conversations of more than {run.data.seq_length + 1} tokens are {done}"
+        yield f"{prefix}: {samples.num_overlong:,} conversations of more than {length + 1} tokens are {done}"
     if samples.num_short:
-        yield f"{samples.num_short:,} conversations of less than two tokens are dropped"
+        yield f"{prefix}: {samples.num_short:,} conversations of less than two tokens are dropped"
 
 
 def micro_batch_lengths(run: RunConfig, samples: Sequence[Sample]) -> tuple[int, ...]:

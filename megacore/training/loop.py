@@ -14,8 +14,7 @@ import torch
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
-from megacore.data import DatasetDescription, InstructionDescription, TokenWindows
-from megacore.data.instruction import prefixes
+from megacore.data import DatasetDescription, InstructionDescription, InstructionSamples, MixedSamples, Split
 from megacore.errors import ConfigError, LayoutError, TrainingError
 from megacore.model import model_specs, read_config
 from megacore.model.kernels import describe_kernels
@@ -33,13 +32,17 @@ from megacore.parallel import (
 )
 from megacore.plugins import get_family
 from megacore.training.agreement import require_agreement
-from megacore.training.batches import batches, open_dataset
+from megacore.training.batches import batches, open_samples
 from megacore.training.engine import HELD_IN, Engine
-from megacore.training.instruction_batches import instruction_notes, open_instruction_samples
+from megacore.training.instruction_batches import instruction_notes
 from megacore.training.plan import check_run, pipeline_stages
+from megacore.training.prefetch import prefetched
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate
+
+VERBS: dict[Split, str] = {"train": "train", "valid": "validate", "test": "test"}
+"""What is done on each split."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +166,11 @@ def parallel_sizes(run: RunConfig, nodes: Nodes = ONE_NODE) -> ParallelSizes:
 
 def _settings(run: RunConfig) -> dict[str, Any]:
     """What has to be the same on all nodes: each key of the run file but paths, which may differ in how they begin."""
-    return {
-        f"{section}.{key}": value for section, entries in run for key, value in entries if not isinstance(value, Path)
-    }
+    settings = {f"{section}.{key}": value for section, entries in run for key, value in entries}
+    for key in ("data.prefix", "data.valid_prefix", "data.test_prefix"):
+        if isinstance(settings[key], tuple):
+            settings[key] = tuple(entry.weight for entry in settings[key])
+    return {key: value for key, value in settings.items() if not isinstance(value, Path)}
 
 
 def _describe_layout(run: RunConfig, sizes: ParallelSizes, stages: Sequence[Stage]) -> str:
@@ -184,27 +189,41 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
     yield describe_kernels(run.kernels.chosen, is_compiled=run.kernels.compile)
     if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
         yield imbalance
+    tokenizer = checkpoint.manifest.tokenizer
     kind = DatasetDescription if run.data.kind == "text" else InstructionDescription
-    description, tokenizer = kind.read(run.data.prefix), checkpoint.manifest.tokenizer
-    if description is not None and tokenizer and description.tokenizer_sha256 not in tokenizer.values():
-        yield f"the dataset {run.data.prefix} was made with another tokenizer than the checkpoint carries"
+    for prefix in dict.fromkeys(run.data.prefixes().values()):
+        description = kind.read(prefix)
+        if description is not None and tokenizer and description.tokenizer_sha256 not in tokenizer.values():
+            yield f"the dataset {prefix} was made with another tokenizer than the checkpoint carries"
     context = checkpoint.manifest.config["max_position_embeddings"]
     if run.data.seq_length > context:
         yield f"data.seq_length {run.data.seq_length} is more than the {context} positions the model was made for"
 
 
 def _check_data(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
-    """Open what the run trains on, which is refused if it cannot be used; yield what a person should know of it."""
-    if run.data.kind == "instruction":
-        yield from instruction_notes(run, open_instruction_samples(run, checkpoint))
-    else:
-        TokenWindows(open_dataset(run, checkpoint), run.data.seq_length)
+    """Open what the run works on, which is refused if it cannot be used; yield what a person should know of it."""
+    samples = {split: open_samples(run, checkpoint, split) for split in run.data.splits}
+    if len(samples) > 1 or len(run.data.datasets()) > 1:
+        yield from (_describe_samples(run, split, samples[split]) for split in samples)
+    for source in (source for of_split in samples.values() for source in of_split.sources):
+        if isinstance(source, InstructionSamples):
+            yield from instruction_notes(run, source)
+
+
+def _describe_samples(run: RunConfig, split: Split, samples: MixedSamples) -> str:
+    """What a split is taken from, in a line."""
+    entries = run.data.datasets(split)
+    total = sum(entry.weight for entry in entries)
+    told = []
+    for entry, source in zip(entries, samples.sources, strict=True):
+        share = f", {entry.weight / total:.2%} of the samples" if len(entries) > 1 else ""
+        told.append(f"{entry.prefix} ({len(source):,} samples an epoch{share})")
+    return f"to {VERBS[split]} on: {'; '.join(told)}"
 
 
 def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
     checkpoint = Checkpoint(run.model.checkpoint)
-    is_text = run.data.kind == "text"
-    require_agreement(checkpoint, [run.data.prefix] if is_text else prefixes(run.data.prefix), parallel)
+    require_agreement(checkpoint, run.data.files(), parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
@@ -224,7 +243,9 @@ def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
     run, parallel = engine.run, engine.parallel
     train_iters = run.training.train_iters
     num_tokens = run.training.global_batch_size * run.data.seq_length
-    own_batches = batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
+    own_batches = prefetched(
+        batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size), run.data.prefetch
+    )
     for iteration, batch in enumerate(own_batches, start=1):
         started = time.perf_counter()
         lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)

@@ -6,10 +6,12 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from megacore.data.instruction import prefixes
+from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
 
 
@@ -30,10 +32,32 @@ class ModelSection(Section):
     )
 
 
+class WeightedDataset(Section):
+    """A dataset of a mixture."""
+
+    prefix: Path
+    weight: float = Field(gt=0)
+
+
+_OF_INSTRUCTION = {"packing", "variable_seq_lengths", "overlong", "scalar_loss_mask"}
+"""The keys of the section that mean something for conversations only."""
+
+_PARTS = ("text", "role")
+
+_OF_TEXT = {"split", "document_boundaries", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"}
+"""Those that mean something for text only."""
+
+Datasets = Path | tuple[WeightedDataset, ...]
+"""One dataset by its path, or several by weight."""
+
+
 class DataSection(Section):
     """What to train on."""
 
-    prefix: Path = Field(description="Dataset, as `megacore tokenize --out` was given it.")
+    prefix: Datasets = Field(
+        description="Dataset, as `megacore tokenize --out` was given it; or a mixture, "
+        '`[{ prefix = "data/web", weight = 0.7 }, { prefix = "data/code", weight = 0.3 }]`.'
+    )
     seq_length: int = Field(gt=0, description="Tokens of a sample that are predicted.")
     seed: int = Field(1234, ge=0, description="Of the order of the samples.")
     kind: Literal["text", "instruction"] = Field(
@@ -61,9 +85,115 @@ class DataSection(Section):
         "assistant's count 1.",
     )
 
+    split: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=3,
+        description="Weights of the parts to train, to validate and to test on, `[969, 30, 1]` for example, that each "
+        "dataset of `prefix` is cut into; by default all is trained on.",
+    )
+    valid_prefix: Datasets | None = Field(
+        None, description="Instead of such a part, what to validate on; written as `prefix` is."
+    )
+    test_prefix: Datasets | None = Field(
+        None, description="Instead of such a part, what to test on; written as `prefix` is."
+    )
+    document_boundaries: Literal["none", "reset"] = Field(
+        "none",
+        description='`"none"`: tokens attend over the ends of documents; `"reset"`: those of their own document only, '
+        "and its positions count from 0.",
+    )
+    reset_position_ids: bool = Field(
+        False, description='With the next key, the original\'s words for `document_boundaries = "reset"`.'
+    )
+    reset_attention_mask: bool = Field(False, description="See the key before; one without the other is refused.")
+    eod_mask_loss: bool = Field(
+        False, description="Leave the first token of a document, which comes after the end of another, out of the loss."
+    )
+    prefetch: int = Field(2, ge=0, description="Batches that are prepared ahead of time, by a thread; 0 for none.")
 
-_OF_INSTRUCTION = {"packing", "variable_seq_lengths", "overlong", "scalar_loss_mask"}
-"""The keys of the section that mean something for conversations only."""
+    @field_validator("prefix", "valid_prefix", "test_prefix", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str | Path):
+            return value
+        if isinstance(value, list | tuple) and value:
+            return tuple(cls._weighted(number, entry) for number, entry in enumerate(value, start=1))
+        raise ValueError("must be a path, or a list of tables { prefix = PATH, weight = NUMBER }")
+
+    @staticmethod
+    def _weighted(number: int, entry: Any) -> WeightedDataset:
+        try:
+            return WeightedDataset.model_validate(entry)
+        except ValidationError as error:
+            what = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}" for problem in error.errors()
+            )
+            raise ValueError(f"entry {number} must be a table {{ prefix = PATH, weight = NUMBER }} ({what})") from error
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> DataSection:
+        if self.reset_position_ids != self.reset_attention_mask:
+            raise ValueError(
+                "reset_position_ids and reset_attention_mask go together: what attends within its document only, also "
+                'counts its positions from there; set both, or document_boundaries = "reset"'
+            )
+        stray = _OF_TEXT if self.kind == "instruction" else _OF_INSTRUCTION
+        if given := self.model_fields_set & stray:
+            told = f"{' and '.join(sorted(given))} belong{'s' if len(given) == 1 else ''}"
+            other = "text" if self.kind == "instruction" else "instruction"
+            raise ValueError(f'{told} to data.kind = "{other}", and that is "{self.kind}"')
+        if self.split is not None and not self.split[0]:
+            raise ValueError("the first weight of split is of the part to train on, and must not be 0")
+        for split in ("valid", "test"):
+            if self._has_part(split) and self._named(split) is not None:
+                raise ValueError(f"split cuts off a part for {split}, and {split}_prefix names a dataset: give one")
+        return self
+
+    @property
+    def resets_at_documents(self) -> bool:
+        return self.document_boundaries == "reset" or self.reset_position_ids
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that there is something for."""
+        return tuple(s for s in SPLITS if s == "train" or self._has_part(s) or self._named(s) is not None)
+
+    def datasets(self, split: Split = "train") -> tuple[WeightedDataset, ...]:
+        """What ``split`` is taken from: of each dataset the part that :meth:`part_weights` says."""
+        named = self._named(split)
+        if named is None:
+            named = self.prefix
+        return (WeightedDataset(prefix=named, weight=1.0),) if isinstance(named, Path) else named
+
+    def part_weights(self, split: Split) -> tuple[float, ...] | None:
+        """How those datasets are cut into parts, of which ``split`` is one; ``None`` where they are taken whole."""
+        return None if self._named(split) is not None else self.split
+
+    def prefixes(self) -> dict[str, Path]:
+        """The prefix of every dataset, by the key that names it."""
+        keys = {"prefix": self.prefix, "valid_prefix": self.valid_prefix, "test_prefix": self.test_prefix}
+        found: dict[str, Path] = {}
+        for key, named in keys.items():
+            if isinstance(named, Path):
+                found[f"data.{key}"] = named
+            elif named is not None:
+                found |= {f"data.{key}[{number}]": entry.prefix for number, entry in enumerate(named)}
+        return found
+
+    def files(self) -> dict[str, Path]:
+        """The prefix of every pair of ``.bin`` and ``.idx``; conversations are two of them each."""
+        if self.kind == "text":
+            return self.prefixes()
+        both = {key: prefixes(prefix) for key, prefix in self.prefixes().items()}
+        return {f"{key}, {part}": path for key, paths in both.items() for part, path in zip(_PARTS, paths, strict=True)}
+
+    def _named(self, split: str) -> Datasets | None:
+        return {"train": None, "valid": self.valid_prefix, "test": self.test_prefix}[split]
+
+    def _has_part(self, split: Split) -> bool:
+        number = SPLITS.index(split)
+        return self.split is not None and number < len(self.split) and self.split[number] > 0
 
 
 class ParallelSection(Section):
@@ -237,11 +367,6 @@ class RunConfig(Section):
             )
         if optimizer.min_lr > optimizer.lr:
             raise ValueError(f"optimizer.min_lr ({optimizer.min_lr}) must not be above optimizer.lr ({optimizer.lr})")
-        if self.data.kind != "instruction" and (given := self.data.model_fields_set & _OF_INSTRUCTION):
-            raise ValueError(
-                f"data.{' and data.'.join(sorted(given))} belong{'s' if len(given) == 1 else ''} to data.kind = "
-                f'"instruction", and that is "{self.data.kind}"'
-            )
         if parallel.sequence_parallel and self.data.seq_length % parallel.tensor_parallel:
             raise ValueError(
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "
