@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py
 
-Each measurement is a process of its own; the memory is what it has more (``VmHWM``) than before it opened the dataset. The
-datasets are of synthetic lengths: their index is real, their tokens are a sparse file of zeros, and nothing is read of
-them. megatron-core's index grows with the number of samples, so that it is measured at smaller ones.
+Each measurement is a process of its own; the memory is what it has more (``VmHWM``) than before it opened the dataset.
+The datasets are of synthetic lengths: their index is real, their tokens are a sparse file of zeros, and next to
+nothing is read of them. megatron-core's index grows with the number of samples, so that it is measured at smaller ones.
 megatron-core is a wheel with compiled helpers; its own Python twin of them is used, and said, where they are missing.
 """
 
@@ -72,8 +72,9 @@ def theirs(prefix: str, num_samples: int) -> dict[str, object]:
         how = "index, by the Python twin of its helpers, which are not compiled here"
 
     class Tokenizer:
-        unique_identifiers = {"class": "none"}
-        eod = 0
+        def __init__(self) -> None:
+            self.unique_identifiers = {"class": "none"}
+            self.eod, self.vocab_size = 0, 32000
 
     config = gpt_dataset.GPTDatasetConfig(
         random_seed=1234,
@@ -114,9 +115,8 @@ def main() -> None:
             if num_samples <= LARGEST_THEIRS:
                 other = measured("theirs", prefix, num_samples)
                 print(f"  megatron-core  {other['seconds']:8.3f} s {other['bytes'] / MB:8.0f} MB  {other['how']}")
-                print(
-                    f"  ratio          {other['seconds'] / mine['seconds']:8.1f}   {other['bytes'] / mine['bytes']:8.1f}"
-                )
+                times, sizes = (other[key] / mine[key] for key in ("seconds", "bytes"))
+                print(f"  ratio          {times:8.1f}   {sizes:8.1f}")
     beyond = mine["bytes"] - index
     print(
         f"goals at {SIZES[-1]:,} samples: below {GOAL_SECONDS:g} s and {GOAL_BYTES / MB:.0f} MB beyond the lengths: ",
