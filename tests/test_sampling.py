@@ -1,7 +1,9 @@
 """What a run trains on: splits, documents, mixtures, and going on from any point at any data-parallel size."""
 
+import struct
 import threading
 import time
+import tracemalloc
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +196,32 @@ def test_stopping_anywhere_and_going_on_at_another_data_parallel_size_gives_the_
             for field in ("tokens", "loss_mask", "segments", "sample_ids"):
                 joined = torch.cat([getattr(part, field) for part in parts])
                 assert torch.equal(joined, getattr(expected, field)), field
+
+
+def test_10_to_the_9_samples_are_ready_in_less_than_a_second_and_take_no_room(tmp_path):
+    num_documents, length = 1_000_000, 16_001
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, num_documents, num_documents + 1)
+    index += np.full(num_documents, length, "<i4").tobytes()
+    index += (np.arange(num_documents, dtype="<i8") * 2 * length).tobytes()
+    index += np.arange(num_documents + 1, dtype="<i8").tobytes()
+    (tmp_path / "d.idx").write_bytes(index)
+    with (tmp_path / "d.bin").open("wb") as file:
+        file.truncate(2 * length * num_documents)
+    run = run_of(tmp_path, f"prefix = '{tmp_path / 'd'}'\nsplit = [98, 1, 1]\ndocument_boundaries = 'reset'")
+    data = run.data.model_copy(update={"seq_length": 15})
+
+    tracemalloc.start()
+    started = time.process_time()
+    samples = open_samples(run.model_copy(update={"data": data}), CHECKPOINT)
+    sample = samples[3 * 10**9 + 7]
+    seconds = time.process_time() - started
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(samples.sources[0]) > 10**9
+    assert len(sample.tokens) == 16
+    assert seconds < 1
+    assert peak < 100_000_000
 
 
 # --- prefetching

@@ -618,6 +618,16 @@ def test_processes_that_see_other_weights_or_data_under_the_same_name_do_not_tra
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_that_see_another_dataset_of_a_mixture_do_not_train(ranks, place, elsewhere, tmp_path):
+    def mixture(second: Path) -> str:
+        return f'data.prefix=[{{prefix="{place / "data"}", weight=1}}, {{prefix="{second}", weight=2}}]'
+
+    runs = [run_of(place, tmp_path / "out", mixture(path / "data")) for path in (place, elsewhere)]
+
+    with pytest.raises(RankError, match=r"rank 1 does not see the same as rank 0 in data\.prefix\[1\] "):
+        ranks.run(train_on_what_each_sees, runs, sizes=ParallelSizes(dp_replicate=2))
+
+
 def test_processes_may_see_the_same_under_other_names(ranks, place, elsewhere, tmp_path):
     runs = [run_of(place, tmp_path / "out"), run_of(place, tmp_path / "out", f"data.prefix={elsewhere / 'same'}")]
 

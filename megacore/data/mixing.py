@@ -34,8 +34,7 @@ class Mixture:
     * The sequence repeats as soon as all ``w_i * n`` are whole: with weights of up to five digits, within
       :data:`LONGEST_PERIOD` positions. Then one period is laid down, and ``bound`` is 1. See :func:`_period`.
     * Otherwise datasets are halves of pairs, pairs of pairs and so on, and a position is handed down from pair to half,
-      see :func:`_pair_up`. With up to four datasets ``bound`` is below 1; with more it may be as much as 1.5 in theory
-      and is 1.2 for most.
+      see :func:`_pair_up`. With up to four datasets ``bound`` is below 1; with more it may be above.
 
     Attributes:
         bound: as above.

@@ -1,0 +1,169 @@
+"""``megacore data``, and datasets that megatron-core reads and writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from click.testing import CliRunner
+
+from megacore.cli import cli
+from megacore.data import DatasetDescription, IndexedDataset, IndexedDatasetWriter, tokenize
+
+DOCUMENTS = [[5, 6, 7], [], [8, 9], [10, 11, 12, 13]]
+
+
+def call(*words: object, exit_code: int = 0) -> str:
+    result = CliRunner().invoke(cli, ["data", *map(str, words)])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Path:
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return prefix
+
+
+def tokenized(place: Path, name: str, text: str, *, words: str = "one two three", append_eod: bool = False) -> Path:
+    """``text`` as a document, by a tokenizer that knows these words."""
+    directory = place / words.replace(" ", "-")
+    directory.mkdir(exist_ok=True)
+    vocabulary = {word: number for number, word in enumerate(["?", "</s>", *words.split()])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (place / f"{name}.txt").write_text(text)
+    tokenize(place / f"{name}.txt", tokenizer=directory, out=place / name, append_eod=append_eod)
+    return place / name
+
+
+def test_inspect_says_how_many_documents_and_tokens_there_are_and_how_long_they_are(tmp_path):
+    prefix = write(tmp_path / "d", [[1] * n for n in range(1, 102)])
+    found = json.loads(call("inspect", prefix, "--json"))
+    assert (found["documents"], found["tokens"], found["dtype"]) == (101, 5151, "uint16")
+    assert found["document_lengths"] == {
+        "shortest": 1, "10 %": 11, "median": 51, "90 %": 91, "99 %": 100, "longest": 101,
+    }  # fmt: skip
+    assert found["description"] is None
+    assert "101\ntokens      5,151, as uint16\n" in call("inspect", prefix)
+
+
+def test_inspect_names_the_tokenizer(tmp_path):
+    said = call("inspect", tokenized(tmp_path, "d", "one two", append_eod=True))
+    assert "tokenizer.json, vocabulary 5, sha256" in said
+    assert "each ends with id 1" in said
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_truncated_or_foreign_dataset_is_refused(tmp_path, suffix):
+    prefix = write(tmp_path / "d", DOCUMENTS)
+    file = Path(f"{prefix}{suffix}")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "truncated" in call("inspect", prefix, exit_code=2)
+    Path(f"{prefix}.idx").write_bytes(b"PK\x03\x04" * 20)
+    assert "is not the index of an indexed dataset" in call("head", prefix, exit_code=2)
+
+
+def test_an_empty_dataset_is_inspected(tmp_path):
+    assert json.loads(call("inspect", write(tmp_path / "d", []), "--json"))["document_lengths"]["longest"] == 0
+
+
+def test_head_prints_the_first_documents_as_ids_or_as_text(tmp_path):
+    assert call("head", write(tmp_path / "d", DOCUMENTS), "-n", 3) == (
+        "--- document 0, 3 tokens\n5 6 7\n--- document 1, 0 tokens\n\n--- document 2, 2 tokens\n8 9\n"
+    )
+    prefix = tokenized(tmp_path, "e", "two one three")
+    assert (
+        call("head", prefix, "--tokenizer", tmp_path / "one-two-three") == "--- document 0, 3 tokens\ntwo one three\n"
+    )
+
+
+def test_head_refuses_a_tokenizer_that_did_not_make_the_dataset(tmp_path):
+    prefix = tokenized(tmp_path, "e", "two one three")
+    tokenized(tmp_path, "f", "two", words="three two one")
+    assert "another tokenizer" in call("head", prefix, "--tokenizer", tmp_path / "three-two-one", exit_code=2)
+
+
+def test_merge_joins_documents_in_the_order_given_in_the_wider_type(tmp_path):
+    one, two = write(tmp_path / "one", DOCUMENTS), write(tmp_path / "two", [[70000], [1, 2]], "int32")
+    assert "10 documents, 21 tokens, as int32" in call("merge", one, two, one, "--out", tmp_path / "all")
+    merged = IndexedDataset(tmp_path / "all")
+    assert [ids.tolist() for ids in merged] == [*DOCUMENTS, [70000], [1, 2], *DOCUMENTS]
+    assert merged.num_documents == 10
+
+
+def test_merge_keeps_the_sequences_of_documents(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "d", "uint16") as writer:
+        writer.add_document([1, 2], [3])
+        writer.add_document([4])
+    call("merge", tmp_path / "d", write(tmp_path / "e", [[5]]), "--out", tmp_path / "all")
+    assert IndexedDataset(tmp_path / "all").document_indices.tolist() == [0, 2, 3, 4]
+
+
+def test_merge_describes_what_it_wrote_where_all_were_described(tmp_path):
+    one, two = tokenized(tmp_path, "one", "one two"), tokenized(tmp_path, "two", "three")
+    call("merge", one, two, "--out", tmp_path / "all")
+    merged, of_one = DatasetDescription.read(tmp_path / "all"), DatasetDescription.read(one)
+    assert (merged.num_documents, merged.num_tokens) == (2, 3)
+    assert merged.tokenizer_sha256 == of_one.tokenizer_sha256
+    call("merge", one, write(tmp_path / "raw", [[1]]), "--out", tmp_path / "undescribed")
+    assert DatasetDescription.read(tmp_path / "undescribed") is None
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"words": "three two one"}, "different tokenizer"), ({"append_eod": True}, "different choice of --append-eod")],
+)
+def test_merge_refuses_datasets_of_different_tokenizers_and_leaves_nothing(tmp_path, other, message):
+    one, two = tokenized(tmp_path, "one", "one two"), tokenized(tmp_path, "two", "one", **other)
+    assert message in call("merge", one, two, "--out", tmp_path / "all", exit_code=2)
+    assert not list(tmp_path.glob("all*"))
+
+
+# --- the other implementation
+
+
+@pytest.fixture(scope="module")
+def indexed_dataset():
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core has no wheel for this")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "uint8"])
+def test_megatron_core_reads_what_megacore_writes(indexed_dataset, tmp_path, dtype):
+    prefix = write(tmp_path / "d", DOCUMENTS, dtype)
+    theirs = indexed_dataset.IndexedDataset(str(prefix))
+    assert [theirs[i].tolist() for i in range(len(theirs))] == DOCUMENTS
+    assert theirs.sequence_lengths.tolist() == [3, 0, 2, 4]
+    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
+    assert theirs[0].dtype == np.dtype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_megacore_reads_what_megatron_core_writes(indexed_dataset, tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=dtype)
+    for document in ([[5, 6, 7]], [[8, 9], [10]], [[11, 12, 13, 14]]):
+        for sequence in document:
+            builder.add_item(torch.tensor(sequence))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "d.idx"))
+    dataset = IndexedDataset(tmp_path / "d")
+    assert [[ids.tolist() for ids in document] for document in dataset.documents()] == [
+        [[5, 6, 7]], [[8, 9], [10]], [[11, 12, 13, 14]],
+    ]  # fmt: skip
+    assert dataset.dtype == dtype
+
+
+def test_megatron_core_reads_what_was_merged_as_what_it_merges_itself(indexed_dataset, tmp_path):
+    one, two = write(tmp_path / "one", DOCUMENTS), write(tmp_path / "two", [[1, 2], [3]])
+    call("merge", one, two, "--out", tmp_path / "ours")
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    builder.add_index(str(one))
+    builder.add_index(str(two))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".idx", ".bin"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
