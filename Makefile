@@ -59,6 +59,8 @@ benchmark: setup
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/parallel.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/sampling.py
 
 clean:

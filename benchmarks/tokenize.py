@@ -92,7 +92,7 @@ def tokenized(source: Path, tokenizer: Path, out: Path) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizers", nargs="+", type=Path, metavar="TOKENIZER")
-    parser.add_argument("--megabytes", type=int, default=60)
+    parser.add_argument("--megabytes", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     texts = texts_of(options.megabytes * 10**6)
