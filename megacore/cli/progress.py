@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +47,33 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+@contextmanager
+def documents_progress(what: str, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """As :func:`bytes_progress`, with a second function to be told of every few documents done."""
+    if not sys.stderr.isatty():
+        yield (lambda num_bytes: None), (lambda num_documents: None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[documents]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total, documents="")
+        num_documents, started = 0, time.monotonic()
+
+        def advance_documents(number: int) -> None:
+            nonlocal num_documents
+            num_documents += number
+            per_second = num_documents / max(time.monotonic() - started, 1e-9)
+            progress.update(task, documents=f"{per_second:,.0f} documents/s")
+
+        yield (lambda num_bytes: progress.advance(task, num_bytes)), advance_documents

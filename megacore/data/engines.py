@@ -1,0 +1,170 @@
+"""Text to token ids: the library that defines a tokenizer, or a faster one for as long as both agree."""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacore.data.probes import probes
+from megacore.data.tokenizer import JsonTokenizer, Tokenizer
+
+# At the start all texts are compared, as far as these many characters go; later a few passages of every batch.
+# fastokens is some 30 times as fast as tokenizers: of each mebibyte, 4 KiB that both encode cost about a tenth.
+_FIRST_CHARACTERS = 1 << 16
+_PASSAGES = 2
+_PASSAGE_CHARACTERS = 2048
+
+
+class EncodedTexts(NamedTuple):
+    """The ids of several texts, back to back, and how many each has, ``[num_texts]``."""
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+
+class FastEngine(ABC):
+    """A library that is made to give the ids of the defining one, faster."""
+
+    name: str
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """The ids of texts. Raises whatever the library raises."""
+
+
+class Fastokens(FastEngine):
+    """fastokens, for a ``tokenizer.json``."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(
+            tokenizer.definition.decode()
+        )
+        self._tokenizer.no_truncation()
+        self.name = f"fastokens {version('fastokens')}"
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        ids, ends = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False)
+        offsets = np.frombuffer(ends, "<u8").astype(np.int64)
+        return EncodedTexts(np.frombuffer(ids, "<u4"), offsets[1:] - offsets[:-1])
+
+
+class Kitoken(FastEngine):
+    """kitoken, for a ``tokenizer.model``."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer: Any = importlib.import_module("kitoken").Kitoken.from_sentencepiece(tokenizer.definition)
+        self.name = f"kitoken {version('kitoken')}"
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        return _flattened(self._tokenizer.encode_all(list(texts), False))
+
+
+class DisagreementError(Exception):
+    """The fast engine gives other ids than the defining one for a text: what it has encoded cannot be trusted.
+
+    Attributes:
+        index: of the text among those encoded.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+class Engine:
+    """Encodes with the fast engine of a tokenizer, comparing with the defining one, or with the defining one alone.
+
+    Attributes:
+        name: what does the work, for people.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, use_fast: bool) -> None:
+        self._tokenizer = tokenizer
+        self._fast = _fast_engine(tokenizer) if use_fast else None
+        self.name = tokenizer.library
+        if self._fast is not None:
+            self.name = f"{self._fast.name}, compared with {tokenizer.library}"
+
+    def encode(self, texts: Sequence[str], *, batch_number: int) -> EncodedTexts:
+        """The ids of a batch of texts; its number decides which passages are compared, on any number of processes.
+
+        Raises:
+            DisagreementError: when the engines do.
+        """
+        if self._fast is None:
+            return _flattened(self._tokenizer.encode_batch(texts))
+        for index, passage in _passages(texts, batch_number):
+            if _encoded_by(self._fast, [passage], index).ids.tolist() != self._tokenizer.encode(passage):
+                raise DisagreementError(index)
+        return _encoded_by(self._fast, texts, 0)
+
+
+def _fast_engine(tokenizer: Tokenizer) -> FastEngine | None:
+    """The fast engine for a tokenizer; None where it is not installed or is of no use for this tokenizer.
+
+    The latter is so where it does not take the file, or gives other ids for texts that are known to be difficult.
+    """
+    kind: type[Fastokens] | type[Kitoken] = Fastokens if isinstance(tokenizer, JsonTokenizer) else Kitoken
+    texts = probes(tokenizer.special_tokens())
+    try:
+        engine = kind(tokenizer)
+        encoded = engine.encode(texts)
+    except ImportError:
+        return None
+    except BaseException as error:
+        _pass_on_what_ends_the_process(error)
+        return None
+    expected = _flattened(tokenizer.encode_batch(texts))
+    is_same = np.array_equal(encoded.ids, expected.ids) and np.array_equal(encoded.lengths, expected.lengths)
+    return engine if is_same else None
+
+
+def _encoded_by(engine: FastEngine, texts: Sequence[str], index: int) -> EncodedTexts:
+    try:
+        return engine.encode(texts)
+    except BaseException as error:
+        _pass_on_what_ends_the_process(error)
+        raise DisagreementError(index) from error
+
+
+def _pass_on_what_ends_the_process(error: BaseException) -> None:
+    """A panic in a library written in Rust arrives as a BaseException of no type that could be named in an except."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        raise error
+
+
+def _passages(texts: Sequence[str], batch_number: int) -> list[tuple[int, str]]:
+    """What both engines encode, each with the index of its text: of the first batch the beginning, then a sample."""
+    if batch_number == 0:
+        passages, room = [], _FIRST_CHARACTERS
+        for index, text in enumerate(texts):
+            if room <= 0:
+                break
+            passages.append((index, text[:room]))
+            room -= len(text)
+        return passages
+    chosen = []
+    for number in range(_PASSAGES if texts else 0):
+        # A digest, so that the same input is compared in the same places whatever the processes.
+        place = zlib.crc32(f"{batch_number} {number}".encode())
+        index = place % len(texts)
+        start = place % max(1, len(texts[index]) - _PASSAGE_CHARACTERS + 1)
+        chosen.append((index, texts[index][start : start + _PASSAGE_CHARACTERS]))
+    return chosen
+
+
+def _flattened(texts: list[list[int]]) -> EncodedTexts:
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    ids = np.empty(int(lengths.sum()), np.uint32)
+    end = 0
+    for text in texts:
+        ids[end : end + len(text)] = text
+        end += len(text)
+    return EncodedTexts(ids, lengths)
