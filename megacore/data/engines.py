@@ -99,11 +99,18 @@ class Engine:
             DisagreementError: when the engines do.
         """
         if self._fast is None:
-            return _flattened(self._tokenizer.encode_batch(texts))
+            return _encoded_by_definition(self._tokenizer, texts)
         for index, passage in _passages(texts, batch_number):
-            if _encoded_by(self._fast, [passage], index).ids.tolist() != self._tokenizer.encode(passage):
+            found = _encoded_by(self._fast, [passage])
+            if found is not None and found.ids.tolist() != self._tokenizer.encode(passage):
                 raise DisagreementError(index)
-        return _encoded_by(self._fast, texts, 0)
+        if (encoded := _encoded_by(self._fast, texts)) is not None:
+            return encoded
+        # A text that it refuses (a byte that the vocabulary lacks, for one) is the defining library's to encode.
+        each = [_encoded_by(self._fast, [text]) or _encoded_by_definition(self._tokenizer, [text]) for text in texts]
+        return EncodedTexts(
+            np.concatenate([encoded.ids for encoded in each]), np.concatenate([encoded.lengths for encoded in each])
+        )
 
 
 def _fast_engine(tokenizer: Tokenizer) -> FastEngine | None:
@@ -112,26 +119,31 @@ def _fast_engine(tokenizer: Tokenizer) -> FastEngine | None:
     The latter is so where it does not take the file, or gives other ids for texts that are known to be difficult.
     """
     kind: type[Fastokens] | type[Kitoken] = Fastokens if isinstance(tokenizer, JsonTokenizer) else Kitoken
-    texts = probes(tokenizer.special_tokens())
     try:
         engine = kind(tokenizer)
-        encoded = engine.encode(texts)
     except ImportError:
         return None
     except BaseException as error:
         _pass_on_what_ends_the_process(error)
         return None
-    expected = _flattened(tokenizer.encode_batch(texts))
-    is_same = np.array_equal(encoded.ids, expected.ids) and np.array_equal(encoded.lengths, expected.lengths)
-    return engine if is_same else None
+    for text in probes(tokenizer.special_tokens()):
+        found = _encoded_by(engine, [text])
+        if found is not None and found.ids.tolist() != tokenizer.encode(text):
+            return None
+    return engine
 
 
-def _encoded_by(engine: FastEngine, texts: Sequence[str], index: int) -> EncodedTexts:
+def _encoded_by(engine: FastEngine, texts: Sequence[str]) -> EncodedTexts | None:
+    """The ids that the engine gives; None where it refuses one of the texts."""
     try:
         return engine.encode(texts)
     except BaseException as error:
         _pass_on_what_ends_the_process(error)
-        raise DisagreementError(index) from error
+        return None
+
+
+def _encoded_by_definition(tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedTexts:
+    return _flattened(tokenizer.encode_batch(texts))
 
 
 def _pass_on_what_ends_the_process(error: BaseException) -> None:

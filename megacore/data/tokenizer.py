@@ -68,6 +68,10 @@ class Tokenizer(ABC):
         """The id of a token by its text, a special one included; None where there is none."""
 
     @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, as the tokenizer's file writes them, and their ids."""
+
+    @abstractmethod
     def special_tokens(self) -> list[str]:
         """The tokens that stand for more than their text, as text would spell them; not those of single bytes."""
 
@@ -118,6 +122,9 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         piece = self._processor.piece_to_id(token)  # that of the unknown token, where there is none
         return piece if self._processor.id_to_piece(piece) == token else None
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(piece): piece for piece in range(self.vocab_size)}
 
     def special_tokens(self) -> list[str]:
         model = self._processor
@@ -179,6 +186,9 @@ class JsonTokenizer(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def special_tokens(self) -> list[str]:
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
