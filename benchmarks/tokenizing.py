@@ -54,9 +54,8 @@ def source_texts(num_bytes: int) -> list[str]:
     """Python's and the installed packages' own source code and notes, one document a file."""
     texts: list[str] = []
     roots = [Path(os.__file__).parent, Path(find_spec("numpy").origin).parent.parent]
-    for path in sorted(
-        {path for root in roots for pattern in ("*.py", "*.md", "*.rst") for path in root.rglob(pattern)}
-    ):
+    kinds = ("*.py", "*.md", "*.rst")
+    for path in sorted({path for root in roots for kind in kinds for path in root.rglob(kind)}):
         text = path.read_text(encoding="utf-8", errors="replace")
         texts.append(text)
         num_bytes -= len(text)

@@ -20,7 +20,7 @@ from tiny_llama import VOCAB, published_model
 
 def byte_tokenizer(directory: Path, first: str = "a") -> None:
     """99 single characters of ASCII."""
-    characters = [first, *(chr(code) for code in range(33, 131) if chr(code) != first)]
+    characters = [first, *(chr(code) for code in range(33, 132) if chr(code) != first)]
     vocabulary = {character: number for number, character in enumerate(characters[:VOCAB])}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text("{}")
@@ -108,7 +108,7 @@ def test_another_tokenizer_than_the_models_is_refused(published, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     byte_tokenizer(other, first="z")
-    with pytest.raises(DataError, match="is not the model's tokenizer with tokens added.*have other ids there"):
+    with pytest.raises(DataError, match=r"is not the model's tokenizer with tokens added.*have other ids there"):
         megacore.convert("llama", published, tmp_path / "grown", add_tokens=other)
 
 
