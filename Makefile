@@ -61,6 +61,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/tokenizing.py
 
 clean:
 	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

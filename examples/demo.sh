@@ -27,7 +27,8 @@ else
 fi
 step demo/language-reference.jsonl "write the text" python "$examples/language_reference.py" language-reference.jsonl
 step "demo/language-reference.{bin,idx}" "tokenize" \
-    megacore tokenize --input language-reference.jsonl --tokenizer smollm2 --out language-reference --append-eod
+    megacore tokenize --input language-reference.jsonl --tokenizer smollm2 --out language-reference --append-eod \
+    --no-new-tokens
 step demo/checkpoint "convert" megacore convert --model llama --from smollm2 --out checkpoint
 step - "verify" megacore verify checkpoint --reference smollm2 --data language-reference --iters 10
 step demo/checkpoint-tp2 "split" megacore split checkpoint --out checkpoint-tp2 --tp 2

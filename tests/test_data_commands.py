@@ -27,7 +27,15 @@ def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Pa
     return prefix
 
 
-def tokenized(place: Path, name: str, text: str, *, words: str = "one two three", append_eod: bool = False) -> Path:
+def tokenized(
+    place: Path,
+    name: str,
+    text: str,
+    *,
+    words: str = "one two three",
+    append_eod: bool = False,
+    new_tokens: bool = False,
+) -> Path:
     """``text`` as a document, by a tokenizer that knows these words."""
     directory = place / words.replace(" ", "-")
     directory.mkdir(exist_ok=True)
@@ -37,7 +45,7 @@ def tokenized(place: Path, name: str, text: str, *, words: str = "one two three"
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (place / f"{name}.txt").write_text(text)
-    tokenize(place / f"{name}.txt", tokenizer=directory, out=place / name, append_eod=append_eod)
+    tokenize(place / f"{name}.txt", tokenizer=directory, out=place / name, append_eod=append_eod, new_tokens=new_tokens)
     return place / name
 
 
@@ -56,6 +64,11 @@ def test_inspect_names_the_tokenizer(tmp_path):
     said = call("inspect", tokenized(tmp_path, "d", "one two", append_eod=True))
     assert "tokenizer.json, vocabulary 5, sha256" in said
     assert "each ends with id 1" in said
+
+
+def test_head_prints_text_where_tokenize_wrote_the_tokenizer_beside_the_dataset(tmp_path):
+    prefix = tokenized(tmp_path, "d", "one two", append_eod=True, new_tokens=True)
+    assert call("head", prefix) == "--- document 0, 3 tokens\none two <EOD>\n"
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

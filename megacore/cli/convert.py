@@ -11,6 +11,7 @@ from megacore.cli.notes import print_note
 from megacore.cli.options import (
     DtypeType,
     FamilyType,
+    add_tokens_option,
     cache_dir_option,
     from_option,
     out_option,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @tp_option
 @pp_option
 @true_vocab_size_option
+@add_tokens_option
 def convert(
     model: Family,
     origin: str | None,
@@ -56,6 +58,7 @@ def convert(
     tp: int,
     pp: int,
     true_vocab_size: int | None,
+    add_tokens: Path | None,
 ) -> None:
     """Convert a published checkpoint to megacore's format, streaming from file to file.
 
@@ -85,6 +88,7 @@ def convert(
             tp=tp,
             pp=pp,
             true_vocab_size=true_vocab_size,
+            add_tokens=add_tokens,
             report=print_note,
             advance=advance,
         )

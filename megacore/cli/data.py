@@ -108,10 +108,11 @@ def merge(prefixes: tuple[Path, ...], out: Path) -> None:
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="tokenizer.json, tokenizer.model, or a directory with one of them: prints text instead of ids.",
+    help="tokenizer.json, tokenizer.model, or a directory with one of them: prints text instead of ids.  [default: the "
+    "one that `megacore tokenize` wrote beside the dataset, if it added tokens]",
 )
 def head(prefix: Path, num_documents: int, tokenizer: Path | None) -> None:
-    """Print the first documents of the dataset PREFIX: their text with --tokenizer, else their ids."""
+    """Print the first documents of the dataset PREFIX: their text where the tokenizer is known, else their ids."""
     from itertools import islice
 
     import numpy as np
@@ -120,6 +121,8 @@ def head(prefix: Path, num_documents: int, tokenizer: Path | None) -> None:
     from megacore.errors import DataError
 
     dataset, description = IndexedDataset(prefix), DatasetDescription.read(prefix)
+    if tokenizer is None and description is not None and description.tokenizer_directory is not None:
+        tokenizer = prefix.with_name(description.tokenizer_directory)
     decoder = None if tokenizer is None else load_tokenizer(tokenizer)
     if decoder is not None and description is not None and decoder.sha256 != description.tokenizer_sha256:
         raise DataError(

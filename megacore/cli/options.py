@@ -123,3 +123,11 @@ cache_dir_option = click.option(
 
 revision_option = click.option("--revision", help="Branch, tag or commit to fetch from the hub.  [default: main]")
 """Which state of a repository a command fetches."""
+
+add_tokens_option = click.option(
+    "--add-tokens",
+    type=click.Path(path_type=Path),
+    metavar="PREFIX_OR_DIR",
+    help="Give embedding and head rows for the new tokens of a dataset's tokenizer (or of one in a directory), each "
+    "the mean of the rows that are there.",
+)

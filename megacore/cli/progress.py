@@ -50,23 +50,30 @@ def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def documents_progress(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """As :func:`bytes_progress`, with documents: what is yielded is told of every few documents and bytes done."""
+def documents_progress(what: str, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """As :func:`bytes_progress`, with a second function to be told of every few documents done."""
     if not sys.stderr.isatty():
-        yield lambda num_documents, num_bytes: None
+        yield (lambda num_bytes: None), (lambda num_documents: None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    documents = TextColumn("{task.fields[documents]:,} documents, {task.fields[rate]:,.0f}/s")
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), documents, TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[documents]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total, documents=0, rate=0.0)
-        started, done = time.monotonic(), 0
+        task = progress.add_task(what, total=total, documents="")
+        num_documents, started = 0, time.monotonic()
 
-        def advance(num_documents: int, num_bytes: int) -> None:
-            nonlocal done
-            done += num_documents
-            progress.update(task, advance=num_bytes, documents=done, rate=done / (time.monotonic() - started))
+        def advance_documents(number: int) -> None:
+            nonlocal num_documents
+            num_documents += number
+            per_second = num_documents / max(time.monotonic() - started, 1e-9)
+            progress.update(task, documents=f"{per_second:,.0f} documents/s")
 
-        yield advance
+        yield (lambda num_bytes: progress.advance(task, num_bytes)), advance_documents

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from megacore.cli.notes import print_note
 from megacore.cli.progress import documents_progress
+
+if TYPE_CHECKING:
+    from megacore.data import TokenizeSummary
 
 
 class ManyInputs(click.Command):
@@ -41,7 +44,9 @@ def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
     required=True,
     metavar="FILE...",
     help="Text to tokenize. A .jsonl or .json file holds one JSON object a line, each a document; "
-    "any other file is plain text and one document as a whole. Files are taken in the order given.",
+    "a .parquet file has them in a column; any other file is plain text and one document as a whole. Lines and text "
+    "may be compressed (.gz, .zst). Files are taken in the order given; a quoted pattern ('data/*.jsonl') stands for "
+    "its files, sorted.",
 )
 @click.option(
     "--tokenizer",
@@ -56,28 +61,37 @@ def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
     type=click.Path(path_type=Path),
     required=True,
     metavar="PREFIX",
-    help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json. None of them may exist.",
+    help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json, none of which may exist, and where tokens are new the "
+    "tokenizer that has them, PREFIX-tokenizer/.",
 )
 @click.option(
     "--json-key",
     "json_keys",
-    default=["text"],
-    show_default=True,
+    default=("text",),
+    show_default="text",
     multiple=True,
     metavar="KEY",
-    help="Where a JSON line or a row of a table has its text. Given several times: each makes a dataset, PREFIX_KEY.",
+    help="Where a JSON line has its text, or a parquet file its column. Of several, each makes a dataset PREFIX_KEY.",
 )
 @click.option("--append-eod", is_flag=True, help="End every document with the end-of-document token.")
 @click.option("--prepend-bos", is_flag=True, help="Begin every document with the tokenizer's begin token.")
+@click.option(
+    "--no-new-tokens",
+    is_flag=True,
+    help="Leave the vocabulary as it is. By default <CLS> <SEP> <EOD> <MASK> <PAD> are added to it (<PAD> where there "
+    "is no padding token), and the model needs rows for them.",
+)
+@click.option("--vocab-extra-ids", default=0, metavar="N", help="Add N tokens <extra_id_0>, <extra_id_1>…")
+@click.option("--vocab-extra-ids-list", default="", metavar="A,B", help="Add these tokens.")
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="What to do about a document that cannot be read.",
+    help="What to do about a malformed record.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes that encode.  [default: one a core]"
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes to spread the work over.  [default: cores]"
 )
 def tokenize(
     inputs: tuple[Path, ...],
@@ -86,6 +100,9 @@ def tokenize(
     json_keys: tuple[str, ...],
     append_eod: bool,
     prepend_bos: bool,
+    no_new_tokens: bool,
+    vocab_extra_ids: int,
+    vocab_extra_ids_list: str,
     on_error: Literal["stop", "skip"],
     workers: int | None,
 ) -> None:
@@ -94,40 +111,56 @@ def tokenize(
     Documents keep their order; those without a token are skipped and counted.
 
     \b
-    megacore tokenize --input data/*.jsonl --tokenizer published/ --out data/train --append-eod
+    megacore tokenize --input 'data/*.jsonl' --tokenizer published/ --out data/train --append-eod --no-new-tokens
     """
     import megacore.data
-    from megacore.data.documents import input_files
+    from megacore.data.inputs import expand
 
-    files = input_files(inputs)
-    total = sum(path.stat().st_size for path in files)
-    prefixes = [out] if len(json_keys) == 1 else [Path(f"{out}_{json_key}") for json_key in json_keys]
-    for json_key, prefix in zip(json_keys, prefixes, strict=True):
-        with documents_progress("tokenizing", total) as advance:
-            summary = megacore.data.tokenize(
-                files,
-                tokenizer=tokenizer,
-                out=prefix,
-                json_key=json_key,
-                append_eod=append_eod,
-                prepend_bos=prepend_bos,
-                on_error=on_error,
-                workers=workers,
-                advance=advance,
-                on_note=print_note,
-            )
-        skipped = {
-            "empty document": summary.num_empty_documents,
-            "document that cannot be read": summary.num_erroneous_documents,
-        }
-        told = " and ".join(_count(number, kind) for kind, number in skipped.items() if number)
-        click.echo(
-            f"{prefix}: {_count(summary.num_documents, 'document')}, {_count(summary.num_tokens, 'token')}, "
-            f"{summary.num_text_bytes / summary.num_tokens:.2f} bytes a token{'; skipped ' if told else ''}{told}; "
-            f"{summary.num_text_bytes / 1e6 / summary.seconds:,.1f} MB/s with {summary.engine}"
+    total = sum(path.stat().st_size for path in expand(inputs))
+    with documents_progress("tokenizing", total) as (advance, advance_documents):
+        summary = megacore.data.tokenize(
+            inputs,
+            tokenizer=tokenizer,
+            out=out,
+            json_key=json_keys,
+            append_eod=append_eod,
+            prepend_bos=prepend_bos,
+            new_tokens=not no_new_tokens,
+            vocab_extra_ids=vocab_extra_ids,
+            vocab_extra_ids_list=vocab_extra_ids_list.split(",") if vocab_extra_ids_list else (),
+            on_error=on_error,
+            workers=workers,
+            report=print_note,
+            advance=advance,
+            advance_documents=advance_documents,
         )
+    for error in summary.first_errors:
+        print_note(f"skipped {error}")
+    if summary.tokenizer_directory is not None:
+        tokens = ", ".join(f"{token} {number}" for token, number in summary.new_tokens.items())
+        print_note(
+            f"{_count(len(summary.new_tokens), 'new token')} ({tokens}): the tokenizer that has them is "
+            f"{summary.tokenizer_directory}, and the model needs rows for them"
+        )
+    click.echo(_told(summary))
+
+
+def _told(summary: TokenizeSummary) -> str:
+    skipped = [
+        _count(number, noun)
+        for number, noun in (
+            (summary.num_empty_documents, "empty document"),
+            (summary.num_erroneous_documents, "malformed document"),
+        )
+        if number
+    ]
+    return (
+        f"{', '.join(map(str, summary.prefixes))}: {_count(summary.num_documents, 'document')}, "
+        f"{_count(summary.num_tokens, 'token')}, {summary.num_text_bytes / summary.num_tokens:.2f} bytes a token"
+        + (f"; skipped {' and '.join(skipped)}" if skipped else "")
+        + f"; {summary.seconds:.1f} s with {summary.engine}"
+    )
 
 
 def _count(number: int, noun: str) -> str:
-    first, *rest = noun.split(" that ")
-    return " that ".join([f"{number:,} {first}{'' if number == 1 else 's'}", *rest])
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

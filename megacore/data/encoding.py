@@ -1,168 +1,139 @@
-"""Chunks of documents to token ids, on several processes, in order."""
+"""Pieces of input to the ids of their documents: the part of ``tokenize`` that every process does by itself."""
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
-import os
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.data.documents import Chunk, documents_of
-from megacore.data.engines import Encoded, EnginesDisagreeError, checked, defining_engine, fast_engine
+from megacore.data.engines import DisagreementError, EncodedTexts, Engine
+from megacore.data.indexed_dataset import token_dtype
+from megacore.data.inputs import Piece
+from megacore.data.new_tokens import NewTokens
+from megacore.data.records import Document, Problem
 from megacore.data.tokenizer import load_tokenizer
-from megacore.errors import DataError, WorkerError
 
-_IN_ADVANCE = 2
-"""Chunks that are on their way for each process: one is encoded, one waits."""
+# What is encoded at once is little enough for a library's own bookkeeping (about 100 bytes a token) to stay small.
+_BATCH_CHARACTERS = 1 << 20
+
+NUM_PROBLEMS_NAMED = 5
+"""Of the documents that are skipped, how many are told one by one."""
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How documents are encoded.
-
-    Attributes:
-        tokenizer: its file.
-        json_key: where a record has its text.
-        prepended: id that begins every document, if one does.
-        appended: likewise at its end.
-        dtype: of the ids.
-        may_be_fast: whether another library than the defining one may encode.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do with every piece; the arguments of :func:`megacore.tokenize`."""
 
     tokenizer: Path
-    json_key: str
-    prepended: int | None
-    appended: int | None
-    dtype: np.dtype[Any]
-    may_be_fast: bool = True
+    new_tokens: NewTokens
+    use_fast: bool
+    json_keys: tuple[str, ...]
+    append_eod: bool
+    prepend_bos: bool
+    skip_erroneous: bool
 
 
-@dataclass(frozen=True)
-class EncodedChunk:
-    """What became of a chunk.
+class EncodedPiece(NamedTuple):
+    """What became of one piece of the input."""
 
-    Attributes:
-        ids: of its documents, back to back.
-        lengths: how many each has.
-        num_text_bytes: of the documents, in UTF-8.
-        num_empty: documents without a token, left out.
-        errors: of those that could not be read, left out too.
-        num_input_bytes: of the file.
-        engine: name of the library that encoded.
-    """
-
-    ids: NDArray[Any]
-    lengths: NDArray[np.int64]
-    num_text_bytes: int
-    num_empty: int
-    errors: list[DataError]
-    num_input_bytes: int
+    by_key: list[EncodedDocuments]
+    """For each key."""
+    num_positions: int
+    """Lines or rows of the piece."""
+    num_problems: int
+    problems: list[Problem]
+    """The first ones; where erroneous documents are not skipped, the one that ends the work."""
     engine: str
+    """What has encoded, for people."""
+    disagreement: int | None
+    """The place of a document for which the engines give different ids: nothing is encoded then."""
 
 
-class Encoder:
-    """Encodes chunks, in a single process."""
+@dataclass
+class EncodedDocuments:
+    """The documents of a piece under one key. Ids have the dtype of the dataset."""
 
-    def __init__(self, encoding: Encoding) -> None:
-        self._encoding = encoding
-        self._tokenizer = load_tokenizer(encoding.tokenizer)
-        self._fast = fast_engine(self._tokenizer) if encoding.may_be_fast else None
-        self._defining = defining_engine(self._tokenizer)
+    ids: list[NDArray[Any]] = field(default_factory=list)
+    lengths: list[NDArray[np.int64]] = field(default_factory=list)
+    num_text_bytes: int = 0
+    num_empty: int = 0
 
-    def __call__(self, number: int, chunk: Chunk) -> EncodedChunk:
-        """Encode chunk ``number`` of all.
 
-        Raises:
-            EnginesDisagreeError: the engine gives other ids than the defining one; it names the document.
-        """
-        documents = documents_of(chunk, self._encoding.json_key)
-        try:
-            encoded = (
-                self._defining.encode(documents.texts)
-                if self._fast is None
-                else checked(self._fast, self._tokenizer, documents.texts, number)
-            )
-        except EnginesDisagreeError as disagreement:
-            place = documents.places[disagreement.document]
-            raise EnginesDisagreeError(place, disagreement.engine) from None
-        is_full = encoded.lengths > 0
-        ids, lengths = self._framed(Encoded(encoded.ids, encoded.lengths[is_full]))
-        return EncodedChunk(
-            ids=ids,
-            lengths=lengths,
-            num_text_bytes=documents.num_text_bytes,
-            num_empty=int((~is_full).sum()),
-            errors=documents.errors,
-            num_input_bytes=chunk.num_input_bytes,
-            engine=(self._fast or self._defining).name,
+class PieceEncoder:
+    """Encodes the pieces of a job, one after the other, each by itself."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        tokenizer = load_tokenizer(job.tokenizer, job.new_tokens)
+        self._engine = Engine(tokenizer, use_fast=job.use_fast)
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._beginning = [tokenizer.bos_id] if job.prepend_bos else []
+        self._ending = [tokenizer.eod_id] if job.append_eod else []
+
+    def encode(self, number: int, piece: Piece) -> EncodedPiece:
+        """Encode piece ``number`` of the job."""
+        reading = piece.read(self._job.json_keys)
+        problems = [document for document in reading.documents if isinstance(document, Problem)]
+        encoded = EncodedPiece(
+            [], reading.num_positions, len(problems), problems[:NUM_PROBLEMS_NAMED], self._engine.name, None
         )
+        if problems and not self._job.skip_erroneous:
+            return encoded
+        documents = [document for document in reading.documents if isinstance(document, Document)]
+        for column in range(len(self._job.json_keys)):
+            of_key = EncodedDocuments()
+            # Only what begins a job is compared as a whole.
+            for part, batch in enumerate(_batches(documents, column)):
+                texts = [document.texts[column] for document in batch]
+                batch_number = number if part == 0 else -part
+                try:
+                    self._add(of_key, texts, self._engine.encode(texts, batch_number=batch_number))
+                except DisagreementError as found:
+                    return encoded._replace(by_key=[], disagreement=batch[found.index].position)
+            encoded.by_key.append(of_key)
+        return encoded
 
-    def _framed(self, encoded: Encoded) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The ids with what begins and ends each document."""
-        first, last = self._encoding.prepended, self._encoding.appended
-        ids, dtype = encoded.ids.astype(self._encoding.dtype), self._encoding.dtype
-        if first is None and last is None:
-            return ids, encoded.lengths
-        lengths = encoded.lengths + (first is not None) + (last is not None)
+    def _add(self, documents: EncodedDocuments, texts: Sequence[str], encoded: EncodedTexts) -> None:
+        has_ids = encoded.lengths > 0
+        documents.num_empty += len(texts) - int(np.count_nonzero(has_ids))
+        documents.num_text_bytes += sum(
+            len(text) if text.isascii() else len(text.encode())
+            for text, kept in zip(texts, has_ids.tolist(), strict=True)
+            if kept
+        )
+        lengths = encoded.lengths[has_ids]
+        ids = encoded.ids.astype(self._dtype)
+        if self._beginning or self._ending:
+            ids, lengths = self._framed(ids, lengths)
+        documents.ids.append(ids)
+        documents.lengths.append(lengths)
+
+    def _framed(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The documents with the token before and after each that the job asks for."""
+        lengths = lengths + len(self._beginning) + len(self._ending)
         ends = np.cumsum(lengths)
-        framed = np.empty(int(lengths.sum()), dtype)
-        is_text = np.ones(len(framed), bool)
-        for token, places in ((first, ends - lengths), (last, ends - 1)):
-            if token is not None:
-                framed[places] = token
+        framed = np.empty(int(lengths.sum()), self._dtype)
+        is_text = np.ones(len(framed), np.bool_)
+        for token, places in ((self._beginning, ends - lengths), (self._ending, ends - 1)):
+            if token:
+                framed[places] = token[0]
                 is_text[places] = False
         framed[is_text] = ids
         return framed, lengths
 
 
-def encoded_chunks(chunks: Iterable[Chunk], encoding: Encoding, *, workers: int) -> Iterator[EncodedChunk]:
-    """Encode ``chunks`` on ``workers`` processes, or in this one where that is 1, and yield the results in order.
-
-    No more than a few chunks for each process are in memory at once.
-
-    Raises:
-        EnginesDisagreeError: see :class:`Encoder`.
-        WorkerError: a process was killed.
-    """
-    if workers == 1:
-        yield from map(Encoder(encoding), itertools.count(), chunks)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (encoding,))
-    pending: deque[Future[EncodedChunk]] = deque()
-    try:
-        for number, chunk in enumerate(chunks):
-            pending.append(pool.submit(_encode, number, chunk))
-            if len(pending) > _IN_ADVANCE * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise WorkerError("a process that encodes was killed: was there too little memory?") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_encoder: Encoder
-"""Of a process that encodes, which does nothing else."""
-
-
-def _begin(encoding: Encoding) -> None:
-    """Prepare a process that encodes. Ctrl-C reaches all processes, and it is the first one that ends the others."""
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-    _encoder = Encoder(encoding)
-
-
-def _encode(number: int, chunk: Chunk) -> EncodedChunk:
-    return _encoder(number, chunk)
+def _batches(documents: Sequence[Document], column: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.texts[column])
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch

@@ -98,28 +98,24 @@ class IndexedDatasetWriter:
         the stream. (:func:`megacore.tokenize` skips such documents before they get here.)
         """
         arrays = [self._stored(sequence) for sequence in sequences]
-        if too_long := [len(ids) for ids in arrays if len(ids) > _LONGEST_SEQUENCE]:
-            raise DataError(f"{self.prefix}: a sequence of {too_long[0]} ids; the format ends at {_LONGEST_SEQUENCE}")
+        for ids in arrays:
+            self._check_length(len(ids))
         with _output_errors(self.prefix):
             for ids in arrays:
                 self._bin.write(ids.data)
                 self._sizes.append(len(ids))
         self._document_indices.append(len(self._sizes))
 
-    def add_documents(self, ids: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
-        """Append documents of one sequence each: their ``ids`` back to back, ``[sum of lengths]``, and their lengths.
-
-        As :meth:`add_document` for each, and quicker.
-        """
-        assert len(ids) == int(lengths.sum())
+    def add_documents(self, ids: NDArray[Any], lengths: NDArray[Any]) -> None:
+        """Append many documents of one sequence each: their ids back to back, and ``[num_documents]`` lengths."""
+        assert int(lengths.sum()) == len(ids)
+        self._check_length(int(lengths.max(initial=0)))
         stored = self._stored(ids)
-        if len(lengths) and int(lengths.max()) > _LONGEST_SEQUENCE:
-            raise DataError(f"{self.prefix}: a sequence of {lengths.max()} ids; the format ends at {_LONGEST_SEQUENCE}")
-        first = len(self._sizes)
         with _output_errors(self.prefix):
             self._bin.write(stored.data)
+        first = len(self._sizes)
         self._sizes.frombytes(lengths.astype(np.int32).tobytes())
-        self._document_indices.frombytes(np.arange(first + 1, first + 1 + len(lengths), dtype=np.int64).tobytes())
+        self._document_indices.frombytes(np.arange(first + 1, len(self._sizes) + 1, dtype=np.int64).tobytes())
 
     def describe(self, text: str) -> None:
         """Have ``PREFIX.json`` written with this text; it is in place before the dataset is."""
@@ -138,6 +134,10 @@ class IndexedDatasetWriter:
                 self._bin.close()
             for suffix in (".bin", ".json", ".idx"):
                 self._partial(suffix).unlink(missing_ok=True)
+
+    def _check_length(self, length: int) -> None:
+        if length > _LONGEST_SEQUENCE:
+            raise DataError(f"{self.prefix}: a sequence of {length} ids; the format ends at {_LONGEST_SEQUENCE}")
 
     def _stored(self, sequence: ArrayLike) -> NDArray[Any]:
         ids = np.asarray(sequence)

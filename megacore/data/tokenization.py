@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, Literal
 
-from megacore.data.documents import input_files, read_chunks
-from megacore.data.encoding import EncodedChunk, Encoding, encoded_chunks
-from megacore.data.engines import EnginesDisagreeError
+from megacore.data.description import DatasetDescription
+from megacore.data.encoding import NUM_PROBLEMS_NAMED, EncodedDocuments, EncodedPiece, Job
 from megacore.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megacore.data.tokenizer import Tokenizer, load_tokenizer
+from megacore.data.inputs import Piece, expand, pieces
+from megacore.data.new_tokens import NewTokens
+from megacore.data.records import Problem
+from megacore.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from megacore.data.workers import encoded_pieces
 from megacore.errors import DataError
 
-_ALONE_BYTES = 8 << 20
-"""Inputs smaller than this are done before other processes have started."""
-
-_TOLD_ERRORS = 5
-"""Of documents that are skipped, how many are named; all are counted."""
+_WORTH_A_PROCESS = 4 << 20
+"""Bytes of input that a process must have for its start to pay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,65 +39,18 @@ class TokenizeSummary:
     num_empty_documents: int
     """Documents without a token, which were skipped."""
     num_erroneous_documents: int
-    """Documents that could not be read, which were skipped."""
+    """Malformed records, which were skipped."""
+    first_errors: tuple[str, ...]
+    """What was wrong with the first few of them, and where."""
+    prefixes: tuple[Path, ...]
+    """The datasets: ``prefix``, or of several keys ``prefix_KEY`` each; the numbers are of all together."""
+    new_tokens: dict[str, int]
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: Path | None
+    """Where the tokenizer with these tokens is; None where none was added."""
     engine: str
-    """The library that encoded."""
+    """What has encoded."""
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetDescription:
-    """``PREFIX.json``: which tokenizer made a dataset, so that it is not used with a model of another vocabulary."""
-
-    FORMAT: ClassVar = "megacore-dataset"
-    VERSION: ClassVar = 1
-
-    tokenizer_file: str
-    """Its name, without directories."""
-    tokenizer_sha256: str
-    vocab_size: int
-    """Larger than every id that the tokenizer can give."""
-    eod_id: int | None
-    append_eod: bool
-    """Whether every document ends with ``eod_id``."""
-    num_documents: int
-    num_tokens: int
-    megacore_version: str
-    prepend_bos: bool = False
-    """Whether every document begins with the tokenizer's begin token."""
-
-    def to_json(self) -> str:
-        content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=2) + "\n"
-
-    @classmethod
-    def read(cls, prefix: str | Path) -> Self | None:
-        """The description of the dataset at ``prefix``; None where it has none, as datasets of other programs do.
-
-        Raises:
-            DataError: the file is damaged, or of a newer version.
-        """
-        path = Path(f"{prefix}.json")
-        # A file of this name may also be another program's, and of any size: only ours says so at its start.
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            if f'"{cls.FORMAT}"'.encode() not in file.read(100):
-                return None
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{path}: is damaged: {error}") from error
-        if content.get("version") != cls.VERSION:
-            raise DataError(
-                f"{path}: version {content.get('version')} of the description; this megacore reads {cls.VERSION}"
-            )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := sorted(names - {"prepend_bos"} - set(content)):  # which older datasets do not have
-            raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
-        if not all(isinstance(content[key], int) for key in ("vocab_size", "num_documents", "num_tokens")):
-            raise DataError(f"{path}: is damaged: its numbers are none")
-        return cls(**{name: content[name] for name in names & set(content)})
 
 
 def tokenize(
@@ -106,153 +58,251 @@ def tokenize(
     *,
     tokenizer: str | Path,
     out: str | Path,
-    json_key: str = "text",
+    json_key: str | Sequence[str] = "text",
     append_eod: bool = False,
     prepend_bos: bool = False,
+    new_tokens: bool = True,
+    vocab_extra_ids: int = 0,
+    vocab_extra_ids_list: Sequence[str] = (),
     on_error: Literal["stop", "skip"] = "stop",
     workers: int | None = None,
-    advance: Callable[[int, int], None] = lambda num_documents, num_bytes: None,
-    on_note: Callable[[str], None] = lambda note: None,
+    report: Callable[[str], None] = lambda note: None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+    advance_documents: Callable[[int], None] = lambda num_documents: None,
 ) -> TokenizeSummary:
     """Tokenize text files into the dataset ``out`` (``out.bin``, ``out.idx``) and its description (``out.json``).
 
-    A ``.jsonl`` or ``.json`` file holds one JSON object a line, each a document with its text under ``json_key``; lines
-    are read as they are needed, and blank ones passed over. A ``.parquet`` file is a table, each row a document with
-    its text in the column ``json_key``. Any other file is plain text and one document as a whole, held in memory while
-    it is encoded. All but tables may be compressed, ``.gz`` or ``.zst``. Text is UTF-8; a byte order mark is dropped,
-    line ends are kept as they are. Documents keep their order; those without a token are skipped and counted, with no
-    end-of-document token either.
+    A ``.jsonl`` or ``.json`` file holds one JSON object a line, each a document with its text under ``json_key``, and
+    blank lines are passed over; a ``.parquet`` file has the texts in the column of that name. Any other file is plain
+    text and one document as a whole, held in memory while it is encoded. Files of lines or text may be compressed
+    (``.gz``, ``.zst``). Text is UTF-8; a byte order mark is dropped, line ends are kept as they are. Documents keep
+    their order; those without a token are skipped and counted, with no other token either.
+
+    The ids are those of the library that defines the tokenizer. A faster one does the work where it is installed and
+    takes the file, compared on passages of every mebibyte; where they differ all is done again without it.
 
     Args:
-        inputs: files, or patterns of their names.
+        inputs: files, or patterns such as ``data/*.jsonl``.
         tokenizer: a tokenizer's file or directory, see :func:`~megacore.data.load_tokenizer`, which also says what
             becomes of text that spells a special token.
+        json_key: where a record has its text. Of several keys each makes a dataset of its own, ``out_KEY``.
         append_eod: end every document with the tokenizer's end-of-document token.
         prepend_bos: begin every document with the tokenizer's begin token.
-        on_error: what to do about a document that cannot be read: ``"stop"``, or ``"skip"`` it and tell ``on_note``.
-        workers: processes that encode; by default as many as there are cores, and for small inputs none but this one.
-            Each of them imports the main module: a script guards what it does with ``if __name__ == "__main__":``.
-        advance: is told of every few documents and input bytes done.
-        on_note: is told what a person should know.
+        new_tokens: add ``<CLS> <SEP> <EOD> <MASK> <PAD>`` to the vocabulary, ``<PAD>`` where it has no padding token.
+        vocab_extra_ids: add so many tokens ``<extra_id_0>``…, even where ``new_tokens`` is false.
+        vocab_extra_ids_list: add these tokens, even where ``new_tokens`` is false. Where any token is new, the
+            tokenizer that knows it is written to ``out-tokenizer/``.
+        on_error: whether a malformed record ends the work or is skipped and counted.
+        workers: processes; by default as many as there are cores, and none but this one for a small input.
+        report: is told what a person should know, a sentence at a time.
+        advance: is told of every few input bytes done; of a negative number when work is done again.
+        advance_documents: is told of every few documents done, in the same way.
 
     Raises:
         DataError: an input or the tokenizer is missing or malformed (the message has file and line), or holds no text.
         OutputError: an output file exists or cannot be written. After any error nothing is left of the dataset.
-        WorkerError: a process that encodes was killed.
+        WorkerError: a process died.
     """
     started = time.monotonic()
-    paths = input_files(inputs)
-    encoder = load_tokenizer(tokenizer)
-    encoding = Encoding(
-        tokenizer=encoder.file,
-        json_key=json_key,
-        prepended=_required(encoder, encoder.bos_id, "begin", "bos_token", "--prepend-bos") if prepend_bos else None,
-        appended=_required(encoder, encoder.eod_id, "end-of-document", "eos_token", "--append-eod")
-        if append_eod
-        else None,
-        dtype=token_dtype(encoder.vocab_size),
+    paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
+    keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
+    if not keys or len(set(keys)) < len(keys):
+        raise DataError(f"the JSON keys must be different ones, at least one: {', '.join(keys) or 'none is given'}")
+    added = NewTokens(standard=new_tokens, num_extra_ids=vocab_extra_ids, named=tuple(vocab_extra_ids_list))
+    vocabulary = load_tokenizer(tokenizer, added)
+    _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
+    job = Job(
+        tokenizer=vocabulary.file,
+        new_tokens=added,
+        use_fast=True,
+        json_keys=keys,
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
+        skip_erroneous=on_error == "skip",
     )
-    counts = _Counts()
-    describe = partial(_description, encoder, append_eod=append_eod, prepend_bos=prepend_bos)
-    write = partial(_write, out, paths, describe=describe, workers=_workers(workers, paths), advance=advance)
-    tell = on_note if on_error == "skip" else None
+    run = _Run(
+        job=job,
+        paths=paths,
+        vocabulary=vocabulary,
+        out=Path(out),
+        workers=workers or _default_workers(paths),
+        advance=advance,
+        advance_documents=advance_documents,
+    )
     try:
-        write(encoding, counts, tell=tell)
-    except EnginesDisagreeError as disagreement:
-        on_note(
-            f"{disagreement.document}: {disagreement.engine} gives other ids than {encoder.library}, which defines "
-            f"{encoder.file}; starting again with {encoder.library}, which is slower"
-        )
-        advance(-counts.num_documents, -counts.num_input_bytes)
-        encoding, counts = dataclasses.replace(encoding, may_be_fast=False), _Counts()
-        write(encoding, counts, tell=tell)
+        counts = run.write()
+    except EnginesDisagreeError as found:
+        report(f"{found}; all is tokenized again with {vocabulary.library} alone")
+        advance(-found.num_bytes_done)
+        advance_documents(-found.num_documents_done)
+        counts = dataclasses.replace(run, job=dataclasses.replace(job, use_fast=False)).write()
     return TokenizeSummary(
         prefix=Path(out),
-        num_documents=counts.num_documents,
-        num_tokens=counts.num_tokens,
-        num_text_bytes=counts.num_text_bytes,
-        num_empty_documents=counts.num_empty_documents,
-        num_erroneous_documents=counts.num_erroneous_documents,
-        engine=counts.engine,
+        prefixes=tuple(run.prefixes),
+        tokenizer_directory=run.tokenizer_directory if vocabulary.new_tokens else None,
+        new_tokens=vocabulary.new_tokens,
         seconds=time.monotonic() - started,
+        **counts,
     )
+
+
+class EnginesDisagreeError(DataError):
+    """The fast engine and the defining one give a document different ids: what was encoded cannot be trusted."""
+
+    def __init__(self, message: str, *, num_bytes_done: int, num_documents_done: int) -> None:
+        super().__init__(message)
+        self.num_bytes_done = num_bytes_done
+        self.num_documents_done = num_documents_done
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One passage over the input, from the first piece to datasets that are whole."""
+
+    job: Job
+    paths: list[Path]
+    vocabulary: Tokenizer
+    out: Path
+    workers: int
+    advance: Callable[[int], None]
+    advance_documents: Callable[[int], None]
+
+    @property
+    def prefixes(self) -> list[Path]:
+        keys = self.job.json_keys
+        return [self.out] if len(keys) == 1 else [self.out.with_name(f"{self.out.name}_{key}") for key in keys]
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return self.out.with_name(f"{self.out.name}-tokenizer")
+
+    def write(self) -> dict[str, Any]:
+        """Write the datasets; return what is to be counted, by the names of the summary."""
+        total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(IndexedDatasetWriter(prefix, token_dtype(self.vocabulary.vocab_size)))
+                for prefix in self.prefixes
+            ]
+            work = encoded_pieces(self.job, self._pieces(), num_workers=self.workers)
+            with closing(work):
+                for encoded in self._checked(work, total):
+                    for writer, counts, documents in zip(writers, total.by_key, encoded.by_key, strict=True):
+                        for ids, lengths in zip(documents.ids, documents.lengths, strict=True):
+                            writer.add_documents(ids, lengths)
+                        counts.add(documents)
+            self._require_text(total)
+            for writer, counts in zip(writers, total.by_key, strict=True):
+                writer.describe(self._description(counts).to_json())
+            if self.vocabulary.new_tokens:
+                save_tokenizer(self.vocabulary, self.tokenizer_directory)
+        return total.summed()
+
+    def _require_text(self, total: _Counts) -> None:
+        counts = zip(self.job.json_keys, total.by_key, strict=True)
+        if empty := [repr(key) for key, of_key in counts if of_key.num_documents == 0]:
+            files = ", ".join(map(str, self.paths)) or "no input file"
+            where = f" under {' or '.join(empty)}" if len(self.job.json_keys) > 1 else ""
+            raise DataError(f"{files}: no text to tokenize{where}")
+
+    def _pieces(self) -> Iterator[Piece]:
+        for path in self.paths:
+            yield from pieces(path, self.job.json_keys)
+
+    def _checked(self, work: Iterator[tuple[Piece, EncodedPiece]], total: _Counts) -> Iterator[EncodedPiece]:
+        """The encoded pieces, once it is sure that they may be written."""
+        file: Path | None = None
+        begins = num_bytes = num_documents = 0
+        for piece, encoded in work:
+            if piece.path != file or piece.is_first:
+                file, begins = piece.path, 0
+            if encoded.problems and not self.job.skip_erroneous:
+                raise DataError(_told(piece, begins, encoded.problems[0]))
+            if encoded.disagreement is not None:
+                raise EnginesDisagreeError(
+                    f"{piece.where(begins + encoded.disagreement)}: "
+                    f"the engine is {encoded.engine}, and they give this document different ids",
+                    num_bytes_done=num_bytes,
+                    num_documents_done=num_documents,
+                )
+            total.engine = encoded.engine
+            total.num_erroneous += encoded.num_problems
+            room = NUM_PROBLEMS_NAMED - len(total.first_errors)
+            total.first_errors += [_told(piece, begins, problem) for problem in encoded.problems[:room]]
+            begins += encoded.num_positions
+            yield encoded
+            num_bytes += piece.num_input_bytes
+            done = sum(len(lengths) for lengths in encoded.by_key[0].lengths)
+            num_documents += done
+            self.advance(piece.num_input_bytes)
+            self.advance_documents(done)
+
+    def _description(self, counts: _CountsOfKey) -> DatasetDescription:
+        return DatasetDescription(
+            tokenizer_file=self.vocabulary.file.name,
+            tokenizer_sha256=self.vocabulary.sha256,
+            vocab_size=self.vocabulary.vocab_size,
+            eod_id=self.vocabulary.eod_id,
+            append_eod=self.job.append_eod,
+            num_documents=counts.num_documents,
+            num_tokens=counts.num_tokens,
+            megacore_version=version("megacore"),
+            prepend_bos=self.job.prepend_bos,
+            new_tokens=self.vocabulary.new_tokens,
+            tokenizer_directory=self.tokenizer_directory.name if self.vocabulary.new_tokens else None,
+        )
 
 
 @dataclass
-class _Counts:
-    """How far a dataset is."""
-
+class _CountsOfKey:
     num_documents: int = 0
     num_tokens: int = 0
     num_text_bytes: int = 0
     num_empty_documents: int = 0
-    num_erroneous_documents: int = 0
-    num_input_bytes: int = 0
+
+    def add(self, documents: EncodedDocuments) -> None:
+        self.num_documents += sum(len(lengths) for lengths in documents.lengths)
+        self.num_tokens += sum(len(ids) for ids in documents.ids)
+        self.num_text_bytes += documents.num_text_bytes
+        self.num_empty_documents += documents.num_empty
+
+
+@dataclass
+class _Counts:
+    by_key: list[_CountsOfKey]
     engine: str = ""
+    num_erroneous: int = 0
+    first_errors: list[str] = field(default_factory=list)
 
-    def add(self, chunk: EncodedChunk) -> None:
-        self.num_documents += len(chunk.lengths)
-        self.num_tokens += len(chunk.ids)
-        self.num_text_bytes += chunk.num_text_bytes
-        self.num_empty_documents += chunk.num_empty
-        self.num_erroneous_documents += len(chunk.errors)
-        self.num_input_bytes += chunk.num_input_bytes
-        self.engine = chunk.engine
-
-
-def _write(
-    out: str | Path,
-    paths: Sequence[Path],
-    encoding: Encoding,
-    counts: _Counts,
-    *,
-    describe: Callable[[_Counts], DatasetDescription],
-    workers: int,
-    advance: Callable[[int, int], None],
-    tell: Callable[[str], None] | None,
-) -> None:
-    """Write the dataset, and count what is in it; errors are told to ``tell``, or the first one is raised."""
-    with IndexedDatasetWriter(out, encoding.dtype) as writer:
-        chunks = (chunk for path in paths for chunk in read_chunks(path, encoding.json_key))
-        for chunk in encoded_chunks(chunks, encoding, workers=workers):
-            for number, error in enumerate(chunk.errors, start=counts.num_erroneous_documents + 1):
-                if tell is None:
-                    raise error
-                if number <= _TOLD_ERRORS:
-                    tell(f"skipped: {error}")
-            writer.add_documents(chunk.ids, chunk.lengths)
-            counts.add(chunk)
-            advance(len(chunk.lengths), chunk.num_input_bytes)
-        if counts.num_documents == 0:
-            raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no text to tokenize")
-        writer.describe(describe(counts).to_json())
+    def summed(self) -> dict[str, Any]:
+        names = [of.name for of in dataclasses.fields(_CountsOfKey)]
+        return {
+            **{name: sum(getattr(counts, name) for counts in self.by_key) for name in names},
+            "num_erroneous_documents": self.num_erroneous,
+            "first_errors": tuple(self.first_errors),
+            "engine": self.engine,
+        }
 
 
-def _description(encoder: Tokenizer, counts: _Counts, *, append_eod: bool, prepend_bos: bool) -> DatasetDescription:
-    return DatasetDescription(
-        tokenizer_file=encoder.file.name,
-        tokenizer_sha256=encoder.sha256,
-        vocab_size=encoder.vocab_size,
-        eod_id=encoder.eod_id,
-        append_eod=append_eod,
-        prepend_bos=prepend_bos,
-        num_documents=counts.num_documents,
-        num_tokens=counts.num_tokens,
-        megacore_version=version("megacore"),
-    )
+def _told(piece: Piece, begins: int, problem: Problem) -> str:
+    return f"{piece.where(begins + problem.position)}: {problem.message}"
 
 
-def _required(encoder: Tokenizer, token: int | None, kind: str, name: str, option: str) -> int:
-    if token is None:
+def _require_framing(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
+    """Raises :class:`DataError` when the tokenizer lacks a token that is to be at an end of every document."""
+    lacking = []
+    if append_eod and vocabulary.eod_id is None:
+        lacking.append(("end-of-document token is not known, so none can be appended", "eos_token", "--append-eod"))
+    if prepend_bos and vocabulary.bos_id is None:
+        lacking.append(("begin token is not known, so none can be prepended", "bos_token", "--prepend-bos"))
+    for what, name, option in lacking:
         raise DataError(
-            f"{encoder.file}: its {kind} token is not known, so documents cannot have it: name "
-            f"it as {name} in a tokenizer_config.json beside a tokenizer.json, or leave out {option}"
+            f"{vocabulary.file}: its {what}: name it as {name} in a tokenizer_config.json beside a tokenizer.json, or "
+            f"leave out {option}"
         )
-    return token
 
 
-def _workers(asked_for: int | None, paths: Sequence[Path]) -> int:
-    if asked_for is not None:
-        return asked_for
-    is_small = sum(path.stat().st_size for path in paths) < _ALONE_BYTES
-    return 1 if is_small else len(os.sched_getaffinity(0))
+def _default_workers(paths: Iterable[Path]) -> int:
+    """As many processes as there are cores, but none for so little that it would be done before they have started."""
+    num_bytes = sum(path.stat().st_size for path in paths)
+    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // _WORTH_A_PROCESS))

@@ -4,33 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from megacore.errors import DataError
+from megacore.data.new_tokens import NewTokens, extend_sentencepiece, extend_tokenizer_json
+from megacore.errors import DataError, OutputError
+
+EOD_TOKEN = "<EOD>"
+"""Ends a document, in a vocabulary that has it; in any other the end of sequence does."""
+
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files that say how a tokenizer is used, not what its ids are."""
 
 
 class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        library: name of the library that defines it.
         file: the file that defines it.
-        sha256: that file's digest, hexadecimal.
+        definition: what that file holds, with the tokens that were added.
+        sha256: the digest of ``definition``, hexadecimal.
+        library: the library that defines the ids, and its version.
         vocab_size: the smallest number that is larger than every id.
+        new_tokens: the tokens that were added to what the file holds, and their ids.
         bos_id: the id that begins a text, or None where the tokenizer has none.
-        eod_id: the id that ends a document (the tokenizer's end of sequence), or None where it is not known.
+        eod_id: the id that ends a document (``<EOD>``, or the end of sequence), or None where it is not known.
     """
 
-    library: ClassVar[str]
+    library: str
 
-    def __init__(self, file: Path, *, vocab_size: int, bos_id: int | None, eod_id: int | None) -> None:
-        with file.open("rb") as stream:
-            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    def __init__(
+        self,
+        file: Path,
+        *,
+        definition: bytes,
+        vocab_size: int,
+        new_tokens: Mapping[str, int],
+        bos_id: int | None,
+        eod_id: int | None,
+    ) -> None:
+        self.sha256 = hashlib.sha256(definition).hexdigest()
         self.file = file
+        self.definition = definition
         self.vocab_size = vocab_size
+        self.new_tokens = dict(new_tokens)
         self.bos_id = bos_id
         self.eod_id = eod_id
 
@@ -41,6 +62,18 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As :meth:`encode` for each text, on all cores."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, a special one included; None where there is none."""
+
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, as the tokenizer's file writes them, and their ids."""
+
+    @abstractmethod
+    def special_tokens(self) -> list[str]:
+        """The tokens that stand for more than their text, as text would spell them; not those of single bytes."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,26 +87,32 @@ class SentencePieceTokenizer(Tokenizer):
     the model itself calls user-defined are recognized in text. That is sentencepiece's own rule.
     """
 
-    library = "sentencepiece"
+    def __init__(self, file: Path, new_tokens: NewTokens = NewTokens()) -> None:  # noqa: B008 (it is frozen)
+        import sentencepiece
 
-    def __init__(self, file: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._processor = SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(file.read_bytes())
-        except RuntimeError as error:
-            raise DataError(
-                f"{file}: is not a SentencePiece model. Some models are published with a file of this name in another "
-                f"format; give their tokenizer.json instead"
-            ) from error
+        self.library = f"sentencepiece {sentencepiece.__version__}"
+        definition = file.read_bytes()
+        processor = _load_sentencepiece(definition, file)
+        num_known = processor.vocab_size()
+        if new_tokens:
+            known = (processor.id_to_piece(piece) for piece in range(num_known))
+            definition = extend_sentencepiece(definition, new_tokens, known=known, has_padding=processor.pad_id() >= 0)
+            processor = _load_sentencepiece(definition, file)
+        self._processor = processor
+        vocab_size = processor.vocab_size()
+        added = {processor.id_to_piece(piece): piece for piece in range(num_known, vocab_size)}
         # sentencepiece says -1 where the model has no such token.
-        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
+        bos_id, eos_id = processor.bos_id(), processor.eos_id()
+        eod_id = self.token_id(EOD_TOKEN)
+        if eod_id is None and eos_id >= 0:
+            eod_id = eos_id
         super().__init__(
             file,
-            vocab_size=self._processor.vocab_size(),
+            definition=definition,
+            vocab_size=vocab_size,
+            new_tokens=added,
             bos_id=bos_id if bos_id >= 0 else None,
-            eod_id=eos_id if eos_id >= 0 else None,
+            eod_id=eod_id,
         )
 
     @property
@@ -84,7 +123,24 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.normalize(text).lstrip("▁") != text.replace(" ", "▁")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=-1)
+        threads = 1 if len(texts) == 1 else -1
+        return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=threads)
+
+    def token_id(self, token: str) -> int | None:
+        piece = self._processor.piece_to_id(token)  # that of the unknown token, where there is none
+        return piece if self._processor.id_to_piece(piece) == token else None
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(piece): piece for piece in range(self.vocab_size)}
+
+    def special_tokens(self) -> list[str]:
+        model = self._processor
+        # sentencepiece does not tell which symbols are user-defined; they have the score 0, as few others do.
+        return [
+            model.id_to_piece(piece)
+            for piece in range(model.vocab_size())
+            if model.is_control(piece) or (model.get_score(piece) == 0.0 and not model.is_byte(piece))
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token_id) for token_id in ids])
@@ -97,44 +153,65 @@ class JsonTokenizer(Tokenizer):
     tokenizers library's own rule: clean the text of such strings where they must not have that power.
     """
 
-    library = "tokenizers"
-
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, new_tokens: NewTokens = NewTokens()) -> None:  # noqa: B008 (it is frozen)
         import tokenizers
 
+        self.library = f"tokenizers {tokenizers.__version__}"
+        definition = file.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = tokenizers.Tokenizer.from_str(definition.decode())
         except Exception as error:  # the library raises nothing more special
             raise DataError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        # A file may ask for texts to be cut or filled to some length; a document is neither.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise DataError(f"{file}: its vocabulary is empty")
         config = _tokenizer_config(file.with_name("tokenizer_config.json"))
+        known = tokenizer.get_vocab(with_added_tokens=True)
+        if not known:
+            raise DataError(f"{file}: its vocabulary is empty")
+        if new_tokens:
+            has_padding = _token_id(known, config.get("pad_token")) is not None
+            extend_tokenizer_json(tokenizer, new_tokens, has_padding=has_padding)
+            definition = tokenizer.to_str(pretty=True).encode()
+        # A file may ask for texts to be cut or filled to some length; a document is neither.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         super().__init__(
             file,
+            definition=definition,
             # Not the number of entries: ids may have gaps.
             vocab_size=max(vocabulary.values()) + 1,
+            new_tokens={
+                token: vocabulary[token] for token in sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
+            },
             bos_id=_token_id(vocabulary, config.get("bos_token")),
-            eod_id=_token_id(vocabulary, config.get("eos_token")),
+            eod_id=vocabulary.get(EOD_TOKEN, _token_id(vocabulary, config.get("eos_token"))),
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def special_tokens(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tokenizer:  # noqa: B008 (it is frozen)
     """The tokenizer in a file ``*.json`` or ``*.model``, or in a directory that has ``tokenizer`` with such an ending.
 
     Where a directory has both, ``tokenizer.json`` defines: it is what the model's other users get from that directory,
     and it alone has the tokens that were added after the SentencePiece model was trained. Where there is only
     ``tokenizer.model``, it is used as it is and never converted, since a conversion may give other ids.
+
+    ``new_tokens`` are added in memory; the file stays as it is.
 
     Raises:
         DataError: there is no such file, or it is not a tokenizer.
@@ -145,7 +222,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         for suffix, kind in kinds.items():
             if (file := path / f"tokenizer{suffix}").is_file():
-                return kind(file)
+                return kind(file, new_tokens)
         raise DataError(f"{path}: has neither tokenizer.json nor tokenizer.model")
     if not path.is_file():
         raise DataError(
@@ -153,7 +230,46 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     if path.suffix not in kinds:
         raise DataError(f"{path}: a tokenizer is a file tokenizer.json or tokenizer.model, or a directory with one")
-    return kinds[path.suffix](path)
+    return kinds[path.suffix](path, new_tokens)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the tokenizer, with the tokens that were added, to ``directory``; what lies beside its file comes along.
+
+    Raises:
+        OutputError: the directory exists with another tokenizer, or cannot be written.
+    """
+    copy = directory / f"tokenizer{tokenizer.file.suffix}"
+    if directory.exists():
+        if copy.is_file() and copy.read_bytes() == tokenizer.definition:
+            return
+        raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
+    staging = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        staging.mkdir(parents=True)
+        (staging / copy.name).write_bytes(tokenizer.definition)
+        for name in _BESIDE:
+            if (beside := tokenizer.file.with_name(name)).is_file():
+                shutil.copyfile(beside, staging / name)
+        staging.rename(directory)
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _load_sentencepiece(definition: bytes, file: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(definition)
+    except RuntimeError as error:
+        raise DataError(
+            f"{file}: is not a SentencePiece model. Some models are published with a file of this name in another "
+            f"format; give their tokenizer.json instead"
+        ) from error
+    return processor
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:

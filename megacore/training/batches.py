@@ -61,7 +61,9 @@ def open_dataset(prefix: Path, checkpoint: Checkpoint) -> IndexedDataset:
     if description is not None and description.vocab_size > vocab_size:
         raise DataError(
             f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
-            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer"
+            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer, and with "
+            f"--no-new-tokens or, where its new tokens are wanted, give the model rows for them: "
+            f"`megacore split {checkpoint.path} --out … --add-tokens {prefix}`"
         )
     return dataset
 

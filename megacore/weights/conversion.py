@@ -12,6 +12,7 @@ import torch
 
 from megacore.checkpoint import Layout, Manifest, Parameter, history_entry, write_checkpoint
 from megacore.checkpoint.matrix import Cast, LazyMatrix, equal
+from megacore.checkpoint.new_rows import AddedTokens
 from megacore.config import ModelConfig
 from megacore.errors import ConfigError, WeightMapError
 from megacore.plugins import Family, get_family
@@ -34,6 +35,7 @@ def convert(
     tp: int = 1,
     pp: int = 1,
     true_vocab_size: int | None = None,
+    add_tokens: Path | str | None = None,
     report: Callable[[str], None] = lambda note: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Manifest:
@@ -51,6 +53,8 @@ def convert(
         tp: tensor-parallel size to cut for.
         pp: pipeline-parallel size to cut for.
         true_vocab_size: rows of the vocabulary that are tokens, in a format that pads it without recording that.
+        add_tokens: a dataset or a tokenizer's directory, for whose new tokens embedding and head get rows, each the
+            mean of the rows that are there.
         report: is told what was assumed of the checkpoint or left behind, a sentence at a time; the history of the
             converted one says it too.
         advance: is told of every few bytes written.
@@ -65,13 +69,19 @@ def convert(
     )
     noted: dict[str, Any] = {"notes": opened.notes} if opened.notes else {}
     noted |= provenance(directory)
+    parameters, config, tokenizer_files = opened.parameters, opened.config, opened.published.tokenizer_files()
+    if add_tokens is not None:
+        added = AddedTokens.read(add_tokens, known=tokenizer_files)
+        parameters, tokenizer_files = added.grow(parameters), added.tokenizer_files(tokenizer_files)
+        config = dataclasses.replace(config, vocab_size=added.vocab_size(config.vocab_size))
+        noted |= {"added_tokens": str(added.directory), "vocab_size": config.vocab_size}
     return write_checkpoint(
         Path(out),
-        opened.parameters,
+        parameters,
         family=family.name,
-        config=opened.config.to_dict(),
+        config=config.to_dict(),
         layout=Layout.even(tp=tp, pp=pp, num_layers=opened.config.num_layers),
-        tokenizer_files=opened.published.tokenizer_files(),
+        tokenizer_files=tokenizer_files,
         origin=opened.published.origin(),
         history=(history_entry("convert", source=str(directory), format=opened.source, plugin=family.label, **noted),),
         advance=advance,

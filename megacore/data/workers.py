@@ -1,0 +1,121 @@
+"""Encoding pieces on several processes, with the results in order and never more than a few of them in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megacore.data.encoding import EncodedPiece, Job, PieceEncoder
+from megacore.data.inputs import Piece
+from megacore.errors import MegacoreError, WorkerError
+
+_PIECES_AHEAD = 3
+"""Of each process: one that it encodes and others that wait, so that it need not."""
+
+
+def encoded_pieces(job: Job, pieces: Iterable[Piece], *, num_workers: int) -> Generator[tuple[Piece, EncodedPiece]]:
+    """Each piece with what :class:`PieceEncoder` makes of it, in order. One worker is this process itself.
+
+    A piece goes to the process of its number, round and round. Leaving the iteration ends the processes.
+
+    Raises:
+        MegacoreError: what a process raised.
+        WorkerError: a process died.
+    """
+    if num_workers == 1:
+        encoder = PieceEncoder(job)
+        for number, piece in enumerate(pieces):
+            yield piece, encoder.encode(number, piece)
+        return
+    # Not fork: the caller may have threads, torch's for example, whose locks a fork would copy in any state.
+    context = multiprocessing.get_context("spawn")
+    workers: list[tuple[Any, Connection]] = []
+    try:
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(job, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            workers.append((process, ours))
+        waiting: deque[tuple[Any, Connection, Piece]] = deque()
+        for number, piece in enumerate(pieces):
+            process, connection = workers[number % num_workers]
+            if len(waiting) == num_workers * _PIECES_AHEAD:
+                yield _received(*waiting.popleft())
+            _send(process, connection, (number, piece))
+            waiting.append((process, connection, piece))
+        while waiting:
+            yield _received(*waiting.popleft())
+    finally:
+        for process, connection in workers:
+            connection.close()
+            process.terminate()
+        for process, _ in workers:
+            process.join()
+
+
+def _send(process: Any, connection: Connection, task: tuple[int, Piece]) -> None:
+    try:
+        connection.send(task)
+    except OSError as error:
+        raise _death(process) from error
+
+
+def _received(process: Any, connection: Connection, piece: Piece) -> tuple[Piece, EncodedPiece]:
+    try:
+        result = connection.recv()
+    except (EOFError, OSError) as error:
+        raise _death(process) from error
+    if isinstance(result, MegacoreError):
+        raise result
+    return piece, result
+
+
+def _death(process: Any) -> WorkerError:
+    process.join(timeout=5)
+    return WorkerError(
+        f"a tokenizing process ended with exit code {process.exitcode}; -9 is what a process gets that takes too much "
+        f"memory: try fewer with --workers"
+    )
+
+
+def _work(job: Job, connection: Connection) -> None:
+    """The body of a process: encodes what comes, until the other end is closed."""
+    # Ctrl-C reaches every process of the terminal; the one that started this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes are as many as the cores: no library need start more threads.
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tasks: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
+    # A thread takes what comes: else the two ends could both be sending, each waiting for the other to receive.
+    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+    encoder: PieceEncoder | None = None
+    while (task := tasks.get()) is not None:
+        try:
+            encoder = encoder or PieceEncoder(job)
+            result: EncodedPiece | MegacoreError = encoder.encode(*task)
+        except MegacoreError as error:
+            result = error
+        except Exception:
+            result = WorkerError(f"a tokenizing process failed:\n{traceback.format_exc()}")
+        try:
+            connection.send(result)
+        except OSError:  # nobody waits for it any more
+            return
+
+
+def _receive(connection: Connection, tasks: queue.SimpleQueue[tuple[int, Piece] | None]) -> None:
+    while True:
+        try:
+            tasks.put(connection.recv())
+        except (EOFError, OSError):
+            tasks.put(None)
+            return

@@ -1,0 +1,129 @@
+"""A model gets rows for the tokens that ``tokenize`` added. The truth is transformers' own reading of both models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from click.testing import CliRunner
+
+import megacore
+from megacore.checkpoint import Checkpoint
+from megacore.cli import cli
+from megacore.data import IndexedDataset, load_tokenizer, tokenize
+from megacore.errors import DataError, MegacoreError
+from tiny_llama import VOCAB, published_model
+
+
+def byte_tokenizer(directory: Path, first: str = "a") -> None:
+    """99 single characters of ASCII."""
+    characters = [first, *(chr(code) for code in range(33, 132) if chr(code) != first)]
+    vocabulary = {character: number for number, character in enumerate(characters[:VOCAB])}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = published_model(tmp_path_factory.mktemp("published"))
+    byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dataset(published: Path) -> Path:
+    """With five new tokens, ids 99 to 103."""
+    source, out = published.parent / "in.jsonl", published.parent / "new-tokens-out"
+    source.write_text(json.dumps({"text": "abcd" * 40}) + "\n")
+    tokenize(source, tokenizer=published, out=out, append_eod=True)
+    assert IndexedDataset(out)[0][-1] == VOCAB + 2
+    return out
+
+
+def published_rows(directory: Path, name: str) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()[name]
+
+
+@pytest.mark.parametrize("command", ["convert", "split"])
+def test_embedding_and_head_grow_by_the_mean_of_their_rows(published, dataset, tmp_path, command):
+    if command == "convert":
+        megacore.convert("llama", published, tmp_path / "grown", tp=2, add_tokens=dataset)
+    else:
+        megacore.convert("llama", published, tmp_path / "ckpt")
+        megacore.split(tmp_path / "ckpt", tmp_path / "grown", tp=2, add_tokens=dataset)
+    megacore.export(tmp_path / "grown", tmp_path / "exported")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        before, after = published_rows(published, name), published_rows(tmp_path / "exported", name)
+        assert len(after) == VOCAB + 5
+        assert torch.equal(after[:VOCAB], before)
+        torch.testing.assert_close(after[VOCAB:], before.mean(0).expand(5, -1))
+
+
+def test_the_grown_checkpoint_has_the_tokenizer_and_says_where_its_rows_are_from(published, dataset, tmp_path):
+    megacore.convert("llama", published, tmp_path / "ckpt")
+    manifest = megacore.split(tmp_path / "ckpt", tmp_path / "grown", add_tokens=dataset)
+    assert manifest.config["vocab_size"] == VOCAB + 5
+    assert manifest.history[-1]["added_tokens"] == f"{dataset}-tokenizer"
+    assert load_tokenizer(tmp_path / "grown/tokenizer").token_id("<EOD>") == VOCAB + 2
+    Checkpoint(tmp_path / "grown").check()
+
+
+def test_tied_embeddings_stay_tied(tmp_path, dataset):
+    directory = published_model(tmp_path / "tied", tie_word_embeddings=True)
+    byte_tokenizer(directory)
+    manifest = megacore.convert("llama", directory, tmp_path / "grown", add_tokens=f"{dataset}-tokenizer")
+    assert manifest.parameters["embedding.word_embeddings.weight"].spec.shape[0] == VOCAB + 5
+    assert "output_layer.weight" not in manifest.parameters
+
+
+def test_training_on_new_tokens_that_the_model_lacks_is_refused_with_both_remedies(published, dataset, tmp_path):
+    megacore.convert("llama", published, tmp_path / "ckpt")
+    (tmp_path / "run.toml").write_text(
+        f"""
+        [model]
+        checkpoint = "{tmp_path}/ckpt"
+        [data]
+        prefix = "{dataset}"
+        seq_length = 8
+        [optimizer]
+        lr = 1e-3
+        [training]
+        train_iters = 1
+        micro_batch_size = 1
+        global_batch_size = 1
+        [output]
+        checkpoint = "{tmp_path}/trained"
+        """
+    )
+    with pytest.raises(MegacoreError, match=r"104 ids.*has 99.*--no-new-tokens.*megacore split .* --add-tokens"):
+        megacore.train(tmp_path / "run.toml")
+
+
+def test_another_tokenizer_than_the_models_is_refused(published, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    byte_tokenizer(other, first="z")
+    with pytest.raises(DataError, match=r"is not the model's tokenizer with tokens added.*have other ids there"):
+        megacore.convert("llama", published, tmp_path / "grown", add_tokens=other)
+
+
+def test_a_dataset_without_new_tokens_has_none_to_add(published, tmp_path):
+    (tmp_path / "in.txt").write_text("abc")
+    tokenize(tmp_path / "in.txt", tokenizer=published, out=tmp_path / "out", new_tokens=False)
+    with pytest.raises(DataError, match="was tokenized without new tokens: leave out --add-tokens"):
+        megacore.convert("llama", published, tmp_path / "grown", add_tokens=tmp_path / "out")
+
+
+def test_the_commands_take_the_tokens_of_a_dataset(published, dataset, tmp_path):
+    for arguments in (
+        ["convert", "--model", "llama", "--from", published, "--out", tmp_path / "ckpt"],
+        ["split", tmp_path / "ckpt", "--out", tmp_path / "grown", "--tp", "3", "--add-tokens", dataset],
+    ):
+        result = CliRunner().invoke(cli, list(map(str, arguments)))
+        assert result.exit_code == 0, result.output
+    assert Checkpoint(tmp_path / "grown").manifest.config["vocab_size"] == VOCAB + 5

@@ -1,0 +1,197 @@
+"""What ``tokenize`` takes: files of several formats, several keys, malformed records; and how it ends."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+import zstandard
+
+from megacore.data import IndexedDataset, tokenize
+from megacore.data.inputs import PIECE_BYTES
+from megacore.errors import DataError
+
+TEXTS = ["one", "two ü", "three\nlines", "x" * 9] * 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token a byte."""
+    directory = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({character: number for number, character in enumerate(alphabet)}, [])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture
+def lengths(tokenizer, tmp_path):
+    """Tokenize and return how many bytes each document has."""
+
+    def run(*inputs, **options) -> list[int]:
+        options = {"new_tokens": False} | options
+        tokenize(inputs, tokenizer=tokenizer, out=tmp_path / "out", **options)
+        return IndexedDataset(tmp_path / "out").sizes.tolist()
+
+    return run
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def num_bytes(texts: list[str]) -> list[int]:
+    return [len(text.encode()) for text in texts]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.json.gz", "in.jsonl.zst"])
+@pytest.mark.parametrize("num_members", [1, 2])
+def test_compressed_lines_are_read_with_all_members_of_the_file(lengths, tmp_path, name, num_members):
+    compress = gzip.compress if name.endswith(".gz") else zstandard.compress
+    (tmp_path / name).write_bytes(compress(jsonl(TEXTS)) * num_members)
+    assert lengths(tmp_path / name) == num_bytes(TEXTS) * num_members
+
+
+@pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
+def test_a_compressed_file_that_ends_too_early_is_refused_and_nothing_is_left(lengths, tmp_path, compress, name):
+    (tmp_path / name).write_bytes(compress(jsonl([f"{number}" for number in range(9999)]))[:-9])
+    with pytest.raises(DataError, match=rf"{name}: ends in the middle"):
+        lengths(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.zst"])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_refused(lengths, tmp_path, name):
+    (tmp_path / name).write_bytes(jsonl(TEXTS))
+    with pytest.raises(DataError, match="is damaged, or not compressed as its name says"):
+        lengths(tmp_path / name)
+
+
+def test_compressed_plain_text_is_one_document(lengths, tmp_path):
+    (tmp_path / "in.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    assert lengths(tmp_path / "in.txt.gz") == [7]
+
+
+def test_a_parquet_file_is_read_row_group_by_row_group(lengths, tmp_path):
+    table = pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    assert lengths(tmp_path / "in.parquet", workers=2) == num_bytes(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "column, message",
+    [
+        ({"content": ["a"]}, r"in\.parquet: has no column 'text' \(its columns: 'content'\)"),
+        ({"text": [1]}, "column 'text' is of type int64, not string"),
+        ({"text": ["a", None]}, "in.parquet: row 2: the value of 'text' is null"),
+    ],
+)
+def test_a_parquet_file_without_texts_is_refused(lengths, tmp_path, column, message):
+    pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=message):
+        lengths(tmp_path / "in.parquet")
+
+
+def test_a_pattern_stands_for_its_files_sorted(lengths, tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl([name * (ord(name) - 96)]))
+    assert lengths(tmp_path / "*.jsonl") == [1, 2, 3]
+
+
+def test_a_pattern_that_matches_nothing_is_refused(lengths, tmp_path):
+    with pytest.raises(DataError, match=r"\*\.jsonl: no file matches this pattern"):
+        lengths(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_lines_across_the_borders_of_pieces_are_read_once_and_in_order(lengths, tmp_path, workers):
+    # Lines that end at, before and behind a border, and one that is longer than two pieces.
+    line = len(jsonl([""]))
+    sizes = [PIECE_BYTES - line, PIECE_BYTES - line - 1, 1, 2 * PIECE_BYTES + 5, 3, PIECE_BYTES // 3, 7]
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x" * size for size in sizes]).rstrip())
+    assert lengths(tmp_path / "in.jsonl", workers=workers) == sizes
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_line_of_an_error_is_right_in_later_pieces_too(lengths, tmp_path, workers):
+    good = jsonl(["x" * 999]) * 3000
+    (tmp_path / "first.jsonl").write_bytes(good)
+    (tmp_path / "in.jsonl").write_bytes(good + b"oops\n" + good)
+    with pytest.raises(DataError, match=r"in\.jsonl:3001: is not JSON"):
+        lengths(tmp_path / "first.jsonl", tmp_path / "in.jsonl", workers=workers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.jsonl", "in.jsonl"]
+
+
+def test_malformed_records_are_skipped_and_named_when_that_is_asked_for(tokenizer, tmp_path):
+    bad = [b"oops", b'{"content": "a"}', b'{"text": 7}', b'{"text": "\\ud800"}', b'{"text": "\xff"}', b"[]", b"null"]
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["a"]) + b"\n".join(bad) + b"\n" + jsonl(["bb"]))
+    summary = tokenize(tmp_path / "in.jsonl", tokenizer=tokenizer, out=tmp_path / "out", on_error="skip")
+    assert IndexedDataset(tmp_path / "out").sizes.tolist() == [1, 2]
+    assert summary.num_erroneous_documents == 7
+    assert [error.split(": ")[0] for error in summary.first_errors] == [
+        f"{tmp_path}/in.jsonl:{line}" for line in range(2, 7)
+    ]
+
+
+def test_each_of_several_keys_makes_a_dataset_of_its_own(tokenizer, tmp_path):
+    records = [{"title": "a", "text": "one"}, {"title": "", "text": "two"}, {"title": "bb", "text": "x" * 9}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    summary = tokenize(
+        tmp_path / "in.jsonl", tokenizer=tokenizer, out=tmp_path / "out", json_key=["text", "title"], new_tokens=False
+    )
+    assert IndexedDataset(tmp_path / "out_text").sizes.tolist() == [3, 3, 9]
+    assert IndexedDataset(tmp_path / "out_title").sizes.tolist() == [1, 2]
+    assert summary.num_empty_documents == 1
+    assert not (tmp_path / "out.bin").exists()
+
+
+def run_command(tokenizer: Path, *arguments: str | Path, **options) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "megacore", "tokenize", "--no-new-tokens", "--tokenizer", tokenizer, *arguments]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, **options)
+
+
+def test_ctrl_c_ends_all_processes_and_leaves_nothing(tokenizer, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["some words " * 200]) * 30_000)
+    process = run_command(
+        tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2", start_new_session=True
+    )
+    while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert b"Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):  # soon nobody of the session is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
+def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["some words " * 200]) * 30_000)
+    process = run_command(tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
+        time.sleep(0.02)
+    for child in children.read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert b"a tokenizing process ended with exit code -9" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
