@@ -60,6 +60,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/segments.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/tokenizing.py
 

@@ -150,6 +150,12 @@ FAULTS = {
         (LAYER, "(hidden), positions)", "(hidden), Positions())"),
         (LAYER, "HiddenDropout, RMSNorm", "HiddenDropout, Positions, RMSNorm"),
     ),
+    "segments that see each other": Fault(
+        "test_segments_of_a_row_do_not_see_each_other",
+        r"packed into one row, the logits differ by up to \d",
+        (LAYER, "(hidden), positions)", "(hidden), replace(positions, segments=None))"),
+        (LAYER, "from torch import nn", "from dataclasses import replace\n\nfrom torch import nn"),
+    ),
     "a hard-coded eps": Fault(
         "test_a_wrong_eps_shows",
         r"no logit moves by 0\.0001 when norm_eps of the layers is 0\.002",

@@ -177,6 +177,14 @@ class Plain(nn.Module):
         return hidden
 
 
+def model_of(layer: nn.Module) -> DecoderModel:
+    config = ModelConfig(
+        family="any", num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=1, num_kv_heads=1,
+        head_dim=4, vocab_size=9, max_position_embeddings=8, norm_eps=1e-5,
+    )  # fmt: skip
+    return DecoderModel(config, lambda config, layer_index, parallel: layer, ParallelContext.single())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,11 +194,24 @@ class Plain(nn.Module):
     ],
 )
 def test_what_the_layers_of_a_plugin_have_no_place_for_is_refused(options, message):
-    config = ModelConfig(
-        family="any", num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=1, num_kv_heads=1,
-        head_dim=4, vocab_size=9, max_position_embeddings=8, norm_eps=1e-5,
-    )  # fmt: skip
-    model = DecoderModel(config, lambda config, layer_index, parallel: Plain(), ParallelContext.single())
-
     with pytest.raises(PluginError, match=message):
-        apply_options(model, options)
+        apply_options(model_of(Plain()), options)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout])
+def test_torchs_own_dropout_in_a_layer_is_refused(kind):
+    layer = Plain()
+    layer.mlp = nn.Sequential(nn.Identity(), kind(0.1))
+
+    with pytest.raises(
+        PluginError,
+        match=rf"^the layers of any have mlp\.1, a {kind.__name__} of p 0\.1, .*: use megacore\.model\.HiddenDropout",
+    ):
+        apply_options(model_of(layer), ComputeOptions())
+
+
+def test_torchs_own_dropout_that_drops_nothing_is_not():
+    layer = Plain()
+    layer.dropout = nn.Dropout(0.0)
+
+    apply_options(model_of(layer), ComputeOptions())

@@ -198,7 +198,7 @@ def _by_segment(
     return _each_segment(attend, query, key, value, mask, dropout, segments)
 
 
-# A mask over the whole row would have every score computed, to be thrown away: benchmarks/packing.py. Compiled, this
+# A mask over the whole row would have every score computed, to be thrown away: benchmarks/segments.py. Compiled, this
 # would be another graph for every number and length of segments.
 @torch.compiler.disable
 def _each_segment(

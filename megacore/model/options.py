@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from megacore.errors import PluginError
 from megacore.model.attention import AttentionOptions, SelfAttention
@@ -78,6 +80,7 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
         dropouts = [module for module in layer.modules() if isinstance(module, HiddenDropout)]
         attentions = [module for module in layer.modules() if isinstance(module, SelfAttention)]
         _require_places(model, options, bool(dropouts), bool(attentions))
+        _refuse_other_dropout(model, layer)
         for place, module in enumerate(dropouts, start=1):
             module.dropout = replace(hidden, place=place) if hidden.probability else None
         for place, module in enumerate(attentions, start=1):
@@ -105,3 +108,14 @@ def _require_places(model: DecoderModel, options: ComputeOptions, dropouts: bool
             f"SelfAttention, which the layers of {family} do not use. Set attention_dropout to 0, recompute to none or "
             "full, and the kernel to auto"
         )
+
+
+def _refuse_other_dropout(model: DecoderModel, layer: nn.Module) -> None:
+    """Refuse torch's own dropout: it drops other elements on every rank, and others again in a layer computed twice."""
+    for name, module in layer.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise PluginError(
+                f"the layers of {model.config.family} have {name}, a {type(module).__name__} of p {module.p}, whose "
+                "masks would differ between the ranks and when a layer is recomputed: use megacore.model.HiddenDropout "
+                "in its place, and dropout.hidden in the run file"
+            )

@@ -39,6 +39,7 @@ from megacore.testing.numerics import (
     differing_gradients,
     largest_difference,
     logits_and_gradients,
+    logits_with,
 )
 from megacore.testing.publishing import save_random
 from megacore.testing.ranks import shared_pool
@@ -499,6 +500,22 @@ class ModelFamilyTests:
         """
         problems = differing_gradients(case.to_source(case.gradients), case.reference_gradients)
         assert not problems, f"other gradients than the reference's: {', '.join(problems)}"
+
+    def test_segments_of_a_row_do_not_see_each_other(self, case: Case) -> None:
+        """Two segments packed into one row have the logits that the reference gives to each alone.
+
+        Troubleshooting: does the layer hand ``positions`` on to its attention? An attention of your own has to keep to
+        ``positions.segments``, and everything else in the layer to one token at a time.
+        """
+        first = max(1, case.input_ids.shape[1] // 3)
+        numbers = (torch.arange(case.input_ids.shape[1]) >= first).int().expand(case.input_ids.shape)
+        packed = logits_with(case.family, case.converted_config, case.parameters, case.input_ids, segments=numbers)
+        with torch.no_grad():
+            alone = torch.cat(
+                [case.reference(case.input_ids[:, part]) for part in (slice(first), slice(first, None))], 1
+            )
+        apart = largest_difference(packed, alone)
+        assert agree(packed, alone), f"packed into one row, the logits differ by up to {apart:.2g}"
 
     @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence-parallel"])
     def test_logits_and_gradients_at_tp_2(self, case: Case, sequence_parallel: bool) -> None:

@@ -45,8 +45,12 @@ def logits_with(
     input_ids: Tensor,
     *,
     layer_config: ModelConfig | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
-    """The logits of our model with these ``parameters``; ``layer_config`` is what its layers are told instead."""
+    """The logits of our model with these ``parameters``; ``layer_config`` is what its layers are told instead.
+
+    ``segments`` are as :class:`~megacore.model.DecoderModel` takes them.
+    """
 
     def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext) -> torch.nn.Module:
         return family.build_layer(layer_config or config, layer_index, parallel)
@@ -55,7 +59,7 @@ def logits_with(
     model = DecoderModel(config, build_layer, single)
     materialize(model, single, lambda name, spec: parameters[name])
     with torch.no_grad():
-        return model(input_ids)
+        return model(input_ids, segments=segments)
 
 
 def logits_and_gradients(
