@@ -104,7 +104,7 @@ class DataSection(Section):
         "and its positions count from 0.",
     )
     reset_position_ids: bool = Field(
-        False, description='With the next key, the original\'s words for `document_boundaries = "reset"`.'
+        False, description='With the next key, Megatron-LM\'s words for `document_boundaries = "reset"`.'
     )
     reset_attention_mask: bool = Field(False, description="See the key before; one without the other is refused.")
     eod_mask_loss: bool = Field(
