@@ -489,7 +489,7 @@ def test_a_published_checkpoint_is_not_taken_for_a_native_one(source, tmp_path):
 
 def test_a_tensor_parallel_size_above_the_kv_groups_is_refused_with_those_that_work(whole_path, source, tmp_path):
     for write in (partial(megacore.split, whole_path), partial(megacore.convert, "llama", source)):
-        with pytest.raises(LayoutError, match=r"tp 4: .*linear_qkv.*3 units.*tp sizes that work: 1, 2, 3$"):
+        with pytest.raises(LayoutError, match=r"tp 4: .*linear_qkv.*into 3 along axis 0.*work: 1, 2, 3$"):
             write(tmp_path / "out", tp=4)
     assert list(tmp_path.iterdir()) == []
 
