@@ -289,13 +289,15 @@ def enumerations() -> Iterator[ModuleType]:
         "megatron.model": ModuleType("megatron.model"),
         module.__name__: module,
     }
-    assert not sys.modules.keys() & names.keys()
+    # Another test may have imported megatron-core, whose package has the same name.
+    others = {name: sys.modules[name] for name in names if name in sys.modules}
     sys.modules.update(names)
     try:
         yield module
     finally:
         for name in names:
             del sys.modules[name]
+        sys.modules.update(others)
 
 
 def load(path: Path) -> dict[str, Any]:
