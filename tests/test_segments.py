@@ -215,14 +215,36 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+OF_EVERY_MODEL = [
+    "one process", "tp 2, sequence parallel, selective, 2 at once", "pp 2, zero bubble, full",
+    "dp 2, sharded, 2 at once, selective",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        pytest.param(layout, name, marks=() if name == LLAMA or layout in OF_EVERY_MODEL else pytest.mark.soak)
+        for layout in LAYOUTS
+        for name in MODELS
+    ],
+)
 def test_the_loss_and_its_gradients_are_those_of_the_segments_alone_in_any_layout(
     place, truths, ranks, tmp_path, layout, name
 ):
-    run = run_of(place, tmp_path / "out", name, *LAYOUTS[layout])
+    check(place, truths, ranks, tmp_path / "out", name, *LAYOUTS[layout])
 
-    results = ranks.run(segmented_gradients, run, sizes=parallel_sizes(run))
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_layers_on_two_processes_have_them_too(place, truths, ranks, tmp_path, name):
+    check(place, truths, ranks, tmp_path / "out", name, "parallel.tensor_parallel=2", "kernels.compile=true")
+
+
+def check(place: Path, truths: dict[str, Truth], ranks, out: Path, name: str, *overrides: str) -> None:
+    run = run_of(place, out, name, *overrides)
+
+    results = ranks.run(segmented_gradients, run, sizes=parallel_sizes(run), timeout=240)
 
     assert all(loss == pytest.approx(truths[name].loss, rel=1e-12) for loss, _ in results)
     gradients = {name: gradient for _, found in reversed(results) for name, gradient in found.items()}

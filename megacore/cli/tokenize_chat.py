@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -76,9 +77,9 @@ def tokenize_chat(
     question_key: str | None,
     answer_key: str | None,
     system_key: str | None,
-    markup: str | None,
+    markup: Literal["template", "megatron-llm"] | None,
     chat_template: Path | None,
-    on_error: str,
+    on_error: Literal["stop", "skip"],
 ) -> None:
     """Turn conversations into instruction data: token ids, and who speaks at each of them.
 
@@ -117,9 +118,9 @@ def tokenize_chat(
             tokenizer=tokenizer,
             out=out,
             keys=keys,
-            markup=markup,  # type: ignore[arg-type]
+            markup=markup,
             chat_template=chat_template,
-            on_error=on_error,  # type: ignore[arg-type]
+            on_error=on_error,
             on_skip=tell,
             advance=advance,
         )

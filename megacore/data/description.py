@@ -12,29 +12,13 @@ from megacore.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetDescription:
-    """``PREFIX.json``: which tokenizer made a dataset, so that it is not used with a model of another vocabulary."""
+class Description:
+    """What is known of data, in a JSON file beside it that says its format and version first."""
 
-    FORMAT: ClassVar = "megacore-dataset"
-    VERSION: ClassVar = 1
-
-    tokenizer_file: str
-    """Its name, without directories."""
-    tokenizer_sha256: str
-    vocab_size: int
-    """Larger than every id that the tokenizer can give."""
-    eod_id: int | None
-    append_eod: bool
-    """Whether every document ends with ``eod_id``."""
-    num_documents: int
-    num_tokens: int
-    megacore_version: str
-    prepend_bos: bool = False
-    """Whether every document begins with the tokenizer's begin token."""
-    new_tokens: dict[str, int] = field(default_factory=dict)
-    """The tokens that were added to the tokenizer, and their ids."""
-    tokenizer_directory: str | None = None
-    """Where the tokenizer with these tokens is, beside the dataset."""
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    NUMBERS: ClassVar[tuple[str, ...]]
+    """Which fields must be whole numbers."""
 
     def to_json(self) -> str:
         content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
@@ -42,7 +26,7 @@ class DatasetDescription:
 
     @classmethod
     def read(cls, prefix: str | Path) -> Self | None:
-        """The description of the dataset at ``prefix``; None where it has none, as datasets of other programs do.
+        """The description of what is at ``prefix``; None where it has none, as datasets of other programs do.
 
         Raises:
             DataError: the file is damaged, or of a newer version.
@@ -70,6 +54,33 @@ class DatasetDescription:
         }
         if missing := sorted(required - content.keys()):
             raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
-        if not all(isinstance(content[key], int) for key in ("vocab_size", "num_documents", "num_tokens")):
+        if not all(isinstance(content[key], int) for key in cls.NUMBERS):
             raise DataError(f"{path}: is damaged: its numbers are none")
         return cls(**{name: content[name] for name in fields.keys() & content.keys()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription(Description):
+    """``PREFIX.json``: which tokenizer made a dataset, so that it is not used with a model of another vocabulary."""
+
+    FORMAT = "megacore-dataset"
+    VERSION = 1
+    NUMBERS = ("vocab_size", "num_documents", "num_tokens")
+
+    tokenizer_file: str
+    """Its name, without directories."""
+    tokenizer_sha256: str
+    vocab_size: int
+    """Larger than every id that the tokenizer can give."""
+    eod_id: int | None
+    append_eod: bool
+    """Whether every document ends with ``eod_id``."""
+    num_documents: int
+    num_tokens: int
+    megacore_version: str
+    prepend_bos: bool = False
+    """Whether every document begins with the tokenizer's begin token."""
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: str | None = None
+    """Where the tokenizer with these tokens is, beside the dataset."""

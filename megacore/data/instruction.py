@@ -7,20 +7,19 @@ lengths, one a conversation, with ids in the first and a :class:`Role` for each 
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megacore.data.description import Description
 from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megacore.errors import DataError, DiskFullError, OutputError
 
@@ -34,11 +33,12 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionDescription:
+class InstructionDescription(Description):
     """``PREFIX.json``: which tokenizer and which markup made instruction data."""
 
-    FORMAT: ClassVar = "megacore-instruction-dataset"
-    VERSION: ClassVar = 1
+    FORMAT = "megacore-instruction-dataset"
+    VERSION = 1
+    NUMBERS = ("vocab_size",)
 
     tokenizer_file: str
     """Its name, without directories."""
@@ -53,39 +53,6 @@ class InstructionDescription:
     num_tokens: int
     num_assistant_tokens: int
     megacore_version: str
-
-    def to_json(self) -> str:
-        content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=2) + "\n"
-
-    @classmethod
-    def read(cls, prefix: str | Path) -> Self | None:
-        """The description of the instruction data at ``prefix``; ``None`` where it has none, as other programs' have.
-
-        Raises:
-            DataError: the file is damaged, or of a newer version.
-        """
-        path = Path(f"{prefix}.json")
-        # A file of this name may also be another program's, and of any size: only ours says so at its start.
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            if f'"{cls.FORMAT}"'.encode() not in file.read(100):
-                return None
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{path}: is damaged: {error}") from error
-        if content.get("version") != cls.VERSION:
-            raise DataError(
-                f"{path}: version {content.get('version')} of the description; this megacore reads {cls.VERSION}"
-            )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := sorted(names - set(content)):
-            raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
-        if not isinstance(content["vocab_size"], int):
-            raise DataError(f"{path}: is damaged: its numbers are none")
-        return cls(**{name: content[name] for name in names})
 
 
 class InstructionDataset:
