@@ -37,6 +37,7 @@ from megacore.training.engine import HELD_IN, Engine
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.prefetch import prefetched
+from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate
@@ -231,7 +232,7 @@ def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
         engine = Engine(run, checkpoint, parallel)
         steps = []
-        for step in _steps(engine, checkpoint):
+        for step in _steps(engine, checkpoint, Progress()):
             steps.append(step)
             if on_step is not None and parallel.rank == 0:
                 on_step(step)
@@ -240,15 +241,19 @@ def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[
     return steps
 
 
-def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
-    """Take the steps of the run, one at a time."""
+def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterator[Step]:
+    """Take the steps of the run that ``progress`` has left, one at a time, and keep it up to date."""
     run, parallel = engine.run, engine.parallel
     train_iters = run.training.train_iters
     num_tokens = run.training.global_batch_size * run.data.seq_length
-    own_batches = prefetched(
-        batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size), run.data.prefetch
+    own_batches = batches(
+        run,
+        checkpoint,
+        first_iteration=progress.iteration,
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp_size,
     )
-    for iteration, batch in enumerate(own_batches, start=1):
+    for iteration, batch in enumerate(prefetched(own_batches, run.data.prefetch), start=progress.iteration + 1):
         started = time.perf_counter()
         lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)
         can_skip = engine.loss_scale is not None and not engine.loss_scale.is_at_minimum
@@ -258,6 +263,8 @@ def _steps(engine: Engine, checkpoint: Checkpoint) -> Iterator[Step]:
                 f"iteration {iteration}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; a "
                 "lower optimizer.lr may help. Nothing was saved"
             )
+        progress.iteration = iteration
+        progress.num_samples += run.training.global_batch_size
         yield Step(
             iteration,
             train_iters,
