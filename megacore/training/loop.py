@@ -219,8 +219,6 @@ def _describe_samples(run: RunConfig, split: Split, samples: MixedSamples) -> st
     for entry, source in zip(entries, samples.sources, strict=True):
         share = f", {entry.weight / total:.2%} of the samples" if len(entries) > 1 else ""
         told.append(f"{entry.prefix} ({len(source):,} samples an epoch{share})")
-    if samples.mixture.bound > 1:
-        told.append(f"shares kept to {samples.mixture.bound:.2f} samples, since the weights have many digits")
     return f"to {VERBS[split]} on: {'; '.join(told)}"
 
 
