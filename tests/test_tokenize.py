@@ -351,7 +351,7 @@ MALFORMED_LINES = {
     "an array": (b'["a"]', "is JSON, but not an object"),
     "another key": (b'{"content": "a", "id": 1}', r"has no key 'text' \(its keys: 'content', 'id'\).*--json-key"),
     "no key": (b"{}", r"has no key 'text' \(its keys: none\)"),
-    "a number": (b'{"text": 7}', "the value of 'text' is 7, not a string; remove the line, or .*--json-key"),
+    "a number": (b'{"text": 7}', "the value of 'text' is 7, not a string; remove the record, or .*--json-key"),
     "null": (b'{"text": null}', "the value of 'text' is null, not a string"),
     "not UTF-8": (b'{"text": "\xff"}', "is not UTF-8: byte 0xff at offset 10"),
     "half a pair": (rb'{"text": "a\ud83d"}', r"half of a surrogate pair \('\\ud83d'\)"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -41,6 +44,35 @@ def assistant_mask(tokenizer, chat: list[dict], template: str) -> list[int]:
 
 
 # --- the ids, and whose they are
+
+
+def test_compressed_lines_rows_and_the_keys_of_sharegpt_hold_the_same_conversations(tmp_path, conversations):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress(conversations.read_bytes()))
+    names = {"user": "human", "assistant": "gpt"}
+    sharegpt = [
+        [{"from": names.get(message["role"], message["role"]), "value": message["content"]} for message in chat]
+        for chat in CONVERSATIONS
+    ]
+    write_conversations(tmp_path / "sharegpt.jsonl", sharegpt)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(len(CONVERSATIONS)), "messages": CONVERSATIONS}), tmp_path / "chats.parquet"
+    )
+    for name in ("chats.jsonl", "*.gz", "sharegpt.jsonl", "chats.parquet"):
+        out = tmp_path / f"{name.replace('*', 'all')}-out"
+        tokenize_chat(tmp_path / name, tokenizer=tmp_path / "tokenizer", out=out)
+        assert written(out) == written(tmp_path / "chats.jsonl-out")
+
+
+def test_a_row_that_cannot_be_used_is_named_and_plain_text_is_refused(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    chats = [*CONVERSATIONS, [{"role": "user", "content": "?"}]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "in.parquet", row_group_size=1)
+    (tmp_path / "in.txt").write_text("Hello")
+    with pytest.raises(DataError, match=rf"in.parquet: row {len(chats)}: no message is the assistant's"):
+        tokenize_chat(tmp_path / "in.parquet", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+    with pytest.raises(DataError, match=r"in.txt: is plain text by its name; conversations are .jsonl"):
+        tokenize_chat(tmp_path / "in.txt", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, INST], ids=["chatml", "marked", "inst"])

@@ -1,4 +1,4 @@
-"""What a person should know, beside the output."""
+"""Words for people."""
 
 from __future__ import annotations
 
@@ -8,3 +8,8 @@ import click
 def print_note(note: str) -> None:
     """Print ``note`` to standard error, so that the output stays what it is."""
     click.echo(f"Note: {note}.", err=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 document``, ``2,000 documents``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

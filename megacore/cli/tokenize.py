@@ -2,67 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from megacore.cli.notes import print_note
+from megacore.cli.notes import counted, print_note
 from megacore.cli.progress import documents_progress
+from megacore.cli.tokenizing_options import ManyInputs, inputs_option, on_error_option, prefix_option, tokenizer_option
 
 if TYPE_CHECKING:
     from megacore.data import TokenizeSummary
 
 
-class ManyInputs(click.Command):
-    """Lets one ``--input`` take several files, as a shell writes ``--input data/*.jsonl``; click's options take one."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(_repeat_option("--input", args)))
-
-
-def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
-    """``--input a b`` as ``--input a --input b``; nothing else is touched, since the command takes no bare words."""
-    current, num_values = "", 0
-    for word in args:
-        if word.startswith("-"):
-            current, num_values = word, 0
-        else:
-            num_values += 1
-            if current == option and num_values > 1:
-                yield option
-        yield word
-
-
 @click.command(cls=ManyInputs)
-@click.option(
-    "--input",
-    "inputs",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    metavar="FILE...",
-    help="Text to tokenize. A .jsonl or .json file holds one JSON object a line, each a document; "
-    "a .parquet file has them in a column; any other file is plain text and one document as a whole. Lines and text "
-    "may be compressed (.gz, .zst). Files are taken in the order given; a quoted pattern ('data/*.jsonl') stands for "
-    "its files, sorted.",
+@inputs_option(
+    "Text to tokenize. A .jsonl or .json file holds one JSON object a line, each a document; a .parquet file has them "
+    "in a column; any other file is plain text and one document as a whole."
 )
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="PATH",
-    help="tokenizer.json, tokenizer.model, or a directory with one of them "
-    "(with both, tokenizer.json is used; name the file to choose).",
+@tokenizer_option(
+    "tokenizer.json, tokenizer.model, or a directory with one of them (with both, tokenizer.json is used; name the "
+    "file to choose)."
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="PREFIX",
-    help="Writes PREFIX.bin, PREFIX.idx and PREFIX.json, none of which may exist, and where tokens are new the "
-    "tokenizer that has them, PREFIX-tokenizer/.",
+@prefix_option(
+    "Writes PREFIX.bin, PREFIX.idx and PREFIX.json, none of which may exist, and where tokens are new the tokenizer "
+    "that has them, PREFIX-tokenizer/."
 )
 @click.option(
     "--json-key",
@@ -83,13 +47,7 @@ def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
 )
 @click.option("--vocab-extra-ids", default=0, metavar="N", help="Add N tokens <extra_id_0>, <extra_id_1>…")
 @click.option("--vocab-extra-ids-list", default="", metavar="A,B", help="Add these tokens.")
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="What to do about a malformed record.",
-)
+@on_error_option
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Processes to spread the work over.  [default: cores]"
 )
@@ -139,7 +97,7 @@ def tokenize(
     if summary.tokenizer_directory is not None:
         tokens = ", ".join(f"{token} {number}" for token, number in summary.new_tokens.items())
         print_note(
-            f"{_count(len(summary.new_tokens), 'new token')} ({tokens}): the tokenizer that has them is "
+            f"{counted(len(summary.new_tokens), 'new token')} ({tokens}): the tokenizer that has them is "
             f"{summary.tokenizer_directory}, and the model needs rows for them"
         )
     click.echo(_told(summary))
@@ -147,7 +105,7 @@ def tokenize(
 
 def _told(summary: TokenizeSummary) -> str:
     skipped = [
-        _count(number, noun)
+        counted(number, noun)
         for number, noun in (
             (summary.num_empty_documents, "empty document"),
             (summary.num_erroneous_documents, "malformed document"),
@@ -155,12 +113,8 @@ def _told(summary: TokenizeSummary) -> str:
         if number
     ]
     return (
-        f"{', '.join(map(str, summary.prefixes))}: {_count(summary.num_documents, 'document')}, "
-        f"{_count(summary.num_tokens, 'token')}, {summary.num_text_bytes / summary.num_tokens:.2f} bytes a token"
+        f"{', '.join(map(str, summary.prefixes))}: {counted(summary.num_documents, 'document')}, "
+        f"{counted(summary.num_tokens, 'token')}, {summary.num_text_bytes / summary.num_tokens:.2f} bytes a token"
         + (f"; skipped {' and '.join(skipped)}" if skipped else "")
         + f"; {summary.seconds:.1f} s with {summary.engine}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -7,39 +7,21 @@ from typing import Literal
 
 import click
 
-from megacore.cli.notes import print_note
+from megacore.cli.notes import counted, print_note
 from megacore.cli.progress import bytes_progress
-from megacore.cli.tokenize import ManyInputs
+from megacore.cli.tokenizing_options import ManyInputs, inputs_option, on_error_option, prefix_option, tokenizer_option
 
 _SHOWN = 10
 """Skipped records that are told of one by one."""
 
 
 @click.command(name="tokenize-chat", cls=ManyInputs)
-@click.option(
-    "--input",
-    "inputs",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    metavar="FILE...",
-    help="Conversations, one JSON object a line. Files are taken in the order given.",
+@inputs_option("Conversations, each a JSON object in a line of a .jsonl or .json file, or a row of a .parquet file.")
+@tokenizer_option(
+    "tokenizer.json, or the directory that has it, its tokenizer_config.json and its chat template; a tokenizer.model "
+    "too, with the markup of megatron-llm."
 )
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="PATH",
-    help="tokenizer.json, or the directory that has it, its tokenizer_config.json and its chat template; "
-    "a tokenizer.model too, with the markup of megatron-llm.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="PREFIX",
-    help="Writes PREFIX-text and PREFIX-role, each a .bin and an .idx, and PREFIX.json. None of them may exist.",
-)
+@prefix_option("Writes PREFIX-text and PREFIX-role, each a .bin and an .idx, and PREFIX.json. None of them may exist.")
 @click.option(
     "--messages-key", metavar="KEY", help="Where a record has its list of role and content.  [default: messages]"
 )
@@ -61,13 +43,7 @@ _SHOWN = 10
     metavar="FILE",
     help="A Jinja template.  [default: the tokenizer's own]",
 )
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="What to do about a record that cannot be used.",
-)
+@on_error_option
 def tokenize_chat(
     inputs: tuple[Path, ...],
     tokenizer: Path,
@@ -90,6 +66,7 @@ def tokenize_chat(
     megacore tokenize-chat --input qa.jsonl --question-key q --answer-key a --tokenizer published/ --out data/qa
     """
     import megacore.data
+    from megacore.data.inputs import expand
     from megacore.errors import DataError
 
     asks_messages, asks_questions = messages_key or tools_key, question_key or answer_key or system_key
@@ -111,7 +88,7 @@ def tokenize_chat(
         if num_told <= _SHOWN:
             print_note(f"skipped {error}")
 
-    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    total = sum(path.stat().st_size for path in expand(inputs))
     with bytes_progress("tokenizing", total) as advance:
         summary = megacore.data.tokenize_chat(
             inputs,
@@ -128,15 +105,11 @@ def tokenize_chat(
         print_note(f"skipped {num_told - _SHOWN:,} more")
     if summary.num_with_special_tokens:
         print_note(
-            f"{_count(summary.num_with_special_tokens, 'conversation')} with text that spells special tokens, which "
+            f"{counted(summary.num_with_special_tokens, 'conversation')} with text that spells special tokens, which "
             "it has become; remove it from the records where it must not have that power"
         )
     click.echo(
-        f"{out}: {_count(summary.num_conversations, 'conversation')}, {_count(summary.num_tokens, 'token')}, "
+        f"{out}: {counted(summary.num_conversations, 'conversation')}, {counted(summary.num_tokens, 'token')}, "
         f"{summary.num_assistant_tokens / summary.num_tokens:.1%} of them the assistant's"
-        + (f"; skipped {_count(summary.num_skipped, 'record')}" if summary.num_skipped else "")
+        + (f"; skipped {counted(summary.num_skipped, 'record')}" if summary.num_skipped else "")
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

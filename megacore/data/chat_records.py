@@ -1,14 +1,15 @@
-"""Conversations in JSON Lines files: lists of messages, or questions with their answers."""
+"""Conversations in records: lists of messages, or questions with their answers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megacore.data.chat_template import Message
+from megacore.data.inputs import WholeText, pieces
+from megacore.data.records import Problem, shown, text, value
 from megacore.errors import DataError
 
 
@@ -19,19 +20,19 @@ class Conversation:
     Attributes:
         messages: each with ``role`` and, as a rule, ``content``.
         tools: what the assistant may call, as the template takes it.
-        where: the file and the line.
-        num_input_bytes: what it takes in the file.
+        where: the file and the line or row.
     """
 
     messages: list[Message]
     tools: list[Any] | None
     where: str
-    num_input_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class MessageKeys:
     """Records with a list of messages, ``[{"role": "user", "content": "…"}, …]``.
+
+    Or as ShareGPT has them, ``[{"from": "human", "value": "…"}, …]``, with ``gpt`` for the assistant.
 
     Attributes:
         messages: where a record has the list.
@@ -41,18 +42,21 @@ class MessageKeys:
     messages: str = "messages"
     tools: str = "tools"
 
-    def read(self, record: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
+    def names(self) -> Sequence[str]:
+        """The keys that are looked for."""
+        return self.messages, self.tools
+
+    def read(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None]:
         """The messages and tools of a record. Raises :class:`DataError` without saying where."""
-        messages = _value(record, self.messages, option="--messages-key")
+        messages = value(record, self.messages, option="--messages-key")
         if not isinstance(messages, list) or not messages:
-            raise DataError(f"the value of {self.messages!r} is {_shown(messages)}, not a list of messages")
-        for number, message in enumerate(messages, start=1):
-            _check_message(number, message)
+            raise DataError(f"the value of {self.messages!r} is {shown(messages)}, not a list of messages")
+        messages = [_message(number, message) for number, message in enumerate(messages, start=1)]
         if all(message["role"] != "assistant" for message in messages):
             raise DataError("no message is the assistant's, so there is nothing to learn from it")
         tools = record.get(self.tools)
         if tools is not None and not isinstance(tools, list):
-            raise DataError(f"the value of {self.tools!r} is {_shown(tools)}, not a list")
+            raise DataError(f"the value of {self.tools!r} is {shown(tools)}, not a list")
         return messages, tools or None
 
 
@@ -70,77 +74,73 @@ class QuestionKeys:
     answer: str = "output"
     system: str | None = None
 
-    def read(self, record: dict[str, Any]) -> tuple[list[Message], None]:
+    def names(self) -> Sequence[str]:
+        """The keys that are looked for."""
+        return self.question, self.answer, *([] if self.system is None else [self.system])
+
+    def read(self, record: Mapping[str, Any]) -> tuple[list[Message], None]:
         """The two or three messages of a record. Raises :class:`DataError` without saying where."""
         messages = [
-            {"role": "user", "content": _text(record, self.question, option="--question-key")},
-            {"role": "assistant", "content": _text(record, self.answer, option="--answer-key")},
+            {"role": "user", "content": text(record, self.question, option="--question-key")},
+            {"role": "assistant", "content": text(record, self.answer, option="--answer-key")},
         ]
-        if self.system is not None and _value(record, self.system, option="--system-key") is not None:
-            messages.insert(0, {"role": "system", "content": _text(record, self.system, option="--system-key")})
+        if self.system is not None and value(record, self.system, option="--system-key") is not None:
+            messages.insert(0, {"role": "system", "content": text(record, self.system, option="--system-key")})
         return list(messages), None
 
 
 def read_conversations(
-    path: Path, keys: MessageKeys | QuestionKeys, *, on_error: Callable[[DataError, int], None]
+    path: Path,
+    keys: MessageKeys | QuestionKeys,
+    *,
+    on_error: Callable[[DataError], None],
+    advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Conversation]:
-    """The conversations of a file with one JSON object a line; blank lines are passed over.
+    """The conversations of a file, of any kind that :func:`~megacore.data.inputs.pieces` takes but plain text.
 
-    ``on_error`` is told of a record that cannot be used, with the bytes that it takes; if it returns, the next follows.
+    ``on_error`` is told of a record that cannot be used; if it returns, the next follows. ``advance`` is told of bytes
+    of the file whose conversations were all taken.
+
+    Raises:
+        DataError: when the file is damaged, or plain text.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            where = f"{path}:{number}"
+    begins = 0
+    for piece in pieces(path):
+        if isinstance(piece, WholeText):
+            raise DataError(f"{path}: is plain text by its name; conversations are .jsonl, .json or .parquet files")
+        reading = piece.read(keys.names())
+        for record in reading.records:
+            where = piece.where(begins + record.position)
             try:
-                messages, tools = keys.read(_object(line))
+                if isinstance(record, Problem):
+                    raise DataError(record.message)
+                messages, tools = keys.read(record.values)
             except DataError as error:
-                on_error(DataError(f"{where}: {error}"), len(line))
+                on_error(DataError(f"{where}: {error}"))
                 continue
-            yield Conversation(messages, tools, where, len(line))
+            yield Conversation(messages, tools, where)
+        begins += reading.num_positions
+        advance(piece.num_input_bytes)
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8: byte {line[error.start]:#04x} at offset {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"is not JSON: {error.msg} at column {error.colno}; each line must be one whole JSON object"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep, for Python
-        raise DataError(f"cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError("is JSON, but not an object; each line must be one whole JSON object")
-    return record
-
-
-def _value(record: dict[str, Any], key: str, *, option: str) -> Any:
-    if key not in record:
-        keys = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"has no key {key!r} (its keys: {keys}); choose one with {option}")
-    return record[key]
-
-
-def _text(record: dict[str, Any], key: str, *, option: str) -> str:
-    text = _value(record, key, option=option)
-    if not isinstance(text, str):
-        raise DataError(f"the value of {key!r} is {_shown(text)}, not a string")
-    return text
-
-
-def _check_message(number: int, message: Any) -> None:
+def _message(number: int, message: Any) -> Message:
+    if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):
+        others = {key: of_key for key, of_key in message.items() if key not in ("from", "value")}
+        message = {
+            "role": _OF_SHAREGPT.get(message["from"], message["from"]),
+            "content": message.get("value"),
+            **others,
+        }
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(
-            f'message {number} is {_shown(message)}; a message is {{"role": "user", "content": "…"}}, with the roles '
+            f'message {number} is {shown(message)}; a message is {{"role": "user", "content": "…"}}, with the roles '
             "that the chat template knows"
         )
     content = message.get("content")
     if content is not None and not isinstance(content, str | list):
-        raise DataError(f"the content of message {number} is {_shown(content)}, not a string")
+        raise DataError(f"the content of message {number} is {shown(content)}, not a string")
+    return message
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:40]
+_OF_SHAREGPT = {"human": "user", "gpt": "assistant"}
+"""Its names of roles that have others in chat templates."""

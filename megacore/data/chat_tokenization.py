@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from megacore.data.chat_records import Conversation, MessageKeys, QuestionKeys, read_conversations
 from megacore.data.chat_template import ChatTemplate, find_chat_template, special_tokens
 from megacore.data.indexed_dataset import token_dtype
+from megacore.data.inputs import expand
 from megacore.data.instruction import InstructionDescription, Role, writing_instruction_data
+from megacore.data.records import require_encodable
 from megacore.data.tokenizer import Tokenizer, load_tokenizer
 from megacore.errors import DataError
 
@@ -85,9 +87,10 @@ def tokenize_chat(
 ) -> ChatSummary:
     """Tokenize conversations into the instruction data ``out``: see :mod:`megacore.data.instruction` for its files.
 
-    Inputs are JSON Lines, one conversation a line, in UTF-8; blank lines are passed over.
+    Inputs are files of lines or rows as :func:`~megacore.data.tokenize` takes them, one conversation each.
 
     Args:
+        inputs: files, or patterns such as ``data/*.jsonl``.
         tokenizer: a tokenizer's file or directory. Text that spells a special token becomes that token, as it does in
             transformers; such conversations are counted.
         keys: where a record has its conversation; by default a list under ``messages``.
@@ -104,10 +107,7 @@ def tokenize_chat(
             and line), or no record can be used.
         OutputError: an output file exists or cannot be written. After any error nothing is left of the dataset.
     """
-    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: is a directory, not a file" if path.is_dir() else f"{path}: no such file")
+    paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
     keys = keys or MessageKeys()
     markup = markup or ("megatron-llm" if isinstance(keys, QuestionKeys) else "template")
     loaded = load_tokenizer(tokenizer)
@@ -124,23 +124,23 @@ def tokenize_chat(
     num_skipped = num_conversations = num_tokens = num_assistant_tokens = num_with_special_tokens = 0
     first_error: DataError | None = None
 
-    def skip(error: DataError, num_input_bytes: int) -> None:
+    def skip(error: DataError) -> None:
         nonlocal num_skipped, first_error
         if on_error == "stop":
             raise error
         first_error = first_error or error
         num_skipped += 1
         on_skip(error)
-        advance(num_input_bytes)
 
     def written() -> Iterator[tuple[Conversation, list[_Piece]]]:
-        for conversation in chain.from_iterable(read_conversations(path, keys, on_error=skip) for path in paths):
+        files = (read_conversations(path, keys, on_error=skip, advance=advance) for path in paths)
+        for conversation in chain.from_iterable(files):
             try:
                 pieces = encoder.pieces(conversation)
                 for piece in pieces:
-                    _check_text(piece.text)
+                    require_encodable(piece.text)
             except DataError as error:
-                skip(DataError(f"{conversation.where}: {error}"), conversation.num_input_bytes)
+                skip(DataError(f"{conversation.where}: {error}"))
                 continue
             yield conversation, pieces
 
@@ -153,7 +153,7 @@ def tokenize_chat(
                 num_assistant = int(np.count_nonzero(roles == Role.ASSISTANT))
                 if num_assistant == 0:
                     message = f"{conversation.where}: none of its tokens is the assistant's: nothing to learn from it"
-                    skip(DataError(message), conversation.num_input_bytes)
+                    skip(DataError(message))
                     continue
                 writer.add(ids, roles)
                 num_conversations += 1
@@ -162,7 +162,6 @@ def tokenize_chat(
                 num_with_special_tokens += any(
                     special.search(str(message.get("content", ""))) for message in conversation.messages
                 )
-                advance(conversation.num_input_bytes)
         if num_conversations == 0:
             told = f"; the first of {num_skipped} that were skipped: {first_error}" if first_error else ""
             raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no conversation to tokenize{told}")
@@ -191,13 +190,13 @@ def _batches(
     written: Iterable[tuple[Conversation, list[_Piece]]],
 ) -> Iterator[list[tuple[Conversation, list[_Piece]]]]:
     batch: list[tuple[Conversation, list[_Piece]]] = []
-    num_bytes = 0
+    num_characters = 0
     for conversation, pieces in written:
         batch.append((conversation, pieces))
-        num_bytes += conversation.num_input_bytes
-        if num_bytes >= _BATCH_CHARACTERS or len(batch) == _BATCH_CONVERSATIONS:
+        num_characters += sum(len(piece.text) for piece in pieces)
+        if num_characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_CONVERSATIONS:
             yield batch
-            batch, num_bytes = [], 0
+            batch, num_characters = [], 0
     if batch:
         yield batch
 
@@ -318,14 +317,3 @@ def _template_source(directory: Path, file: Path | None, *, with_tools: bool) ->
             "tokenizer_config.json): give a file with one as --chat-template"
         )
     return found
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell what no text holds, such as "\ud800"; no tokenizer takes it.
-        raise DataError(
-            f"the text has half of a surrogate pair ({text[error.start]!r}); write the whole pair, or U+FFFD in its "
-            "place"
-        ) from error

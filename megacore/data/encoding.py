@@ -14,7 +14,7 @@ from megacore.data.engines import DisagreementError, EncodedTexts, Engine
 from megacore.data.indexed_dataset import token_dtype
 from megacore.data.inputs import Piece
 from megacore.data.new_tokens import NewTokens
-from megacore.data.records import Document, Problem
+from megacore.data.records import Document, Problem, document
 from megacore.data.tokenizer import load_tokenizer
 
 # What is encoded at once is little enough for a library's own bookkeeping (about 100 bytes a token) to stay small.
@@ -77,23 +77,27 @@ class PieceEncoder:
     def encode(self, number: int, piece: Piece) -> EncodedPiece:
         """Encode piece ``number`` of the job."""
         reading = piece.read(self._job.json_keys)
-        problems = [document for document in reading.documents if isinstance(document, Problem)]
+        found = [
+            record if isinstance(record, Problem) else document(record, self._job.json_keys)
+            for record in reading.records
+        ]
+        problems = [problem for problem in found if isinstance(problem, Problem)]
         encoded = EncodedPiece(
             [], reading.num_positions, len(problems), problems[:NUM_PROBLEMS_NAMED], self._engine.name, None
         )
         if problems and not self._job.skip_erroneous:
             return encoded
-        documents = [document for document in reading.documents if isinstance(document, Document)]
+        documents = [one for one in found if isinstance(one, Document)]
         for column in range(len(self._job.json_keys)):
             of_key = EncodedDocuments()
             # Only what begins a job is compared as a whole.
             for part, batch in enumerate(_batches(documents, column)):
-                texts = [document.texts[column] for document in batch]
+                texts = [one.texts[column] for one in batch]
                 batch_number = number if part == 0 else -part
                 try:
                     self._add(of_key, texts, self._engine.encode(texts, batch_number=batch_number))
-                except DisagreementError as found:
-                    return encoded._replace(by_key=[], disagreement=batch[found.index].position)
+                except DisagreementError as disagreement:
+                    return encoded._replace(by_key=[], disagreement=batch[disagreement.index].position)
             encoded.by_key.append(of_key)
         return encoded
 
@@ -129,9 +133,9 @@ class PieceEncoder:
 def _batches(documents: Sequence[Document], column: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
     num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.texts[column])
+    for one in documents:
+        batch.append(one)
+        num_characters += len(one.texts[column])
         if num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megacore.data.records import Document, Problem, json_document, text_document
+from megacore.data.records import Problem, Record, json_record, text_record
 from megacore.errors import DataError
 
 PIECE_BYTES = 1 << 20
@@ -23,7 +23,7 @@ _READ_AT_ONCE = 1 << 16
 class Reading(NamedTuple):
     """What a piece holds, and how many places (lines, rows) it has, blank ones included."""
 
-    documents: list[Document | Problem]
+    records: list[Record | Problem]
     num_positions: int
 
 
@@ -43,7 +43,11 @@ class Piece(ABC):
 
     @abstractmethod
     def read(self, keys: Sequence[str]) -> Reading:
-        """The documents, with their texts under ``keys``. Raises :class:`DataError` where the file is damaged."""
+        """The records, with what they have under ``keys`` at least.
+
+        Raises:
+            DataError: when the file is damaged.
+        """
 
     def where(self, position: int) -> str:
         """A place for people: ``position`` counts from 0 over all pieces of the file."""
@@ -70,7 +74,7 @@ class LineRange(Piece):
                 content = begun + file.read(1)
             if content and not content.endswith(b"\n"):
                 content += file.readline()
-        return _json_lines(content, keys)
+        return _json_lines(content)
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,19 @@ class LineBlock(Piece):
     content: bytes
 
     def read(self, keys: Sequence[str]) -> Reading:
-        return _json_lines(self.content, keys)
+        return _json_lines(self.content)
 
 
 @dataclass(frozen=True)
 class WholeText(Piece):
-    """A file of plain text, compressed or not, which is one document."""
+    """A file of plain text, compressed or not, which is one record: the text, under any key."""
 
     def read(self, keys: Sequence[str]) -> Reading:
         if (suffix := self.path.suffix) in _COMPRESSED:
             content = b"".join(block for block, _ in _decompressed(self.path, suffix))
         else:
             content = self.path.read_bytes()
-        return Reading([text_document(content, num_texts=len(keys))], 1)
+        return Reading([text_record(content, keys)], 1)
 
     def where(self, position: int) -> str:
         return str(self.path)
@@ -100,20 +104,14 @@ class WholeText(Piece):
 
 @dataclass(frozen=True)
 class RowGroup(Piece):
-    """A row group of a parquet file, of which only the columns that are asked for are read."""
+    """A row group of a parquet file, of which only the columns that are asked for, and are there, are read."""
 
     group: int
 
     def read(self, keys: Sequence[str]) -> Reading:
-        columns = _parquet_file(self.path).read_row_group(self.group, columns=list(keys))
-        documents: list[Document | Problem] = []
-        for position, texts in enumerate(zip(*(columns[key].to_pylist() for key in keys), strict=True)):
-            missing = [key for key, text in zip(keys, texts, strict=True) if text is None]
-            if missing:
-                documents.append(Problem(position, f"the value of {missing[0]!r} is null, not a string"))
-            else:
-                documents.append(Document(position, texts))
-        return Reading(documents, columns.num_rows)
+        file = _parquet_file(self.path)
+        rows = file.read_row_group(self.group, columns=[key for key in keys if key in file.schema_arrow.names])
+        return Reading([Record(position, row) for position, row in enumerate(rows.to_pylist())], rows.num_rows)
 
     def where(self, position: int) -> str:
         return f"{self.path}: row {position + 1}"
@@ -143,8 +141,11 @@ def expand(patterns: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def pieces(path: Path, keys: Sequence[str]) -> Iterator[Piece]:
+def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
     """The pieces of one file, in order.
+
+    Args:
+        text_keys: the columns that a parquet file must have, of strings.
 
     Raises:
         DataError: the file is damaged, has no such columns, or needs a package that is not installed.
@@ -154,7 +155,7 @@ def pieces(path: Path, keys: Sequence[str]) -> Iterator[Piece]:
     compressed = suffixes[-1] if suffixes and suffixes[-1] in _COMPRESSED else None
     kind = (suffixes[:-1] if compressed else suffixes)[-1:]
     if kind == [".parquet"]:
-        yield from _row_groups(path, keys, size)
+        yield from _row_groups(path, text_keys, size)
     elif kind not in ([".jsonl"], [".json"]):
         yield WholeText(path, size, True)
     elif compressed:
@@ -164,14 +165,12 @@ def pieces(path: Path, keys: Sequence[str]) -> Iterator[Piece]:
             yield LineRange(path, min(PIECE_BYTES, size - start), start == 0, start)
 
 
-def _json_lines(content: bytes, keys: Sequence[str]) -> Reading:
+def _json_lines(content: bytes) -> Reading:
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    documents = [
-        json_document(line, keys, position=position) for position, line in enumerate(lines) if not _is_blank(line)
-    ]
-    return Reading(documents, len(lines))
+    records = [json_record(line, position=position) for position, line in enumerate(lines) if not _is_blank(line)]
+    return Reading(records, len(lines))
 
 
 def _is_blank(line: bytes) -> bool:
@@ -232,10 +231,10 @@ def _zstandard() -> tuple[Any, type[Exception]]:
 _COMPRESSED = {".gz": _gzip, ".zst": _zstandard}
 
 
-def _row_groups(path: Path, keys: Sequence[str], size: int) -> Iterator[RowGroup]:
+def _row_groups(path: Path, text_keys: Sequence[str], size: int) -> Iterator[RowGroup]:
     file = _parquet_file(path)
     schema = file.schema_arrow
-    for key in keys:
+    for key in text_keys:
         if key not in schema.names:
             columns = ", ".join(map(repr, schema.names)) or "none"
             raise DataError(f"{path}: has no column {key!r} (its columns: {columns}); choose one with --json-key")

@@ -38,8 +38,8 @@ class Mixture:
     ``floor(j / w_i)`` to ``ceil((j + 1) / w_i) - 1``. That this can be had for all turns of all datasets is shown by
     Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of Fairness in Resource Allocation",
     Algorithmica 15 (1996). Here the positions are cut into blocks, as long as the longest window. How many turns each
-    dataset had at the start of a block follows from the place alone, see :meth:`_turns_before`; the turns within a block
-    are then given to the dataset whose window ends first, which keeps all windows if anything does.
+    dataset had at the start of a block follows from the place alone, see :meth:`_turns_before`; the turns within a
+    block are then given to the dataset whose window ends first, which keeps all windows if anything does.
 
     Args:
         weights: positive, of any sum. A float counts as the decimal number that it prints as.
