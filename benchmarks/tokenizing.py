@@ -4,7 +4,7 @@
 
 `tokenizers.encode_batch_fast` and sentencepiece get the texts in memory, on all cores, and nothing is written; megacore
 is the whole command, from the start of its process to a dataset that is synced to disk. Beside the time, the peak
-memory of all its processes together for the text once and four times.
+memory of its processes, added up, for the text once and four times.
 
 The name is not `tokenize.py`, which would hide Python's own module of that name from every script beside it.
 """
@@ -101,34 +101,32 @@ def library_seconds(tokenizer: Path, texts: list[str]) -> float:
 
 
 def megacore(tokenizer: Path, source: Path) -> tuple[float, float]:
-    """Seconds and peak MiB of the command; the memory of its processes is added up every few milliseconds."""
+    """Seconds and peak MiB of the command: of each of its processes the most that it had, added up."""
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
         command = [sys.executable, "-m", "megacore", "tokenize", "--no-new-tokens", "--append-eod", "--input", source]
         started = time.perf_counter()
         process = subprocess.Popen(
             [*map(str, command), "--tokenizer", str(tokenizer), "--out", f"{out}/out"], stdout=subprocess.DEVNULL
         )
-        peak = [0.0]
-        watcher = threading.Thread(target=watch, args=(process, peak))
+        peaks: dict[str, float] = {}
+        watcher = threading.Thread(target=watch, args=(process, peaks))
         watcher.start()
         assert process.wait() == 0
         seconds = time.perf_counter() - started
         watcher.join()
-    return seconds, peak[0]
+    return seconds, sum(peaks.values())
 
 
-def watch(process: subprocess.Popen[bytes], peak: list[float]) -> None:
+def watch(process: subprocess.Popen[bytes], peaks: dict[str, float]) -> None:
     while process.poll() is None:
-        total = 0.0
         try:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             for pid in (str(process.pid), *children):
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
-                        total += int(line.split()[1]) / 1024
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        peaks[pid] = int(line.split()[1]) / 1024
         except OSError:  # a process has just ended
             continue
-        peak[0] = max(peak[0], total)
         time.sleep(0.05)
 
 

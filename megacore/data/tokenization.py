@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from megacore.data.inputs import Piece, expand, pieces
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import Problem
 from megacore.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from megacore.data.workers import encoded_pieces
+from megacore.data.workers import Encoders
 from megacore.errors import DataError
 
 _WORTH_A_PROCESS = 4 << 20
@@ -109,10 +109,8 @@ def tokenize(
     if not keys or len(set(keys)) < len(keys):
         raise DataError(f"the JSON keys must be different ones, at least one: {', '.join(keys) or 'none is given'}")
     added = NewTokens(standard=new_tokens, num_extra_ids=vocab_extra_ids, named=tuple(vocab_extra_ids_list))
-    vocabulary = load_tokenizer(tokenizer, added)
-    _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
     job = Job(
-        tokenizer=vocabulary.file,
+        tokenizer=Path(tokenizer),
         new_tokens=added,
         use_fast=True,
         json_keys=keys,
@@ -120,22 +118,28 @@ def tokenize(
         prepend_bos=prepend_bos,
         skip_erroneous=on_error == "skip",
     )
-    run = _Run(
-        job=job,
-        paths=paths,
-        vocabulary=vocabulary,
-        out=Path(out),
-        workers=workers or _default_workers(paths),
-        advance=advance,
-        advance_documents=advance_documents,
-    )
-    try:
-        counts = run.write()
-    except EnginesDisagreeError as found:
-        report(f"{found}; all is tokenized again with {vocabulary.library} alone")
-        advance(-found.num_bytes_done)
-        advance_documents(-found.num_documents_done)
-        counts = dataclasses.replace(run, job=dataclasses.replace(job, use_fast=False)).write()
+    workers = workers or _default_workers(paths)
+    with Encoders(job, num_workers=workers) as encoders:
+        vocabulary = load_tokenizer(tokenizer, added)  # as the processes do at the same time
+        _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
+        run = _Run(
+            job=job,
+            paths=paths,
+            vocabulary=vocabulary,
+            out=Path(out),
+            advance=advance,
+            advance_documents=advance_documents,
+        )
+        try:
+            counts = run.write(encoders)
+        except EnginesDisagreeError as found:
+            report(f"{found}; all is tokenized again with {vocabulary.library} alone")
+            advance(-found.num_bytes_done)
+            advance_documents(-found.num_documents_done)
+            counts = None
+    if counts is None:
+        with Encoders(dataclasses.replace(job, use_fast=False), num_workers=workers) as encoders:
+            counts = run.write(encoders)
     return TokenizeSummary(
         prefix=Path(out),
         prefixes=tuple(run.prefixes),
@@ -163,7 +167,6 @@ class _Run:
     paths: list[Path]
     vocabulary: Tokenizer
     out: Path
-    workers: int
     advance: Callable[[int], None]
     advance_documents: Callable[[int], None]
 
@@ -176,7 +179,7 @@ class _Run:
     def tokenizer_directory(self) -> Path:
         return self.out.with_name(f"{self.out.name}-tokenizer")
 
-    def write(self) -> dict[str, Any]:
+    def write(self, encoders: Encoders) -> dict[str, Any]:
         """Write the datasets; return what is to be counted, by the names of the summary."""
         total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
         with ExitStack() as stack:
@@ -184,13 +187,11 @@ class _Run:
                 stack.enter_context(IndexedDatasetWriter(prefix, token_dtype(self.vocabulary.vocab_size)))
                 for prefix in self.prefixes
             ]
-            work = encoded_pieces(self.job, self._pieces(), num_workers=self.workers)
-            with closing(work):
-                for encoded in self._checked(work, total):
-                    for writer, counts, documents in zip(writers, total.by_key, encoded.by_key, strict=True):
-                        for ids, lengths in zip(documents.ids, documents.lengths, strict=True):
-                            writer.add_documents(ids, lengths)
-                        counts.add(documents)
+            for encoded in self._checked(encoders.encode(self._pieces()), total):
+                for writer, counts, documents in zip(writers, total.by_key, encoded.by_key, strict=True):
+                    for ids, lengths in zip(documents.ids, documents.lengths, strict=True):
+                        writer.add_documents(ids, lengths)
+                    counts.add(documents)
             self._require_text(total)
             for writer, counts in zip(writers, total.by_key, strict=True):
                 writer.describe(self._description(counts).to_json())

@@ -9,7 +9,9 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,44 +23,61 @@ _PIECES_AHEAD = 3
 """Of each process: one that it encodes and others that wait, so that it need not."""
 
 
-def encoded_pieces(job: Job, pieces: Iterable[Piece], *, num_workers: int) -> Generator[tuple[Piece, EncodedPiece]]:
-    """Each piece with what :class:`PieceEncoder` makes of it, in order. One worker is this process itself.
+class Encoders:
+    """Processes that each make what :class:`PieceEncoder` makes; one worker is this process itself.
 
-    A piece goes to the process of its number, round and round. Leaving the iteration ends the processes.
-
-    Raises:
-        MegacoreError: what a process raised.
-        WorkerError: a process died.
+    They start, and read the tokenizer, as soon as this is built; leaving its ``with`` block ends them.
     """
-    if num_workers == 1:
-        encoder = PieceEncoder(job)
-        for number, piece in enumerate(pieces):
-            yield piece, encoder.encode(number, piece)
-        return
-    # Not fork: the caller may have threads, torch's for example, whose locks a fork would copy in any state.
-    context = multiprocessing.get_context("spawn")
-    workers: list[tuple[Any, Connection]] = []
-    try:
-        for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(job, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            workers.append((process, ours))
+
+    def __init__(self, job: Job, *, num_workers: int) -> None:
+        self._job = job
+        self._workers: list[tuple[Any, Connection]] = []
+        # Not fork: the caller may have threads, torch's for example, whose locks a fork would copy in any state.
+        context = multiprocessing.get_context("spawn")
+        try:
+            for _ in range(num_workers if num_workers > 1 else 0):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(job, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Encoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def encode(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, EncodedPiece]]:
+        """Each piece with what becomes of it, in order. A piece goes to the process of its number, round and round.
+
+        Raises:
+            MegacoreError: what a process raised.
+            WorkerError: a process died.
+        """
+        if not self._workers:
+            encoder = PieceEncoder(self._job)
+            for number, piece in enumerate(pieces):
+                yield piece, encoder.encode(number, piece)
+            return
         waiting: deque[tuple[Any, Connection, Piece]] = deque()
         for number, piece in enumerate(pieces):
-            process, connection = workers[number % num_workers]
-            if len(waiting) == num_workers * _PIECES_AHEAD:
+            process, connection = self._workers[number % len(self._workers)]
+            if len(waiting) == len(self._workers) * _PIECES_AHEAD:
                 yield _received(*waiting.popleft())
             _send(process, connection, (number, piece))
             waiting.append((process, connection, piece))
         while waiting:
             yield _received(*waiting.popleft())
-    finally:
-        for process, connection in workers:
+
+    def _end(self) -> None:
+        for process, connection in self._workers:
             connection.close()
             process.terminate()
-        for process, _ in workers:
+        for process, _ in self._workers:
             process.join()
 
 
@@ -97,11 +116,13 @@ def _work(job: Job, connection: Connection) -> None:
     tasks: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
     # A thread takes what comes: else the two ends could both be sending, each waiting for the other to receive.
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
-    encoder: PieceEncoder | None = None
+    # Before there is anything to do; what is wrong with the tokenizer is told when there is.
+    load_encoder = cache(partial(PieceEncoder, job))
+    with suppress(Exception):
+        load_encoder()
     while (task := tasks.get()) is not None:
         try:
-            encoder = encoder or PieceEncoder(job)
-            result: EncodedPiece | MegacoreError = encoder.encode(*task)
+            result: EncodedPiece | MegacoreError = load_encoder().encode(*task)
         except MegacoreError as error:
             result = error
         except Exception:
