@@ -118,6 +118,7 @@ def test_a_document_may_have_several_sequences(prefix):
     dataset = IndexedDataset(prefix)
     assert dataset.sizes.tolist() == [2, 1, 1]
     assert dataset.document_indices.tolist() == [0, 2, 3]
+    assert dataset.document_lengths().tolist() == [3, 1]
 
 
 def test_empty_documents_are_kept_and_add_no_token(prefix):
@@ -125,6 +126,7 @@ def test_empty_documents_are_kept_and_add_no_token(prefix):
     assert [dataset[i].tolist() for i in range(4)] == [[1], [], [2, 3], []]
     assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
     assert dataset.tokens(0, 3).tolist() == [1, 2, 3]
+    assert dataset.document_lengths().tolist() == [1, 0, 2, 0]
 
 
 def test_a_dataset_without_documents_can_be_written_and_read(prefix):
@@ -139,6 +141,15 @@ def test_a_dataset_without_document_boundaries_is_read(prefix):
     dataset = IndexedDataset(prefix)
     assert len(dataset) == 3
     assert dataset.document_indices.tolist() == [0]
+    assert dataset.document_lengths().tolist() == [3, 2, 4]
+
+
+def test_what_follows_the_last_boundary_is_a_document(prefix):
+    boundaries = struct.pack("<2q", 0, 1)
+    write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + boundaries)
+    dataset = IndexedDataset(prefix)
+    assert dataset.num_documents == 2
+    assert dataset.document_lengths().tolist() == [3, 6]
 
 
 def test_arrays_are_written_as_lists_are_whatever_their_type_and_strides(prefix):

@@ -34,12 +34,7 @@ def inspect(prefix: Path, as_json: bool) -> None:
     from megacore.data import DatasetDescription, IndexedDataset
 
     dataset, description = IndexedDataset(prefix), DatasetDescription.read(prefix)
-    starts = np.fromiter(
-        (dataset.document_start(number) for number in range(dataset.num_documents + 1)),
-        np.int64,
-        count=dataset.num_documents + 1,
-    )
-    lengths = np.diff(starts)
+    lengths = dataset.document_lengths()
     # Lengths that documents have, and none in between.
     quantiles = {
         name: int(np.quantile(lengths, share, method="lower")) if len(lengths) else 0

@@ -265,6 +265,15 @@ class IndexedDataset:
         sequence = int(self.document_indices[number]) if len(self.document_indices) > 1 else number
         return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
 
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The ids in each document, ``[num_documents]``."""
+        starts = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
+        if len(self.document_indices) == 1:
+            return np.diff(starts)
+        is_whole = self.document_indices[-1] == len(self)
+        boundaries = self.document_indices if is_whole else np.append(self.document_indices, len(self))
+        return np.diff(starts[boundaries])
+
     def documents(self) -> Iterator[list[NDArray[Any]]]:
         """The sequences of each document."""
         for number in range(self.num_documents):
