@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -64,6 +65,26 @@ def test_compressed_lines_are_read_with_all_members_of_the_file(lengths, tmp_pat
     assert lengths(tmp_path / name) == num_bytes(TEXTS) * num_members
 
 
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.zst"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_compressed_lines_across_the_borders_of_pieces_are_read_once_and_in_order(lengths, tmp_path, name, workers):
+    compress = gzip.compress if name.endswith(".gz") else zstandard.compress
+    # Noise, which does not become so small that all of it is read at once.
+    texts = [random.Random(size).randbytes(size).hex() for size in [*range(1, 1500), 2 * PIECE_BYTES + 5, 3, 7]]
+    (tmp_path / name).write_bytes(compress(jsonl(texts).rstrip()))
+    advanced: list[int] = []
+    assert lengths(tmp_path / name, workers=workers, advance=advanced.append) == num_bytes(texts)
+    assert len(advanced) > 3
+    assert sum(advanced) == (tmp_path / name).stat().st_size
+
+
+def test_the_line_of_an_error_is_right_in_later_pieces_of_a_compressed_file_too(lengths, tmp_path):
+    good = jsonl([random.Random(number).randbytes(500).hex() for number in range(3000)])
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(good + b"oops\n" + good))
+    with pytest.raises(DataError, match=r"in\.jsonl\.gz:3001: is not JSON"):
+        lengths(tmp_path / "in.jsonl.gz")
+
+
 @pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
 def test_a_compressed_file_that_ends_too_early_is_refused_and_nothing_is_left(lengths, tmp_path, compress, name):
     (tmp_path / name).write_bytes(compress(jsonl([f"{number}" for number in range(9999)]))[:-9])
@@ -101,6 +122,13 @@ def test_a_parquet_file_is_read_row_group_by_row_group(lengths, tmp_path):
 def test_a_parquet_file_without_texts_is_refused(lengths, tmp_path, column, message):
     pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=message):
+        lengths(tmp_path / "in.parquet")
+
+
+def test_the_row_of_an_error_is_right_in_later_row_groups_too(lengths, tmp_path):
+    table = pyarrow.table({"text": [*TEXTS, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    with pytest.raises(DataError, match=rf"in\.parquet: row {len(TEXTS) + 1}: the value of 'text' is null"):
         lengths(tmp_path / "in.parquet")
 
 
