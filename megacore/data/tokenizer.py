@@ -175,14 +175,20 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        added = sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
+        # The library counts entries where it should look for the largest id.
+        if added and vocabulary[added[0]] <= max(known.values()):
+            raise DataError(
+                f"{file}: its ids have gaps, and the tokenizers library would put the new token {added[0]} in one, at "
+                f"{vocabulary[added[0]]}, and the next ones onto ids that are taken: leave the vocabulary as it is "
+                f"(--no-new-tokens), or add the tokens to the file"
+            )
         super().__init__(
             file,
             definition=definition,
             # Not the number of entries: ids may have gaps.
             vocab_size=max(vocabulary.values()) + 1,
-            new_tokens={
-                token: vocabulary[token] for token in sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
-            },
+            new_tokens={token: vocabulary[token] for token in added},
             bos_id=_token_id(vocabulary, config.get("bos_token")),
             eod_id=vocabulary.get(EOD_TOKEN, _token_id(vocabulary, config.get("eos_token"))),
         )
