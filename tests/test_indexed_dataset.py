@@ -1,6 +1,7 @@
 """The indexed dataset. The format's truth is a worked example made by Megatron's own writer, byte for byte."""
 
 import errno
+import io
 import os
 import pickle
 import resource
@@ -56,6 +57,23 @@ def test_writes_the_worked_example_byte_for_byte(prefix):
     write(prefix, DOCUMENTS)
     assert Path(f"{prefix}.idx").read_bytes() == INDEX
     assert Path(f"{prefix}.bin").read_bytes() == TOKENS
+
+
+def test_many_documents_at_once_are_written_as_one_after_the_other(prefix):
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        writer.add_documents(np.array([5, 6, 7, 8, 9]), np.array([3, 2]))
+        writer.add_documents(np.array([], np.int64), np.array([], np.int64))
+        writer.add_documents(np.array([10, 11, 12, 13]), np.array([4]))
+    assert Path(f"{prefix}.idx").read_bytes() == INDEX
+    assert Path(f"{prefix}.bin").read_bytes() == TOKENS
+
+
+def test_the_pointers_that_are_written_above_2_gib_do_not_wrap_around(prefix):
+    # Without the tokens, which would take the room.
+    writer, file, size = IndexedDatasetWriter(prefix, "uint16"), io.BytesIO(), 3 * 2**28
+    writer._sizes.extend([size] * 4)
+    writer._write_index(file)
+    assert np.frombuffer(file.getvalue(), "<i8", 4, 34 + 4 * 4).tolist() == [0, 2 * size, 4 * size, 6 * size]
 
 
 def test_reads_the_worked_example(example):

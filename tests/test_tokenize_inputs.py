@@ -85,6 +85,13 @@ def test_the_line_of_an_error_is_right_in_later_pieces_of_a_compressed_file_too(
         lengths(tmp_path / "in.jsonl.gz")
 
 
+def test_a_window_as_large_as_zstd_long_writes_is_taken(lengths, tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "in.jsonl.zst").write_bytes(compressor.compress(jsonl(TEXTS)) + compressor.flush())
+    assert lengths(tmp_path / "in.jsonl.zst") == num_bytes(TEXTS)
+
+
 @pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
 def test_a_compressed_file_that_ends_too_early_is_refused_and_nothing_is_left(lengths, tmp_path, compress, name):
     (tmp_path / name).write_bytes(compress(jsonl([f"{number}" for number in range(9999)]))[:-9])
