@@ -17,6 +17,7 @@ import tokenizers
 
 from megacore.data import DatasetDescription, IndexedDataset, engines, load_tokenizer, tokenize
 from megacore.data.engines import EncodedTexts, Engine, Fastokens, Kitoken
+from megacore.errors import OutputError
 
 PIECES = [*topics.values(), *(Path(module).read_text() for module in (json.__file__, random.__file__))]
 STRANGE = [
@@ -135,6 +136,25 @@ def test_new_tokens_of_a_tokenizer_json_are_known_to_every_reader_of_the_written
     }  # it has a padding token of its own
     assert sorted(summary.new_tokens.values()) == list(range(49152, 49157))
     assert documents_of(tmp_path / "out") == json_ids(tmp_path / "out-tokenizer", STRANGE)
+
+
+def test_another_tokenizer_where_the_new_one_is_to_be_written_is_refused_before_the_work(mistral, tmp_path):
+    (tmp_path / "out-tokenizer").mkdir()
+    (tmp_path / "out-tokenizer/tokenizer.model").write_bytes(b"precious")
+    advanced: list[int] = []
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    with pytest.raises(OutputError, match="out-tokenizer: exists: delete it"):
+        tokenize(source, tokenizer=mistral, out=tmp_path / "out", advance=advanced.append)
+    assert advanced == []
+    assert (tmp_path / "out-tokenizer/tokenizer.model").read_bytes() == b"precious"
+
+
+def test_the_same_tokenizer_of_a_dataset_that_was_deleted_is_kept(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    for _ in range(2):
+        tokenize(source, tokenizer=mistral, out=tmp_path / "out")
+        for suffix in ("bin", "idx", "json"):
+            (tmp_path / f"out.{suffix}").unlink()
 
 
 def test_the_description_has_the_new_tokens_and_where_the_tokenizer_with_them_is(mistral, tmp_path):

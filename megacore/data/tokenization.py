@@ -18,7 +18,7 @@ from megacore.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megacore.data.inputs import Piece, expand, pieces
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import Problem
-from megacore.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from megacore.data.tokenizer import Tokenizer, directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.data.workers import encoded_pieces
 from megacore.errors import DataError
 
@@ -174,10 +174,12 @@ class _Run:
 
     @property
     def tokenizer_directory(self) -> Path:
-        return self.out.with_name(f"{self.out.name}-tokenizer")
+        return directory_beside(self.out)
 
     def write(self) -> dict[str, Any]:
         """Write the datasets; return what is to be counted, by the names of the summary."""
+        if self.vocabulary.new_tokens:
+            is_saved(self.vocabulary, self.tokenizer_directory)  # refused now, not after the work
         total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
         with ExitStack() as stack:
             writers = [
