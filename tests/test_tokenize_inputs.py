@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -132,6 +133,23 @@ def test_a_parquet_file_without_texts_is_refused(lengths, tmp_path, column, mess
         lengths(tmp_path / "in.parquet")
 
 
+def test_a_damaged_parquet_file_is_refused(lengths, tmp_path):
+    table = pyarrow.table({"text": [random.Random(number).randbytes(500).hex() for number in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    content = (tmp_path / "in.parquet").read_bytes()
+    (tmp_path / "in.parquet").write_bytes(content[:1000] + b"\xff" * 9000 + content[10000:])
+    with pytest.raises(DataError, match=r"in\.parquet: row group 1 is damaged"):
+        lengths(tmp_path / "in.parquet")
+
+
+def test_a_parquet_file_with_text_that_is_not_utf_8_is_refused(lengths, tmp_path):
+    offsets, text = struct.pack("<2i", 0, 2), b"\xff\xfe"
+    column = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(offsets), pyarrow.py_buffer(text))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet: row group 1 is damaged: .*0xff"):
+        lengths(tmp_path / "in.parquet")
+
+
 def test_the_row_of_an_error_is_right_in_later_row_groups_too(lengths, tmp_path):
     table = pyarrow.table({"text": [*TEXTS, None]})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
@@ -190,6 +208,13 @@ def test_each_of_several_keys_makes_a_dataset_of_its_own(tokenizer, tmp_path):
     assert IndexedDataset(tmp_path / "out_title").sizes.tolist() == [1, 2]
     assert summary.num_empty_documents == 1
     assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_key_that_no_file_can_be_named_after_is_refused_beside_others_and_taken_alone(lengths, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"a/b": "one", "c": "two"}')
+    with pytest.raises(DataError, match=r"'a/b' cannot be a part of the name.*tokenize it alone"):
+        lengths(tmp_path / "in.jsonl", json_key=["a/b", "c"])
+    assert lengths(tmp_path / "in.jsonl", json_key=["a/b"]) == [3]
 
 
 def run_command(tokenizer: Path, *arguments: str | Path, **options) -> subprocess.Popen[bytes]:

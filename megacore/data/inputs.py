@@ -105,15 +105,20 @@ class RowGroup(Piece):
     group: int
 
     def read(self, keys: Sequence[str]) -> Reading:
-        columns = _parquet_file(self.path).read_row_group(self.group, columns=list(keys))
+        file = _parquet_file(self.path)
+        try:
+            table = file.read_row_group(self.group, columns=list(keys))
+            columns = [table[key].to_pylist() for key in keys]
+        except (OSError, ValueError) as error:  # ValueErrors are pyarrow's own, and text that is not UTF-8
+            raise DataError(f"{self.path}: row group {self.group + 1} is damaged: {error}") from error
         documents: list[Document | Problem] = []
-        for position, texts in enumerate(zip(*(columns[key].to_pylist() for key in keys), strict=True)):
+        for position, texts in enumerate(zip(*columns, strict=True)):
             missing = [key for key, text in zip(keys, texts, strict=True) if text is None]
             if missing:
                 documents.append(Problem(position, f"the value of {missing[0]!r} is null, not a string"))
             else:
                 documents.append(Document(position, texts))
-        return Reading(documents, columns.num_rows)
+        return Reading(documents, table.num_rows)
 
     def where(self, position: int) -> str:
         return f"{self.path}: row {position + 1}"

@@ -108,6 +108,11 @@ def tokenize(
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     if not keys or len(set(keys)) < len(keys):
         raise DataError(f"the JSON keys must be different ones, at least one: {', '.join(keys) or 'none is given'}")
+    if len(keys) > 1 and (unnameable := [key for key in keys if "/" in key]):
+        raise DataError(
+            f"the JSON key {unnameable[0]!r} cannot be a part of the name of its dataset: tokenize it alone, without "
+            "other keys"
+        )
     added = NewTokens(standard=new_tokens, num_extra_ids=vocab_extra_ids, named=tuple(vocab_extra_ids_list))
     vocabulary = load_tokenizer(tokenizer, added)
     _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
