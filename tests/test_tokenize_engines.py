@@ -221,6 +221,14 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
     assert sum(advanced) == source.stat().st_size
 
 
+def test_a_disagreement_far_inside_of_a_long_document_is_found_too(smollm2, tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("abc " * (1 << 17) + "wrong here " * (1 << 17))
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "wrong here"))
+    notes: list[str] = []
+    tokenize(tmp_path / "in.txt", tokenizer=smollm2, out=tmp_path / "out", new_tokens=False, report=notes.append)
+    assert "in.txt: the engine is fastokens" in notes[0]
+
+
 def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "\r\n"))
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
@@ -265,3 +273,12 @@ def test_the_passages_that_are_compared_do_not_depend_on_chance():
     for batch_number in (1, 2, 77):
         assert engines._passages(texts, batch_number) == engines._passages(texts, batch_number)
     assert [index for index, _ in engines._passages(texts, 0)] == [0, 1, 2]
+
+
+def test_the_passages_that_are_compared_are_of_every_mebibyte():
+    numbered = "".join(f"{number:08}" for number in range(1 << 20))
+    for batch_number in (0, 3):
+        passages = [text for index, text in engines._passages(["", "x", numbered, ""], batch_number) if index == 2]
+        assert [numbered.index(passage) >> 20 for passage in passages][-14:] == sorted([*range(1, 8)] * 2)
+        assert len(passages) == (15 if batch_number == 0 else 16)
+    assert engines._passages(["", ""], 3) == []
