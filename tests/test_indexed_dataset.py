@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacore.data import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megacore.data import IndexedDataset, IndexedDatasetWriter, indexed_dataset, token_dtype
 from megacore.errors import DataError, DiskFullError, OutputError
 
 DOCUMENTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -157,6 +157,20 @@ def test_a_dataset_without_document_boundaries_is_read(prefix):
     dataset = IndexedDataset(prefix)
     assert len(dataset) == 3
     assert dataset.document_indices.tolist() == [0]
+
+
+def test_what_follows_the_last_boundary_is_one_more_document(prefix):
+    write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + struct.pack("<2q", 0, 1))
+    dataset = IndexedDataset(prefix)
+    assert dataset.num_documents == 2
+    assert [dataset.document_start(number) for number in range(3)] == [0, 3, 9]
+    assert dataset.document_starts(0, 9) == [0, 3]
+    assert [[ids.tolist() for ids in document] for document in dataset.documents()] == [[[5, 6, 7]], DOCUMENTS[1:]]
+
+
+@pytest.mark.parametrize("position, nearest", [(0, 0), (1, 0), (2, 3), (4, 3), (5, 5), (7, 5), (8, 9), (9, 9)])
+def test_the_nearest_beginning_of_a_document_is_found_and_of_two_the_first(example, position, nearest):
+    assert IndexedDataset(example).nearest_document_start(position) == nearest
 
 
 def test_arrays_are_written_as_lists_are_whatever_their_type_and_strides(prefix):
@@ -354,6 +368,17 @@ def test_a_damaged_or_foreign_index_is_refused(prefix, index, message):
     write_raw(prefix, index=index)
     with pytest.raises(DataError, match=rf"corpus\.v1\.idx: .*{message}"):
         IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_index_is_checked_a_part_at_a_time(example, monkeypatch, at_once):
+    monkeypatch.setattr(indexed_dataset, "_CHECKED_AT_ONCE", at_once)
+    assert IndexedDataset(example).num_tokens == 9
+    for name in ("negative size", "wrong size", "wrong pointer"):
+        index, message = FOREIGN_INDEXES[name]
+        write_raw(example, index=index)
+        with pytest.raises(DataError, match=message):
+            IndexedDataset(example)
 
 
 @pytest.mark.parametrize("tokens", [b"", TOKENS[:-1], TOKENS + b"\x00\x00"])

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megacore.data import DatasetDescription, IndexedDataset, engines, load_tokenizer, tokenize
+from megacore.data import DatasetDescription, IndexedDataset, NewTokens, engines, load_tokenizer, tokenize
 from megacore.data.engines import EncodedTexts, Engine, Fastokens, Kitoken
 from megacore.errors import OutputError
 
@@ -127,6 +127,22 @@ def test_new_tokens_have_the_original_order_and_text_becomes_only_those_that_wer
     assert documents_of(tmp_path / "out") == [[*ids, 32002] for ids in expected]
 
 
+def test_a_model_with_a_padding_token_gets_no_second_one(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c", "d e f"]), model_writer=file, vocab_size=13, hard_vocab_limit=False,
+            minloglevel=2, pad_id=3,
+        )  # fmt: skip
+    added = load_tokenizer(tmp_path, NewTokens(standard=True)).new_tokens
+    assert list(added) == ["<CLS>", "<SEP>", "<EOD>", "<MASK>"]
+
+
+def test_what_lies_beside_a_tokenizer_comes_along_where_it_is_written(smollm2, tmp_path):
+    tokenize(write_jsonl(tmp_path / "in.jsonl", ["one"]), tokenizer=smollm2, out=tmp_path / "out")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out-tokenizer" / name).read_bytes() == (smollm2 / name).read_bytes()
+
+
 def test_new_tokens_of_a_tokenizer_json_are_known_to_every_reader_of_the_written_one(smollm2, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
     summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", vocab_extra_ids_list=["<|turn|>"])
@@ -219,6 +235,20 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
     assert "different ids; all is tokenized again with" in note
     assert summary.engine == load_tokenizer(tokenizer).library
     assert sum(advanced) == source.stat().st_size
+
+
+def test_a_disagreement_is_told_with_its_line_also_after_blank_ones(smollm2, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "right"}\n\n\n\n{"text": "wrong here"}\n')
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "wrong here"))
+    notes: list[str] = []
+    tokenize(tmp_path / "in.jsonl", tokenizer=smollm2, out=tmp_path / "out", new_tokens=False, report=notes.append)
+    assert notes[0].startswith(f"{tmp_path}/in.jsonl:5: the engine is fastokens")
+
+
+def test_a_fast_engine_that_is_wrong_about_a_special_token_of_the_tokenizer_is_not_used(smollm2, monkeypatch):
+    tokenizer = load_tokenizer(smollm2)
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, tokenizer.special_tokens()[-1]))
+    assert Engine(tokenizer, use_fast=True).name == tokenizer.library
 
 
 def test_a_disagreement_far_inside_of_a_long_document_is_found_too(smollm2, tmp_path, monkeypatch):
