@@ -242,6 +242,19 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tokenizer, tmp_path):
             time.sleep(0.05)
 
 
+def test_a_script_that_its_own_processes_cannot_import_is_told_what_it_lacks(tokenizer, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
+    script = (
+        f"from megacore.data import tokenize\ntokenize('in.jsonl', tokenizer={str(tokenizer)!r}, out='o', workers=2)"
+    )
+    (tmp_path / "script.py").write_text(script)
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1] == (
+        "megacore.errors.WorkerError: a tokenizing process ended with exit code 1; a script that tokenizes must do so "
+        'under `if __name__ == "__main__":`, or with workers=1'
+    )
+
+
 def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl(["some words " * 200]) * 30_000)
     process = run_command(tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2")

@@ -93,7 +93,8 @@ def tokenize(
         vocab_extra_ids_list: add these tokens, even where ``new_tokens`` is false. Where any token is new, the
             tokenizer that knows it is written to ``out-tokenizer/``.
         on_error: whether a malformed record ends the work or is skipped and counted.
-        workers: processes; by default as many as there are cores, and none but this one for a small input.
+        workers: processes; by default as many as there are cores, and none but this one for a small input. They import
+            the script that was started, which must call this under ``if __name__ == "__main__":``.
         report: is told what a person should know, a sentence at a time.
         advance: is told of every few input bytes done; of a negative number when work is done again.
         advance_documents: is told of every few documents done, in the same way.
