@@ -36,8 +36,8 @@ def tokenized(
     text: str,
     *,
     words: str = "one two three",
-    append_eod: bool = False,
     new_tokens: bool = False,
+    **framing: bool,
 ) -> Path:
     """``text`` as a document, by a tokenizer that knows these words."""
     directory = place / words.replace(" ", "-")
@@ -46,9 +46,9 @@ def tokenized(
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "?"}')
     (place / f"{name}.txt").write_text(text)
-    tokenize(place / f"{name}.txt", tokenizer=directory, out=place / name, append_eod=append_eod, new_tokens=new_tokens)
+    tokenize(place / f"{name}.txt", tokenizer=directory, out=place / name, new_tokens=new_tokens, **framing)
     return place / name
 
 
@@ -130,9 +130,20 @@ def test_merge_describes_what_it_wrote_where_all_were_described(tmp_path):
     assert DatasetDescription.read(tmp_path / "undescribed") is None
 
 
+def test_merge_puts_the_tokenizer_with_new_tokens_beside_what_it_wrote_too(tmp_path):
+    one, two = (tokenized(tmp_path, name, "one two", new_tokens=True, append_eod=True) for name in ("one", "two"))
+    call("merge", one, two, "--out", tmp_path / "elsewhere/all")
+    head = call("head", tmp_path / "elsewhere/all")
+    assert head == "--- document 0, 3 tokens\none two <EOD>\n--- document 1, 3 tokens\none two <EOD>\n"
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
-    [({"words": "three two one"}, "different tokenizer"), ({"append_eod": True}, "different choice of --append-eod")],
+    [
+        ({"words": "three two one"}, "different tokenizer"),
+        ({"append_eod": True}, "different choice of --append-eod"),
+        ({"prepend_bos": True}, "different choice of --prepend-bos"),
+    ],
 )
 def test_merge_refuses_datasets_of_different_tokenizers_and_leaves_nothing(tmp_path, other, message):
     one, two = tokenized(tmp_path, "one", "one two"), tokenized(tmp_path, "two", "one", **other)

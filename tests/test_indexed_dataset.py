@@ -1,6 +1,7 @@
 """The indexed dataset. The format's truth is a worked example made by Megatron's own writer, byte for byte."""
 
 import errno
+import io
 import os
 import pickle
 import resource
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacore.data import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megacore.data import IndexedDataset, IndexedDatasetWriter, indexed_dataset, token_dtype
 from megacore.errors import DataError, DiskFullError, OutputError
 
 DOCUMENTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -56,6 +57,23 @@ def test_writes_the_worked_example_byte_for_byte(prefix):
     write(prefix, DOCUMENTS)
     assert Path(f"{prefix}.idx").read_bytes() == INDEX
     assert Path(f"{prefix}.bin").read_bytes() == TOKENS
+
+
+def test_many_documents_at_once_are_written_as_one_after_the_other(prefix):
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        writer.add_documents(np.array([5, 6, 7, 8, 9]), np.array([3, 2]))
+        writer.add_documents(np.array([], np.int64), np.array([], np.int64))
+        writer.add_documents(np.array([10, 11, 12, 13]), np.array([4]))
+    assert Path(f"{prefix}.idx").read_bytes() == INDEX
+    assert Path(f"{prefix}.bin").read_bytes() == TOKENS
+
+
+def test_the_pointers_that_are_written_above_2_gib_do_not_wrap_around(prefix):
+    # Without the tokens, which would take the room.
+    writer, file, size = IndexedDatasetWriter(prefix, "uint16"), io.BytesIO(), 3 * 2**28
+    writer._sizes.extend([size] * 4)
+    writer._write_index(file)
+    assert np.frombuffer(file.getvalue(), "<i8", 4, 34 + 4 * 4).tolist() == [0, 2 * size, 4 * size, 6 * size]
 
 
 def test_reads_the_worked_example(example):
@@ -150,6 +168,20 @@ def test_what_follows_the_last_boundary_is_a_document(prefix):
     dataset = IndexedDataset(prefix)
     assert dataset.num_documents == 2
     assert dataset.document_lengths().tolist() == [3, 6]
+
+
+def test_what_follows_the_last_boundary_is_one_more_document(prefix):
+    write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + struct.pack("<2q", 0, 1))
+    dataset = IndexedDataset(prefix)
+    assert dataset.num_documents == 2
+    assert [dataset.document_start(number) for number in range(3)] == [0, 3, 9]
+    assert dataset.document_starts(0, 9) == [0, 3]
+    assert [[ids.tolist() for ids in document] for document in dataset.documents()] == [[[5, 6, 7]], DOCUMENTS[1:]]
+
+
+@pytest.mark.parametrize("position, nearest", [(0, 0), (1, 0), (2, 3), (4, 3), (5, 5), (7, 5), (8, 9), (9, 9)])
+def test_the_nearest_beginning_of_a_document_is_found_and_of_two_the_first(example, position, nearest):
+    assert IndexedDataset(example).nearest_document_start(position) == nearest
 
 
 def test_arrays_are_written_as_lists_are_whatever_their_type_and_strides(prefix):
@@ -347,6 +379,17 @@ def test_a_damaged_or_foreign_index_is_refused(prefix, index, message):
     write_raw(prefix, index=index)
     with pytest.raises(DataError, match=rf"corpus\.v1\.idx: .*{message}"):
         IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_index_is_checked_a_part_at_a_time(example, monkeypatch, at_once):
+    monkeypatch.setattr(indexed_dataset, "_CHECKED_AT_ONCE", at_once)
+    assert IndexedDataset(example).num_tokens == 9
+    for name in ("negative size", "wrong size", "wrong pointer"):
+        index, message = FOREIGN_INDEXES[name]
+        write_raw(example, index=index)
+        with pytest.raises(DataError, match=message):
+            IndexedDataset(example)
 
 
 @pytest.mark.parametrize("tokens", [b"", TOKENS[:-1], TOKENS + b"\x00\x00"])

@@ -119,6 +119,13 @@ def test_a_part_that_would_silently_be_empty_is_refused_with_what_would_do(tmp_p
         split_tokens(dataset_of(tmp_path / "d", [10] * 100), [969, 30, 1], 7)
 
 
+def test_the_dataset_that_would_do_is_large_enough_for_the_smallest_part(tmp_path):
+    # Of 400 tokens neither of the last two parts has enough.
+    with pytest.raises(DataError, match=r"use a dataset of 40761 tokens or more"):
+        split_tokens(dataset_of(tmp_path / "d", [400]), [969, 0.5, 1], 20)
+    assert len(split_tokens(dataset_of(tmp_path / "e", [40761]), [969, 0.5, 1], 20)) == 3
+
+
 def test_a_part_of_weight_0_is_not_asked_for(tmp_path):
     assert list(split_tokens(dataset_of(tmp_path / "d", [10] * 100), [9, 0, 1], 7)) == ["train", "test"]
 
@@ -165,6 +172,18 @@ def test_splits_that_contradict_themselves_are_refused(tmp_path, keys, message):
 def test_a_malformed_mixture_is_refused_with_what_it_takes(tmp_path, prefix):
     with pytest.raises(ConfigError, match=r"data\.prefix: .*\{ prefix = PATH, weight = NUMBER \}"):
         run_of(tmp_path, f"prefix = {prefix}")
+
+
+def test_datasets_of_the_same_length_have_orders_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        dataset_of(tmp_path / name, [700])
+    entries = ", ".join(f'{{ prefix = "{tmp_path / name}", weight = 1 }}' for name in ("a", "b"))
+    samples = open_samples(run_of(tmp_path, f"prefix = [{entries}]"), CHECKPOINT)
+    orders: list[list[int]] = [[], []]
+    for position in range(100):
+        source, sample = samples.place(position)
+        orders[source].append(sample)
+    assert orders[0] != orders[1]
 
 
 def test_every_sample_of_each_dataset_comes_once_an_epoch_in_an_order_that_changes(mixture):

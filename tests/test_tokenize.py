@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 import megacore.data
 from megacore.cli import cli
-from megacore.data import DatasetDescription, IndexedDataset, load_tokenizer
+from megacore.data import DatasetDescription, IndexedDataset, NewTokens, load_tokenizer
 from megacore.errors import DataError, OutputError
 
 # Most of these tests are about a vocabulary as it is published.
@@ -156,6 +156,15 @@ def test_the_vocabulary_size_is_above_every_id_even_where_ids_have_gaps(tmp_path
     vocabulary = {"[UNK]": 0, "a": 7, "b": 400}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).vocab_size == 401
+
+
+def test_new_tokens_that_would_come_among_ids_with_gaps_are_refused(tmp_path):
+    # The library would give <EOD> the id of "b".
+    vocabulary = {"[UNK]": 0, "a": 1, "b": 5}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"tokenizer\.json: its ids have gaps.*<CLS> in one, at 3.*--no-new-tokens"):
+        load_tokenizer(tmp_path, NewTokens(standard=True))
+    assert load_tokenizer(tmp_path).vocab_size == 6
 
 
 def test_truncation_and_padding_that_a_tokenizer_json_asks_for_are_not_done(tokenizer_json, tmp_path):

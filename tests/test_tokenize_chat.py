@@ -104,6 +104,17 @@ def test_the_end_of_a_turn_is_learned_even_if_the_template_leaves_it_outside_of_
     assert found == [assistant_mask(tokenizer, chat, MARKED_CHATML) for chat in CONVERSATIONS]
 
 
+def test_conversations_of_more_than_one_batch_are_all_there_in_their_order(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", CHATML)
+    chats = [[{"role": "user", "content": "n?"}, {"role": "assistant", "content": f"{n}"}] for n in range(2500)]
+    file = write_conversations(tmp_path / "chats.jsonl", chats)
+    tokenize_chat(file, tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+    learned = [
+        [id for id, role in zip(ids, roles, strict=True) if role == 2] for ids, roles in written(tmp_path / "out")
+    ]
+    assert tokenizer.batch_decode(learned) == [f"{n}<|im_end|>" for n in range(2500)]
+
+
 def test_an_answer_without_a_header_of_its_own_begins_after_the_question(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", INST)
     chat = [{"role": "system", "content": "S"}, *CONVERSATIONS[0], *CONVERSATIONS[0]]
@@ -187,6 +198,21 @@ def test_a_template_in_the_configuration_is_used_and_a_file_beside_it_comes_firs
     for name, template in {"configured": CHATML, "file": INST}.items():
         expected = [whole(tokenizer, chat, chat_template=template) for chat in CONVERSATIONS]
         assert [ids for ids, _ in written(tmp_path / name)] == expected
+
+
+def test_a_conversation_with_tools_has_the_template_for_them_where_there_is_one(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", None)
+    config = tmp_path / "tokenizer/tokenizer_config.json"
+    with_tools = "{{ tools | tojson }}" + CHATML
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": with_tools}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
+    chat, tools = CONVERSATIONS[0], [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    lines = [json.dumps({"messages": chat, "tools": tools}), json.dumps({"messages": chat})]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    tokenize_chat(tmp_path / "chats.jsonl", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+    assert [ids for ids, _ in written(tmp_path / "out")] == [
+        whole(tokenizer, chat, tools=tools, chat_template=with_tools), whole(tokenizer, chat, chat_template=CHATML)
+    ]  # fmt: skip
 
 
 def test_a_template_can_be_given_for_a_tokenizer_without_one(tmp_path, conversations):

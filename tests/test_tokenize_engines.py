@@ -15,8 +15,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megacore.data import DatasetDescription, IndexedDataset, engines, load_tokenizer, tokenize
+from megacore.data import DatasetDescription, IndexedDataset, NewTokens, engines, load_tokenizer, tokenize
 from megacore.data.engines import EncodedTexts, Engine, Fastokens, Kitoken
+from megacore.errors import OutputError
 
 PIECES = [*topics.values(), *(Path(module).read_text() for module in (json.__file__, random.__file__))]
 STRANGE = [
@@ -126,6 +127,22 @@ def test_new_tokens_have_the_original_order_and_text_becomes_only_those_that_wer
     assert documents_of(tmp_path / "out") == [[*ids, 32002] for ids in expected]
 
 
+def test_a_model_with_a_padding_token_gets_no_second_one(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c", "d e f"]), model_writer=file, vocab_size=13, hard_vocab_limit=False,
+            minloglevel=2, pad_id=3,
+        )  # fmt: skip
+    added = load_tokenizer(tmp_path, NewTokens(standard=True)).new_tokens
+    assert list(added) == ["<CLS>", "<SEP>", "<EOD>", "<MASK>"]
+
+
+def test_what_lies_beside_a_tokenizer_comes_along_where_it_is_written(smollm2, tmp_path):
+    tokenize(write_jsonl(tmp_path / "in.jsonl", ["one"]), tokenizer=smollm2, out=tmp_path / "out")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out-tokenizer" / name).read_bytes() == (smollm2 / name).read_bytes()
+
+
 def test_new_tokens_of_a_tokenizer_json_are_known_to_every_reader_of_the_written_one(smollm2, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
     summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", vocab_extra_ids_list=["<|turn|>"])
@@ -135,6 +152,25 @@ def test_new_tokens_of_a_tokenizer_json_are_known_to_every_reader_of_the_written
     }  # it has a padding token of its own
     assert sorted(summary.new_tokens.values()) == list(range(49152, 49157))
     assert documents_of(tmp_path / "out") == json_ids(tmp_path / "out-tokenizer", STRANGE)
+
+
+def test_another_tokenizer_where_the_new_one_is_to_be_written_is_refused_before_the_work(mistral, tmp_path):
+    (tmp_path / "out-tokenizer").mkdir()
+    (tmp_path / "out-tokenizer/tokenizer.model").write_bytes(b"precious")
+    advanced: list[int] = []
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    with pytest.raises(OutputError, match="out-tokenizer: exists: delete it"):
+        tokenize(source, tokenizer=mistral, out=tmp_path / "out", advance=advanced.append)
+    assert advanced == []
+    assert (tmp_path / "out-tokenizer/tokenizer.model").read_bytes() == b"precious"
+
+
+def test_the_same_tokenizer_of_a_dataset_that_was_deleted_is_kept(mistral, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    for _ in range(2):
+        tokenize(source, tokenizer=mistral, out=tmp_path / "out")
+        for suffix in ("bin", "idx", "json"):
+            (tmp_path / f"out.{suffix}").unlink()
 
 
 def test_the_description_has_the_new_tokens_and_where_the_tokenizer_with_them_is(mistral, tmp_path):
@@ -201,6 +237,28 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
     assert sum(advanced) == source.stat().st_size
 
 
+def test_a_disagreement_is_told_with_its_line_also_after_blank_ones(smollm2, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "right"}\n\n\n\n{"text": "wrong here"}\n')
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "wrong here"))
+    notes: list[str] = []
+    tokenize(tmp_path / "in.jsonl", tokenizer=smollm2, out=tmp_path / "out", new_tokens=False, report=notes.append)
+    assert notes[0].startswith(f"{tmp_path}/in.jsonl:5: the engine is fastokens")
+
+
+def test_a_fast_engine_that_is_wrong_about_a_special_token_of_the_tokenizer_is_not_used(smollm2, monkeypatch):
+    tokenizer = load_tokenizer(smollm2)
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, tokenizer.special_tokens()[-1]))
+    assert Engine(tokenizer, use_fast=True).name == tokenizer.library
+
+
+def test_a_disagreement_far_inside_of_a_long_document_is_found_too(smollm2, tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("abc " * (1 << 17) + "wrong here " * (1 << 17))
+    monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "wrong here"))
+    notes: list[str] = []
+    tokenize(tmp_path / "in.txt", tokenizer=smollm2, out=tmp_path / "out", new_tokens=False, report=notes.append)
+    assert "in.txt: the engine is fastokens" in notes[0]
+
+
 def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "\r\n"))
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
@@ -245,3 +303,12 @@ def test_the_passages_that_are_compared_do_not_depend_on_chance():
     for batch_number in (1, 2, 77):
         assert engines._passages(texts, batch_number) == engines._passages(texts, batch_number)
     assert [index for index, _ in engines._passages(texts, 0)] == [0, 1, 2]
+
+
+def test_the_passages_that_are_compared_are_of_every_mebibyte():
+    numbered = "".join(f"{number:08}" for number in range(1 << 20))
+    for batch_number in (0, 3):
+        passages = [text for index, text in engines._passages(["", "x", numbered, ""], batch_number) if index == 2]
+        assert [numbered.index(passage) >> 20 for passage in passages][-14:] == sorted([*range(1, 8)] * 2)
+        assert len(passages) == (15 if batch_number == 0 else 16)
+    assert engines._passages(["", ""], 3) == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -64,6 +66,33 @@ def test_compressed_lines_are_read_with_all_members_of_the_file(lengths, tmp_pat
     assert lengths(tmp_path / name) == num_bytes(TEXTS) * num_members
 
 
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.zst"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_compressed_lines_across_the_borders_of_pieces_are_read_once_and_in_order(lengths, tmp_path, name, workers):
+    compress = gzip.compress if name.endswith(".gz") else zstandard.compress
+    # Noise, which does not become so small that all of it is read at once.
+    texts = [random.Random(size).randbytes(size).hex() for size in [*range(1, 1500), 2 * PIECE_BYTES + 5, 3, 7]]
+    (tmp_path / name).write_bytes(compress(jsonl(texts).rstrip()))
+    advanced: list[int] = []
+    assert lengths(tmp_path / name, workers=workers, advance=advanced.append) == num_bytes(texts)
+    assert len(advanced) > 3
+    assert sum(advanced) == (tmp_path / name).stat().st_size
+
+
+def test_the_line_of_an_error_is_right_in_later_pieces_of_a_compressed_file_too(lengths, tmp_path):
+    good = jsonl([random.Random(number).randbytes(500).hex() for number in range(3000)])
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(good + b"oops\n" + good))
+    with pytest.raises(DataError, match=r"in\.jsonl\.gz:3001: is not JSON"):
+        lengths(tmp_path / "in.jsonl.gz")
+
+
+def test_a_window_as_large_as_zstd_long_writes_is_taken(lengths, tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "in.jsonl.zst").write_bytes(compressor.compress(jsonl(TEXTS)) + compressor.flush())
+    assert lengths(tmp_path / "in.jsonl.zst") == num_bytes(TEXTS)
+
+
 @pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
 def test_a_compressed_file_that_ends_too_early_is_refused_and_nothing_is_left(lengths, tmp_path, compress, name):
     (tmp_path / name).write_bytes(compress(jsonl([f"{number}" for number in range(9999)]))[:-9])
@@ -101,6 +130,30 @@ def test_a_parquet_file_is_read_row_group_by_row_group(lengths, tmp_path):
 def test_a_parquet_file_without_texts_is_refused(lengths, tmp_path, column, message):
     pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=message):
+        lengths(tmp_path / "in.parquet")
+
+
+def test_a_damaged_parquet_file_is_refused(lengths, tmp_path):
+    table = pyarrow.table({"text": [random.Random(number).randbytes(500).hex() for number in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    content = (tmp_path / "in.parquet").read_bytes()
+    (tmp_path / "in.parquet").write_bytes(content[:1000] + b"\xff" * 9000 + content[10000:])
+    with pytest.raises(DataError, match=r"in\.parquet: row group 1 is damaged"):
+        lengths(tmp_path / "in.parquet")
+
+
+def test_a_parquet_file_with_text_that_is_not_utf_8_is_refused(lengths, tmp_path):
+    offsets, text = struct.pack("<2i", 0, 2), b"\xff\xfe"
+    column = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(offsets), pyarrow.py_buffer(text))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet: row group 1 is damaged: .*0xff"):
+        lengths(tmp_path / "in.parquet")
+
+
+def test_the_row_of_an_error_is_right_in_later_row_groups_too(lengths, tmp_path):
+    table = pyarrow.table({"text": [*TEXTS, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    with pytest.raises(DataError, match=rf"in\.parquet: row {len(TEXTS) + 1}: the value of 'text' is null"):
         lengths(tmp_path / "in.parquet")
 
 
@@ -157,6 +210,13 @@ def test_each_of_several_keys_makes_a_dataset_of_its_own(tokenizer, tmp_path):
     assert not (tmp_path / "out.bin").exists()
 
 
+def test_a_key_that_no_file_can_be_named_after_is_refused_beside_others_and_taken_alone(lengths, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"a/b": "one", "c": "two"}')
+    with pytest.raises(DataError, match=r"'a/b' cannot be a part of the name.*tokenize it alone"):
+        lengths(tmp_path / "in.jsonl", json_key=["a/b", "c"])
+    assert lengths(tmp_path / "in.jsonl", json_key=["a/b"]) == [3]
+
+
 def run_command(tokenizer: Path, *arguments: str | Path, **options) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megacore", "tokenize", "--no-new-tokens", "--tokenizer", tokenizer, *arguments]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, **options)
@@ -180,6 +240,19 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tokenizer, tmp_path):
         while time.monotonic() < deadline:
             os.killpg(process.pid, 0)
             time.sleep(0.05)
+
+
+def test_a_script_that_its_own_processes_cannot_import_is_told_what_it_lacks(tokenizer, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
+    script = (
+        f"from megacore.data import tokenize\ntokenize('in.jsonl', tokenizer={str(tokenizer)!r}, out='o', workers=2)"
+    )
+    (tmp_path / "script.py").write_text(script)
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1] == (
+        "megacore.errors.WorkerError: a tokenizing process ended with exit code 1; a script that tokenizes must do so "
+        'under `if __name__ == "__main__":`, or with workers=1'
+    )
 
 
 def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import zlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from megacore.data.probes import probes
 from megacore.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
-# At the start all texts are compared, as far as these many characters go; later a few passages of every batch.
+# At the start all texts are compared, as far as these many characters go; later a few passages of every mebibyte.
 # fastokens is some 30 times as fast as tokenizers: of each mebibyte, 2 KiB that both encode cost about a twentieth.
 _FIRST_CHARACTERS = 1 << 16
 _PASSAGES = 2
@@ -156,23 +158,31 @@ def _pass_on_what_ends_the_process(error: BaseException) -> None:
 
 
 def _passages(texts: Sequence[str], batch_number: int) -> list[tuple[int, str]]:
-    """What both engines encode, each with the index of its text: of the first batch the beginning, then a sample."""
+    """What both engines encode, each with the index of its text: of the first batch the beginning, then a sample.
+
+    A batch is about a mebibyte, or one text that may be of any length: the sample grows with it.
+    """
+    passages = []
     if batch_number == 0:
-        passages, room = [], _FIRST_CHARACTERS
+        room = _FIRST_CHARACTERS
         for index, text in enumerate(texts):
             if room <= 0:
                 break
             passages.append((index, text[:room]))
             room -= len(text)
+    ends = list(accumulate(map(len, texts)))
+    if not ends or ends[-1] == 0:
         return passages
-    chosen = []
-    for number in range(_PASSAGES if texts else 0):
+    mebibytes = max(1, round(ends[-1] / (1 << 20)))
+    length = ends[-1] // mebibytes
+    for number in range(_PASSAGES if batch_number == 0 else 0, _PASSAGES * mebibytes):
         # A digest, so that the same input is compared in the same places whatever the processes.
-        place = zlib.crc32(f"{batch_number} {number}".encode())
-        index = place % len(texts)
-        start = place % max(1, len(texts[index]) - _PASSAGE_CHARACTERS + 1)
-        chosen.append((index, texts[index][start : start + _PASSAGE_CHARACTERS]))
-    return chosen
+        place = number // _PASSAGES * length + zlib.crc32(f"{batch_number} {number}".encode()) % length
+        index = bisect_right(ends, place)
+        text = texts[index]
+        start = min(place - (ends[index] - len(text)), max(0, len(text) - _PASSAGE_CHARACTERS))
+        passages.append((index, text[start : start + _PASSAGE_CHARACTERS]))
+    return passages
 
 
 def _flattened(texts: list[list[int]]) -> EncodedTexts:

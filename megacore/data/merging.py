@@ -12,6 +12,7 @@ import numpy as np
 
 from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megacore.data.tokenization import DatasetDescription
+from megacore.data.tokenizer import directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.errors import DataError
 
 
@@ -21,20 +22,25 @@ def merge_datasets(
     """Write the documents of several datasets, in the order given, into the dataset ``out``, and return it.
 
     Ids are stored in the widest of the datasets' types. Memory holds one document at a time and 12 bytes for each.
-    ``out`` has a description where all of them have one.
+    ``out`` has a description where all of them have one, and the tokenizer beside it that they have beside them.
 
     Args:
         advance: is told of every few bytes of ids done.
 
     Raises:
         DataError: a dataset cannot be read, or they were made with different tokenizers, or do not agree on whether
-            documents end with an end-of-document token.
+            documents begin with a begin token or end with an end-of-document token.
         OutputError: the output exists or cannot be written. Nothing is left of it.
     """
     if not prefixes:
         raise DataError("no dataset to merge; give at least one")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     description = _joined([(prefix, DatasetDescription.read(prefix)) for prefix in prefixes], datasets)
+    tokenizer, directory = None, directory_beside(Path(out))
+    if description is not None and description.tokenizer_directory is not None:
+        tokenizer = load_tokenizer(Path(prefixes[0]).with_name(description.tokenizer_directory))
+        description = dataclasses.replace(description, tokenizer_directory=directory.name)
+        is_saved(tokenizer, directory)  # refused now, not after the work
     dtype = np.result_type(*(dataset.dtype for dataset in datasets))
     with IndexedDatasetWriter(out, dtype) as writer:
         for dataset in datasets:
@@ -43,6 +49,8 @@ def merge_datasets(
                 advance(sum(ids.nbytes for ids in sequences))
         if description is not None:
             writer.describe(description.to_json())
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory)
     return IndexedDataset(out)
 
 
@@ -52,7 +60,11 @@ def _joined(
     """The description of all together, or ``None`` where one is lacking; those that there are must agree."""
     described = [(prefix, description) for prefix, description in found if description is not None]
     for (first_prefix, first), (prefix, other) in pairwise(described):
-        for name, what in (("tokenizer_sha256", "tokenizer"), ("append_eod", "choice of --append-eod")):
+        for name, what in (
+            ("tokenizer_sha256", "tokenizer"),
+            ("append_eod", "choice of --append-eod"),
+            ("prepend_bos", "choice of --prepend-bos"),
+        ):
             if getattr(first, name) != getattr(other, name):
                 raise DataError(
                     f"{first_prefix} and {prefix} were made with a different {what}: what is merged is read as one "

@@ -37,7 +37,7 @@ def split_tokens(dataset: IndexedDataset, weights: Sequence[float], seq_length: 
         if all(len(part) > seq_length for part in parts.values()):
             return parts
     split, part = min(parts.items(), key=lambda item: len(item[1]))
-    needed = Fraction(seq_length + 1) / shares[split]
+    needed = Fraction(seq_length + 1) / min(shares.values())  # enough for the smallest part, which is not always this
     raise DataError(
         f"{dataset.prefix}: data.split = {[float(weight) for weight in weights]} gives {len(part)} of its "
         f"{dataset.num_tokens} tokens to {split}, and a sample of data.seq_length {seq_length} takes {seq_length + 1}: "

@@ -18,7 +18,7 @@ from megacore.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megacore.data.inputs import Piece, expand, pieces
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import Problem
-from megacore.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from megacore.data.tokenizer import Tokenizer, directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.data.workers import Encoders
 from megacore.errors import DataError
 
@@ -93,7 +93,8 @@ def tokenize(
         vocab_extra_ids_list: add these tokens, even where ``new_tokens`` is false. Where any token is new, the
             tokenizer that knows it is written to ``out-tokenizer/``.
         on_error: whether a malformed record ends the work or is skipped and counted.
-        workers: processes; by default as many as there are cores, and none but this one for a small input.
+        workers: processes; by default as many as there are cores, and none but this one for a small input. They import
+            the script that was started, which must call this under ``if __name__ == "__main__":``.
         report: is told what a person should know, a sentence at a time.
         advance: is told of every few input bytes done; of a negative number when work is done again.
         advance_documents: is told of every few documents done, in the same way.
@@ -108,6 +109,11 @@ def tokenize(
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     if not keys or len(set(keys)) < len(keys):
         raise DataError(f"the JSON keys must be different ones, at least one: {', '.join(keys) or 'none is given'}")
+    if len(keys) > 1 and (unnameable := [key for key in keys if "/" in key]):
+        raise DataError(
+            f"the JSON key {unnameable[0]!r} cannot be a part of the name of its dataset: tokenize it alone, without "
+            "other keys"
+        )
     added = NewTokens(standard=new_tokens, num_extra_ids=vocab_extra_ids, named=tuple(vocab_extra_ids_list))
     job = Job(
         tokenizer=Path(tokenizer),
@@ -177,10 +183,12 @@ class _Run:
 
     @property
     def tokenizer_directory(self) -> Path:
-        return self.out.with_name(f"{self.out.name}-tokenizer")
+        return directory_beside(self.out)
 
     def write(self, encoders: Encoders) -> dict[str, Any]:
         """Write the datasets; return what is to be counted, by the names of the summary."""
+        if self.vocabulary.new_tokens:
+            is_saved(self.vocabulary, self.tokenizer_directory)  # refused now, not after the work
         total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
         with ExitStack() as stack:
             writers = [

@@ -175,14 +175,20 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        added = sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
+        # The library counts entries where it should look for the largest id.
+        if added and vocabulary[added[0]] <= max(known.values()):
+            raise DataError(
+                f"{file}: its ids have gaps, and the tokenizers library would put the new token {added[0]} in one, at "
+                f"{vocabulary[added[0]]}, and the next ones onto ids that are taken: leave the vocabulary as it is "
+                f"(--no-new-tokens), or add the tokens to the file"
+            )
         super().__init__(
             file,
             definition=definition,
             # Not the number of entries: ids may have gaps.
             vocab_size=max(vocabulary.values()) + 1,
-            new_tokens={
-                token: vocabulary[token] for token in sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
-            },
+            new_tokens={token: vocabulary[token] for token in added},
             bos_id=_token_id(vocabulary, config.get("bos_token")),
             eod_id=vocabulary.get(EOD_TOKEN, _token_id(vocabulary, config.get("eos_token"))),
         )
@@ -233,21 +239,33 @@ def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tok
     return kinds[path.suffix](path, new_tokens)
 
 
+def directory_beside(prefix: Path) -> Path:
+    """Where the tokenizer of a dataset is, if tokens were added to it."""
+    return prefix.with_name(f"{prefix.name}-tokenizer")
+
+
+def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether the tokenizer is in ``directory``. Raises :class:`OutputError` when something else is."""
+    if not directory.exists():
+        return False
+    copy = directory / _file_name(tokenizer)
+    if copy.is_file() and copy.read_bytes() == tokenizer.definition:
+        return True
+    raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
+
+
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write the tokenizer, with the tokens that were added, to ``directory``; what lies beside its file comes along.
 
     Raises:
         OutputError: the directory exists with another tokenizer, or cannot be written.
     """
-    copy = directory / f"tokenizer{tokenizer.file.suffix}"
-    if directory.exists():
-        if copy.is_file() and copy.read_bytes() == tokenizer.definition:
-            return
-        raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
+    if is_saved(tokenizer, directory):
+        return
     staging = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         staging.mkdir(parents=True)
-        (staging / copy.name).write_bytes(tokenizer.definition)
+        (staging / _file_name(tokenizer)).write_bytes(tokenizer.definition)
         for name in _BESIDE:
             if (beside := tokenizer.file.with_name(name)).is_file():
                 shutil.copyfile(beside, staging / name)
@@ -256,6 +274,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         raise OutputError(f"{directory}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _file_name(tokenizer: Tokenizer) -> str:
+    return f"tokenizer{tokenizer.file.suffix}"
 
 
 def _load_sentencepiece(definition: bytes, file: Path) -> Any:

@@ -100,9 +100,12 @@ def _received(process: Any, connection: Connection, piece: Piece) -> tuple[Piece
 
 def _death(process: Any) -> WorkerError:
     process.join(timeout=5)
+    killed = "-9 is what a process gets that takes too much memory: try fewer with --workers"
+    # Each process imports the script that was started, as Python's multiprocessing has it.
+    by_itself = 'a script that tokenizes must do so under `if __name__ == "__main__":`, or with workers=1'
+    code = process.exitcode
     return WorkerError(
-        f"a tokenizing process ended with exit code {process.exitcode}; -9 is what a process gets that takes too much "
-        f"memory: try fewer with --workers"
+        f"a tokenizing process ended with exit code {code}; {by_itself if code is not None and code >= 0 else killed}"
     )
 
 
