@@ -12,7 +12,15 @@ import tokenizers
 from click.testing import CliRunner
 
 from megacore.cli import cli
-from megacore.data import DatasetDescription, IndexedDataset, IndexedDatasetWriter, tokenize
+from megacore.data import (
+    DatasetDescription,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    InstructionDataset,
+    tokenize,
+    tokenize_chat,
+)
+from tiny_chat import CHATML, CONVERSATIONS, write_conversations, write_tokenizer
 
 DOCUMENTS = [[5, 6, 7], [], [8, 9], [10, 11, 12, 13]]
 
@@ -56,11 +64,11 @@ def test_inspect_says_how_many_documents_and_tokens_there_are_and_how_long_they_
     prefix = write(tmp_path / "d", [[1] * n for n in range(1, 102)])
     found = json.loads(call("inspect", prefix, "--json"))
     assert (found["documents"], found["tokens"], found["dtype"]) == (101, 5151, "uint16")
-    assert found["document_lengths"] == {
+    assert found["lengths"] == {
         "shortest": 1, "10 %": 11, "median": 51, "90 %": 91, "99 %": 100, "longest": 101,
     }  # fmt: skip
     assert found["description"] is None
-    assert "101\ntokens      5,151, as uint16\n" in call("inspect", prefix)
+    assert "101\ntokens         5,151, as uint16\n" in call("inspect", prefix)
 
 
 def test_inspect_names_the_tokenizer(tmp_path):
@@ -74,6 +82,28 @@ def test_head_prints_text_where_tokenize_wrote_the_tokenizer_beside_the_dataset(
     assert call("head", prefix) == "--- document 0, 3 tokens\none two <EOD>\n"
 
 
+def test_conversations_are_inspected_and_shown_with_who_speaks(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    chats = [[{"role": "system", "content": "S"}, *CONVERSATIONS[0]]]
+    file = write_conversations(tmp_path / "chats.jsonl", chats)
+    tokenize_chat(file, tokenizer=tmp_path / "tokenizer", out=tmp_path / "chats")
+    said = call("inspect", tmp_path / "chats")
+    assert "conversations  1\n" in said and "with the markup template" in said
+    found = json.loads(call("inspect", tmp_path / "chats", "--json"))
+    Path(tmp_path / "chats.json").unlink()
+    assert json.loads(call("inspect", tmp_path / "chats", "--json")) == found | {"description": None}
+    text = call("head", tmp_path / "chats", "--tokenizer", tmp_path / "tokenizer")
+    assert [line[:11] for line in text.splitlines() if line.startswith("[")][:3] == [
+        "[system] <|", "[prompter] ", "[assistant]"
+    ]  # fmt: skip
+    assert f"[assistant] {chats[0][2]['content']}<|im_end|>\n" in text
+    ids = InstructionDataset(tmp_path / "chats")[0][0].tolist()
+    shown = re.sub(r"\[\w+\]", "", call("head", tmp_path / "chats").partition("\n")[2])
+    assert list(map(int, shown.split())) == ids
+    refused = call("merge", tmp_path / "chats", tmp_path / "chats", "--out", tmp_path / "all", exit_code=2)
+    assert "holds conversations; train on several such datasets as a mixture" in refused
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_truncated_or_foreign_dataset_is_refused(tmp_path, suffix):
     prefix = write(tmp_path / "d", DOCUMENTS)
@@ -85,7 +115,7 @@ def test_a_truncated_or_foreign_dataset_is_refused(tmp_path, suffix):
 
 
 def test_an_empty_dataset_is_inspected(tmp_path):
-    assert json.loads(call("inspect", write(tmp_path / "d", []), "--json"))["document_lengths"]["longest"] == 0
+    assert json.loads(call("inspect", write(tmp_path / "d", []), "--json"))["lengths"]["longest"] == 0
 
 
 def test_head_prints_the_first_documents_as_ids_or_as_text(tmp_path):

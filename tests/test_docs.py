@@ -80,8 +80,11 @@ def test_the_page_on_data_lists_every_option_of_the_command_for_conversations() 
 
 
 def test_the_records_in_the_page_on_data_can_be_read() -> None:
-    [messages, question] = re.findall(r"```json\n(.*)\n(.*)\n```", (ROOT / "docs/data.md").read_text())[0]
+    pattern = r"```json\n(.*)\n(.*)\n(.*)\n```"
+    [messages, sharegpt, question] = re.findall(pattern, (ROOT / "docs/data.md").read_text())[0]
     assert MessageKeys().read(json.loads(messages))[0][1]["content"] == "Hello."
+    of_sharegpt = MessageKeys(messages="conversations").read(json.loads(sharegpt))
+    assert of_sharegpt == MessageKeys().read(json.loads(messages))
     assert len(QuestionKeys(system="system").read(json.loads(question))[0]) == 3
 
 

@@ -43,6 +43,15 @@ def test_what_is_not_the_assistants_counts_scalar_loss_mask_but_padding_nothing(
     assert samples[0].loss_mask.tolist() == [0.25, 1, 1, 0.25, 0, 0, 0, 0]
 
 
+def test_a_conversation_whose_answers_are_cut_off_is_left_out_unless_the_rest_counts(tmp_path):
+    data = dataset(tmp_path)
+    samples = InstructionSamples(data, 5)
+    assert (samples.num_overlong, samples.num_cut_short, len(samples)) == (1, 1, 3)
+    assert InstructionSamples(data, 5, scalar_loss_mask=0.5).num_cut_short == 0
+    only = InstructionSamples(data, 2)
+    assert [only[number].tokens.tolist() for number in range(len(only))] == [[11, 12, 13], [21, 22, 23], [41, 42, 0]]
+
+
 def test_a_conversation_that_fills_a_sample_exactly_is_whole(tmp_path):
     samples = InstructionSamples(dataset(tmp_path), 6)
     assert samples[2].tokens.tolist() == [31, 32, 33, 34, 35, 36, 37]
@@ -51,7 +60,7 @@ def test_a_conversation_that_fills_a_sample_exactly_is_whole(tmp_path):
 
 
 def test_a_longer_one_is_truncated_and_counted(tmp_path):
-    samples = InstructionSamples(dataset(tmp_path), 5)
+    samples = InstructionSamples(dataset(tmp_path), 5, scalar_loss_mask=0.5)
     assert samples[2].tokens.tolist() == [31, 32, 33, 34, 35, 36]
     assert (samples.num_overlong, len(samples), samples.num_conversations) == (1, 4, 4)
 

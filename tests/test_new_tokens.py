@@ -49,6 +49,14 @@ def published_rows(directory: Path, name: str) -> torch.Tensor:
     return AutoModelForCausalLM.from_pretrained(directory).state_dict()[name]
 
 
+def test_rows_are_of_the_mean_of_all_rows_when_those_are_read_in_blocks(published, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("megacore.checkpoint.new_rows._ROWS_AT_ONCE", 40)
+    megacore.convert("llama", published, tmp_path / "grown", add_tokens=dataset)
+    megacore.export(tmp_path / "grown", tmp_path / "exported")
+    rows = published_rows(tmp_path / "exported", "model.embed_tokens.weight")
+    torch.testing.assert_close(rows[VOCAB:], rows[:VOCAB].mean(0).expand(len(rows) - VOCAB, -1))
+
+
 @pytest.mark.parametrize("command", ["convert", "split"])
 def test_embedding_and_head_grow_by_the_mean_of_their_rows(published, dataset, tmp_path, command):
     if command == "convert":

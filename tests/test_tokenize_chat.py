@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 from click.testing import CliRunner
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
@@ -266,19 +267,32 @@ def test_a_tokenizer_model_is_refused_with_a_chat_template(tmp_path, conversatio
         tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer.model", out=tmp_path / "out")
 
 
+def ids_of_megatron_llm(processor: SentencePieceProcessor, text: str) -> list[int]:
+    """As its ``_SentencePieceTokenizer.tokenize``: the specials are searched for, and what is between is encoded."""
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    ids, index = [], 0
+    while True:
+        found = [(text.find(token, index), token) for token in specials if token in text[index:]]
+        if not found:
+            return ids + processor.encode_as_ids(text[index:])
+        position, token = min(found)
+        ids += [*processor.encode_as_ids(text[index:position]), processor.piece_to_id(token)]
+        index = position + len(token)
+
+
 def test_a_tokenizer_model_that_knows_the_markup_of_megatron_llm_is_taken(tmp_path):
     with (tmp_path / "tokenizer.model").open("wb") as model:
         SentencePieceTrainer.train(
             sentence_iterator=iter(["question answer a b c"]), model_writer=model, vocab_size=290, byte_fallback=True,
             user_defined_symbols=["<|im_start|>", "<|im_end|>"], hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
-    (tmp_path / "qa.jsonl").write_text(json.dumps({"input": "a", "output": "b"}))
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"input": "a </s>b", "output": "b<|im_end|>c"}))
     tokenize_chat(
         tmp_path / "qa.jsonl", tokenizer=tmp_path / "tokenizer.model", out=tmp_path / "out", keys=QuestionKeys()
     )
-    pairs = [("question", "a"), ("answer", "b")]
     processor = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    turns = [processor.encode(f"<|im_start|>{name}\n{text}<|im_end|>\n") for name, text in pairs]
+    pairs = [("question", "a </s>b"), ("answer", "b<|im_end|>c")]
+    turns = [ids_of_megatron_llm(processor, f"<|im_start|>{name}\n{text}<|im_end|>\n") for name, text in pairs]
     assert written(tmp_path / "out") == [(turns[0] + turns[1], [1] * len(turns[0]) + [2] * len(turns[1]))]
 
 
@@ -399,10 +413,28 @@ def test_a_tokenizer_that_does_not_know_the_markup_is_refused(tmp_path):
     file = tmp_path / "tokenizer/tokenizer.json"
     file.write_text(file.read_text().replace("<|im_end|>", "<|other|>"))
     (tmp_path / "qa.jsonl").write_text(json.dumps(RECORDS[0]))
-    with pytest.raises(DataError, match=r"does not know <\|im_end\|> as a token.*: add it to the tokenizer and to the"):
+    with pytest.raises(DataError, match=r"does not know <\|im_end\|> as a token.*: add both with --vocab-extra"):
         tokenize_chat(
             tmp_path / "qa.jsonl", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out", keys=QuestionKeys()
         )
+
+
+def test_the_markup_of_megatron_llm_can_be_added_to_a_tokenizer_that_lacks_it(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({chr(code): code - 10 for code in range(10, 127)}, []))
+    (tmp_path / "bytes").mkdir()
+    made.save(str(tmp_path / "bytes/tokenizer.json"))
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"input": "a", "output": "b"}))
+    words = ["--tokenizer", tmp_path / "bytes", "--vocab-extra-ids-list", "<|im_start|>,<|im_end|>"]
+    words += ["--question-key", "input", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(cli, ["tokenize-chat", f"--input={tmp_path / 'qa.jsonl'}", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    assert "2 new tokens (<|im_start|> 117, <|im_end|> 118): the tokenizer that has them is" in result.output
+    text = "".join(f"<|im_start|>{name}\n{said}<|im_end|>\n" for name, said in (("question", "a"), ("answer", "b")))
+    grown = tokenizers.Tokenizer.from_file(str(tmp_path / "out-tokenizer/tokenizer.json"))
+    assert written(tmp_path / "out")[0][0] == grown.encode(text).ids
+    description = InstructionDescription.read(tmp_path / "out")
+    assert (description.vocab_size, description.tokenizer_directory) == (119, "out-tokenizer")
+    assert description.new_tokens == {"<|im_start|>": 117, "<|im_end|>": 118}
 
 
 # --- records that cannot be used, and output

@@ -58,6 +58,30 @@ def num_bytes(texts: list[str]) -> list[int]:
     return [len(text.encode()) for text in texts]
 
 
+@pytest.mark.parametrize("name", ["in.JSONL", "in.ndjson", "in.jsonl.GZ"])
+def test_names_say_what_a_file_holds_whatever_their_case(lengths, tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(jsonl(TEXTS)) if name.endswith("GZ") else jsonl(TEXTS))
+    assert lengths(tmp_path / name) == num_bytes(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.bz2", "in.zip", "in.jsonl.XZ"])
+def test_what_is_packed_in_a_way_that_is_not_read_is_no_text(lengths, tmp_path, name):
+    (tmp_path / name).write_bytes(b"text, for all that can be seen")
+    with pytest.raises(DataError, match=r"is not read: unpack it, or pack it as \.gz or \.zst instead"):
+        lengths(tmp_path / name)
+
+
+def test_zeros_that_fill_up_a_compressed_file_are_passed_over(lengths, tmp_path):
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)) + bytes(1000))
+    assert lengths(tmp_path / "in.jsonl.gz") == num_bytes(TEXTS)
+
+
+def test_a_column_of_text_may_be_in_a_dictionary(lengths, tmp_path):
+    column = pyarrow.array(TEXTS).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+    assert lengths(tmp_path / "in.parquet") == num_bytes(TEXTS)
+
+
 @pytest.mark.parametrize("name", ["in.jsonl.gz", "in.json.gz", "in.jsonl.zst"])
 @pytest.mark.parametrize("num_members", [1, 2])
 def test_compressed_lines_are_read_with_all_members_of_the_file(lengths, tmp_path, name, num_members):

@@ -13,7 +13,7 @@ from torch import Tensor
 from megacore.checkpoint.manifest import TOKENIZER_FILES
 from megacore.checkpoint.matrix import ConcatenatedRows, LazyMatrix, count
 from megacore.checkpoint.writing import Parameter
-from megacore.data import DatasetDescription, Tokenizer, load_tokenizer
+from megacore.data import DatasetDescription, InstructionDescription, Tokenizer, load_tokenizer
 from megacore.errors import DataError
 from megacore.parallel import Rows
 
@@ -108,9 +108,9 @@ def _with_rows(parameter: Parameter, rows: int) -> Parameter:
 def _tokenizer_directory(path: Path) -> Path:
     if path.is_dir():
         return path
-    description = DatasetDescription.read(path)
+    description = DatasetDescription.read(path) or InstructionDescription.read(path)
     if description is None:
-        raise DataError(f"{path}: neither a tokenizer's directory nor a dataset that `megacore tokenize` has made")
+        raise DataError(f"{path}: neither a tokenizer's directory nor a dataset that megacore has made")
     if description.tokenizer_directory is None:
         raise DataError(f"{path}: the dataset was tokenized without new tokens: leave out --add-tokens")
     return path.with_name(description.tokenizer_directory)

@@ -9,7 +9,15 @@ import click
 
 from megacore.cli.notes import counted, print_note
 from megacore.cli.progress import documents_progress
-from megacore.cli.tokenizing_options import ManyInputs, inputs_option, on_error_option, prefix_option, tokenizer_option
+from megacore.cli.tokenizing_options import (
+    ManyInputs,
+    inputs_option,
+    note_new_tokens,
+    on_error_option,
+    prefix_option,
+    tokenizer_option,
+    vocab_extra_ids_list_option,
+)
 
 if TYPE_CHECKING:
     from megacore.data import TokenizeSummary
@@ -46,7 +54,7 @@ if TYPE_CHECKING:
     "is no padding token), and the model needs rows for them.",
 )
 @click.option("--vocab-extra-ids", default=0, metavar="N", help="Add N tokens <extra_id_0>, <extra_id_1>…")
-@click.option("--vocab-extra-ids-list", default="", metavar="A,B", help="Add these tokens.")
+@vocab_extra_ids_list_option
 @on_error_option
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Processes to spread the work over.  [default: cores]"
@@ -94,12 +102,7 @@ def tokenize(
         )
     for error in summary.first_errors:
         print_note(f"skipped {error}")
-    if summary.tokenizer_directory is not None:
-        tokens = ", ".join(f"{token} {number}" for token, number in summary.new_tokens.items())
-        print_note(
-            f"{counted(len(summary.new_tokens), 'new token')} ({tokens}): the tokenizer that has them is "
-            f"{summary.tokenizer_directory}, and the model needs rows for them"
-        )
+    note_new_tokens(summary.new_tokens, summary.tokenizer_directory)
     click.echo(_told(summary))
 
 

@@ -9,7 +9,15 @@ import click
 
 from megacore.cli.notes import counted, print_note
 from megacore.cli.progress import bytes_progress
-from megacore.cli.tokenizing_options import ManyInputs, inputs_option, on_error_option, prefix_option, tokenizer_option
+from megacore.cli.tokenizing_options import (
+    ManyInputs,
+    inputs_option,
+    note_new_tokens,
+    on_error_option,
+    prefix_option,
+    tokenizer_option,
+    vocab_extra_ids_list_option,
+)
 
 _SHOWN = 10
 """Skipped records that are told of one by one."""
@@ -43,6 +51,7 @@ _SHOWN = 10
     metavar="FILE",
     help="A Jinja template.  [default: the tokenizer's own]",
 )
+@vocab_extra_ids_list_option
 @on_error_option
 def tokenize_chat(
     inputs: tuple[Path, ...],
@@ -55,6 +64,7 @@ def tokenize_chat(
     system_key: str | None,
     markup: Literal["template", "megatron-llm"] | None,
     chat_template: Path | None,
+    vocab_extra_ids_list: str,
     on_error: Literal["stop", "skip"],
 ) -> None:
     """Turn conversations into instruction data: token ids, and who speaks at each of them.
@@ -97,12 +107,14 @@ def tokenize_chat(
             keys=keys,
             markup=markup,
             chat_template=chat_template,
+            vocab_extra_ids_list=vocab_extra_ids_list.split(",") if vocab_extra_ids_list else (),
             on_error=on_error,
             on_skip=tell,
             advance=advance,
         )
     if num_told > _SHOWN:
         print_note(f"skipped {num_told - _SHOWN:,} more")
+    note_new_tokens(summary.new_tokens, summary.tokenizer_directory)
     if summary.num_with_special_tokens:
         print_note(
             f"{counted(summary.num_with_special_tokens, 'conversation')} with text that spells special tokens, which "

@@ -1,12 +1,13 @@
-"""Options that ``tokenize`` and ``tokenize-chat`` share."""
+"""What ``tokenize`` and ``tokenize-chat`` share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import click
 
+from megacore.cli.notes import counted, print_note
 from megacore.cli.options import Command
 
 
@@ -22,7 +23,8 @@ def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
     current, num_values = "", 0
     for word in args:
         if word.startswith("-"):
-            current, num_values = word, 0
+            current, equals, _ = word.partition("=")
+            num_values = len(equals)
         else:
             num_values += 1
             if current == option and num_values > 1:
@@ -54,6 +56,10 @@ def prefix_option(help_: str) -> Callable[[Command], Command]:
     return click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PREFIX", help=help_)
 
 
+vocab_extra_ids_list_option = click.option(
+    "--vocab-extra-ids-list", default="", metavar="A,B", help="Add these tokens to the vocabulary."
+)
+
 on_error_option = click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
@@ -61,3 +67,13 @@ on_error_option = click.option(
     show_default=True,
     help="What to do about a record that cannot be used.",
 )
+
+
+def note_new_tokens(new_tokens: Mapping[str, int], directory: Path | None) -> None:
+    """Say which tokens were added, and what a model needs for them."""
+    if directory is not None:
+        tokens = ", ".join(f"{token} {number}" for token, number in new_tokens.items())
+        print_note(
+            f"{counted(len(new_tokens), 'new token')} ({tokens}): the tokenizer that has them is {directory}, and the "
+            "model needs rows for them"
+        )

@@ -20,8 +20,16 @@ from megacore.data.chat_template import ChatTemplate, find_chat_template, specia
 from megacore.data.indexed_dataset import token_dtype
 from megacore.data.inputs import expand
 from megacore.data.instruction import InstructionDescription, Role, writing_instruction_data
+from megacore.data.new_tokens import NewTokens
 from megacore.data.records import require_encodable
-from megacore.data.tokenizer import Tokenizer, load_tokenizer
+from megacore.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    directory_beside,
+    is_saved,
+    load_tokenizer,
+    save_tokenizer,
+)
 from megacore.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,6 +54,10 @@ class ChatSummary:
     """Records that could not be used."""
     num_with_special_tokens: int
     """Conversations with text that spells special tokens, which it has become."""
+    new_tokens: dict[str, int]
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: Path | None
+    """Where the tokenizer with these tokens is; None where none was added."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ def tokenize_chat(
     keys: MessageKeys | QuestionKeys | None = None,
     markup: Markup | None = None,
     chat_template: str | Path | None = None,
+    vocab_extra_ids_list: Sequence[str] = (),
     on_error: Literal["stop", "skip"] = "stop",
     on_skip: Callable[[DataError], None] = lambda error: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
@@ -98,6 +111,8 @@ def tokenize_chat(
             roles system, question and answer, which that program writes, each turn encoded by itself, its header and
             end learned with an answer. By default the latter for questions and answers, else the former.
         chat_template: a file with the template; by default it is the tokenizer's.
+        vocab_extra_ids_list: add these tokens to the vocabulary; the tokenizer that knows them is written to
+            ``out-tokenizer/``.
         on_error: what to do about a record that cannot be used.
         on_skip: is told of each record that is skipped.
         advance: is told of every few input bytes done.
@@ -110,7 +125,10 @@ def tokenize_chat(
     paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
     keys = keys or MessageKeys()
     markup = markup or ("megatron-llm" if isinstance(keys, QuestionKeys) else "template")
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, NewTokens(named=tuple(vocab_extra_ids_list)))
+    tokenizer_directory = directory_beside(Path(out)) if loaded.new_tokens else None
+    if tokenizer_directory is not None:
+        is_saved(loaded, tokenizer_directory)  # refused now, not after the work
     library = _library_tokenizer(loaded)
     special = re.compile("|".join(map(re.escape, _added_tokens(library) if library else [])) or "(?!)")
     encoder: _Encoder
@@ -175,7 +193,11 @@ def tokenize_chat(
             num_tokens=num_tokens,
             num_assistant_tokens=num_assistant_tokens,
             megacore_version=version("megacore"),
+            new_tokens=loaded.new_tokens,
+            tokenizer_directory=tokenizer_directory.name if tokenizer_directory is not None else None,
         )
+        if tokenizer_directory is not None:
+            save_tokenizer(loaded, tokenizer_directory)
     return ChatSummary(
         prefix=Path(out),
         num_conversations=num_conversations,
@@ -183,6 +205,8 @@ def tokenize_chat(
         num_assistant_tokens=num_assistant_tokens,
         num_skipped=num_skipped,
         num_with_special_tokens=num_with_special_tokens,
+        new_tokens=loaded.new_tokens,
+        tokenizer_directory=tokenizer_directory,
     )
 
 
@@ -248,6 +272,7 @@ class _MegatronLlmEncoder:
 
     template_sha256: str | None = None
 
+    _MARKS: ClassVar = ("<|im_start|>", "<|im_end|>")
     _NAMES: ClassVar = {
         "system": ("system", Role.SYSTEM),
         "user": ("question", Role.PROMPTER),
@@ -256,13 +281,18 @@ class _MegatronLlmEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        for token in ("<|im_start|>", "<|im_end|>"):
+        self._tokens: re.Pattern[str] | None = None
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            tokens = {*tokenizer.control_tokens(), *tokenizer.new_tokens, *self._MARKS}
+            self._tokens = re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
+        for token in self._MARKS:
             # Twice, since sentencepiece may put a piece for a space before the first.
             once, twice = tokenizer.encode_batch([token, token + token])
             if len(twice) - len(once) != 1:
                 raise DataError(
                     f"{tokenizer.file}: does not know {token} as a token, which the markup of megatron-llm needs: add "
-                    "it to the tokenizer and to the model, or write the conversations with a chat template"
+                    "both with --vocab-extra-ids-list '<|im_start|>,<|im_end|>' and give the model rows for them "
+                    "(--add-tokens), or write the conversations with a chat template"
                 )
 
     def pieces(self, conversation: Conversation) -> list[_Piece]:
@@ -279,9 +309,23 @@ class _MegatronLlmEncoder:
         return pieces
 
     def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        for piece, ids in zip(pieces, self._tokenizer.encode_batch([piece.text for piece in pieces]), strict=True):
+        parts = [self._parts(piece.text) for piece in pieces]
+        encoded = iter(self._tokenizer.encode_batch([text for of_piece in parts for text in of_piece[::2]]))
+        for piece, of_piece in zip(pieces, parts, strict=True):
             [(_, _, role)] = piece.spans
-            yield np.array(ids, np.int64), np.full(len(ids), role, np.int64)
+            # A text, a token, a text, and so on.
+            ids = [
+                [self._tokenizer.token_id(part)] if number % 2 else next(encoded)
+                for number, part in enumerate(of_piece)
+            ]
+            yield np.array(list(chain.from_iterable(ids)), np.int64), np.full(sum(map(len, ids)), role, np.int64)
+
+    def _parts(self, text: str) -> list[str]:
+        """The text cut at each token that Megatron-LLM looks for itself, around a SentencePiece model.
+
+        What lies between is encoded as a text of its own, which may begin with a piece for a space.
+        """
+        return [text] if self._tokens is None else self._tokens.split(text)
 
 
 def _library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
@@ -290,7 +334,7 @@ def _library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
         return None
     import tokenizers
 
-    library = tokenizers.Tokenizer.from_str(tokenizer.file.read_text(encoding="utf-8"))
+    library = tokenizers.Tokenizer.from_str(tokenizer.definition.decode())
     library.no_truncation()
     library.no_padding()
     # It would add no token here, but may cut white space off what a token says of its place.

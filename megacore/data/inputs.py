@@ -17,7 +17,11 @@ from megacore.errors import DataError
 PIECE_BYTES = 1 << 20
 """Enough for a process to be busy for a while, little enough for memory to stay small."""
 
-_READ_AT_ONCE = 1 << 16
+_READ_AT_ONCE = 1 << 14
+"""Of a compressed file: what is very repetitive grows to a thousand times of it."""
+
+_NOT_READ = {".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".arrow"}
+"""What somebody may name, and would not want to be taken for text."""
 
 
 class Reading(NamedTuple):
@@ -92,7 +96,7 @@ class WholeText(Piece):
     """A file of plain text, compressed or not, which is one record: the text, under any key."""
 
     def read(self, keys: Sequence[str]) -> Reading:
-        if (suffix := self.path.suffix) in _COMPRESSED:
+        if (suffix := self.path.suffix.lower()) in _COMPRESSED:
             content = b"".join(block for block, _ in _decompressed(self.path, suffix))
         else:
             content = self.path.read_bytes()
@@ -152,15 +156,18 @@ def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
         text_keys: the columns that a parquet file must have, of strings.
 
     Raises:
-        DataError: the file is damaged, has no such columns, or needs a package that is not installed.
+        DataError: the file is damaged, of a kind that is not read, has no such columns, or needs a package that is not
+            installed.
     """
     size = path.stat().st_size
-    suffixes = path.suffixes[-2:]
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in _NOT_READ:
+        raise DataError(f"{path}: {suffixes[-1]} is not read: unpack it, or pack it as .gz or .zst instead")
     compressed = suffixes[-1] if suffixes and suffixes[-1] in _COMPRESSED else None
     kind = (suffixes[:-1] if compressed else suffixes)[-1:]
     if kind == [".parquet"]:
         yield from _row_groups(path, text_keys, size)
-    elif kind not in ([".jsonl"], [".json"]):
+    elif kind not in ([".jsonl"], [".ndjson"], [".json"]):
         yield WholeText(path, size, True)
     elif compressed:
         yield from _line_blocks(path, compressed)
@@ -216,7 +223,7 @@ def _decompressed(path: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
                     raise DataError(f"{path}: is damaged, or not compressed as its name says: {error}") from error
                 num_read, has_begun, block = 0, True, b""
                 if decompressor.eof:
-                    block = decompressor.unused_data
+                    block = decompressor.unused_data.lstrip(b"\0")  # which may fill up the last block of a tape
                     decompressor, has_begun = new_decompressor(), False
     if has_begun:
         raise DataError(f"{path}: ends in the middle: it was not written or copied as a whole")
@@ -242,7 +249,7 @@ def _row_groups(path: Path, text_keys: Sequence[str], size: int) -> Iterator[Row
         if key not in schema.names:
             columns = ", ".join(map(repr, schema.names)) or "none"
             raise DataError(f"{path}: has no column {key!r} (its columns: {columns}); choose one with --json-key")
-        if str(schema.field(key).type) not in ("string", "large_string", "string_view"):
+        if str(schema.field(key).type).removeprefix("dictionary<values=").partition(",")[0] not in _TEXT_TYPES:
             raise DataError(
                 f"{path}: column {key!r} is of type {schema.field(key).type}, not string; choose another one with "
                 f"--json-key"
@@ -251,6 +258,10 @@ def _row_groups(path: Path, text_keys: Sequence[str], size: int) -> Iterator[Row
         # Where the last one ends the whole file is read.
         start, stop = (size * number // file.num_row_groups for number in (group, group + 1))
         yield RowGroup(path, stop - start, group == 0, group)
+
+
+_TEXT_TYPES = ("string", "large_string", "string_view")
+"""Of parquet's columns, those with text, each text by itself or by its number in a dictionary."""
 
 
 def _parquet_file(path: Path) -> Any:

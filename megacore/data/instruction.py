@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class InstructionDescription(Description):
     num_tokens: int
     num_assistant_tokens: int
     megacore_version: str
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: str | None = None
+    """Where the tokenizer with these tokens is, beside the dataset."""
 
 
 class InstructionDataset:

@@ -38,6 +38,7 @@ class InstructionSamples:
     Attributes:
         num_overlong: conversations that were truncated or dropped.
         num_short: conversations of less than two tokens, which have nothing to predict, and were dropped.
+        num_cut_short: of those that would be truncated, how many would then have nothing to learn, and were dropped.
         num_conversations: those that are left.
         fill: how much of ``seq_length`` is not padding, of all samples on average.
 
@@ -63,6 +64,12 @@ class InstructionSamples:
         is_short = dataset.lengths < 2
         self.num_overlong, self.num_short = int(is_overlong.sum()), int(is_short.sum())
         is_kept = ~(is_short | is_overlong) if overlong == "drop" else ~is_short
+        self.num_cut_short = 0
+        if overlong == "truncate" and scalar_loss_mask == 0:
+            for number in np.flatnonzero(is_overlong):
+                _, roles = dataset[int(number)]
+                is_kept[number] = (roles[1 : seq_length + 1] == Role.ASSISTANT).any()
+            self.num_cut_short = int((~is_kept).sum()) - self.num_short
         numbers = np.flatnonzero(is_kept)
         if len(dataset) < 2**31:
             numbers = numbers.astype(np.int32)  # half the memory
@@ -70,8 +77,8 @@ class InstructionSamples:
         if not len(numbers):
             raise DataError(
                 f"{dataset.prefix}: none of its {len(dataset)} conversations can be used: {self.num_overlong} have "
-                f"more than {seq_length + 1} tokens, {self.num_short} less than two; raise data.seq_length, or set "
-                'data.overlong = "truncate"'
+                f"more than {seq_length + 1} tokens, {self.num_short} less than two; raise data.seq_length"
+                + (', or set data.overlong = "truncate"' if overlong == "drop" else "")
             )
         lengths = np.minimum(dataset.lengths[numbers], seq_length + 1)
         self._rows = _packed(numbers, lengths, seq_length + 1) if packing else _one_each(numbers)

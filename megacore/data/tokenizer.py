@@ -133,6 +133,11 @@ class SentencePieceTokenizer(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(piece): piece for piece in range(self.vocab_size)}
 
+    def control_tokens(self) -> list[str]:
+        """Those that text never becomes, such as ``</s>``."""
+        model = self._processor
+        return [model.id_to_piece(piece) for piece in range(model.vocab_size()) if model.is_control(piece)]
+
     def special_tokens(self) -> list[str]:
         model = self._processor
         # sentencepiece does not tell which symbols are user-defined; they have the score 0, as few others do.
@@ -310,4 +315,4 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
 def _token_id(vocabulary: dict[str, int], token: str | dict[str, Any] | None) -> int | None:
     """The id of a token that the configuration names by its text, or by an object with the text under ``content``."""
     text = token.get("content") if isinstance(token, dict) else token
-    return None if text is None else vocabulary.get(text)
+    return vocabulary.get(text) if isinstance(text, str) else None

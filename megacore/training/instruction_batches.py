@@ -31,7 +31,9 @@ def open_instruction_samples(prefix: Path, run: RunConfig, checkpoint: Checkpoin
     if description is not None and description.vocab_size > vocab_size:
         raise DataError(
             f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
-            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer"
+            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer or, where new "
+            f"tokens are wanted, give the model rows for them: `megacore split {checkpoint.path} --out … "
+            f"--add-tokens {prefix}`"
         )
     return InstructionSamples(
         InstructionDataset(prefix),
@@ -54,6 +56,11 @@ def instruction_notes(run: RunConfig, samples: InstructionSamples) -> Iterator[s
     if samples.num_overlong:
         done = "truncated" if run.data.overlong == "truncate" else "dropped"
         yield f"{prefix}: {samples.num_overlong:,} conversations of more than {length + 1} tokens are {done}"
+    if samples.num_cut_short:
+        yield (
+            f"{prefix}: {samples.num_cut_short:,} conversations are left out, of whose first {length + 1} tokens none "
+            "is the assistant's"
+        )
     if samples.num_short:
         yield f"{prefix}: {samples.num_short:,} conversations of less than two tokens are dropped"
 
