@@ -34,6 +34,7 @@ from megacore.plugins import get_family
 from megacore.training.agreement import require_agreement
 from megacore.training.batches import batches, open_samples
 from megacore.training.engine import HELD_IN, Engine
+from megacore.training.evaluation import Evaluation
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.prefetch import prefetched
@@ -77,6 +78,7 @@ def train(
     nodes: Nodes = ONE_NODE,
     on_note: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
 ) -> list[Step]:
     """Train as ``run`` says and save a native checkpoint at the end. Starts the processes that it needs.
 
@@ -87,6 +89,7 @@ def train(
         nodes: those that the run is spread over; this is called on each of them, and reads and writes the same files.
         on_note: is told what a person should know at the start.
         on_step: is told of each step as it is done; a function of a module, since another process calls it.
+        on_evaluation: likewise, of each evaluation.
 
     Raises:
         MegacoreError: in one of its kinds; what can be checked is checked before the model is loaded.
@@ -119,6 +122,7 @@ def train(
         _train_on_rank,
         run,
         on_step,
+        on_evaluation,
         sizes=sizes,
         nodes=nodes,
         timeout=timedelta(seconds=run.parallel.timeout),
@@ -222,7 +226,12 @@ def _describe_samples(run: RunConfig, split: Split, samples: MixedSamples) -> st
     return f"to {VERBS[split]} on: {'; '.join(told)}"
 
 
-def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
+def _train_on_rank(
+    parallel: ParallelContext,
+    run: RunConfig,
+    on_step: Callable[[Step], None] | None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+) -> list[Step]:
     checkpoint = Checkpoint(run.model.checkpoint)
     require_agreement(checkpoint, run.data.files(), parallel)
     held = HELD_IN[run.model.dtype]
