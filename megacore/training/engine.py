@@ -29,7 +29,7 @@ from megacore.parallel import (
 from megacore.plugins import get_family
 from megacore.training.batches import Batch
 from megacore.training.loss_scale import LossScale
-from megacore.training.optimizer import build_optimizer
+from megacore.training.optimizer import build_optimizer, set_rates
 from megacore.training.plan import compute_options, model_specs_of, pipeline_stages, splits_backward
 from megacore.training.run_config import RunConfig
 
@@ -93,32 +93,36 @@ class Engine:
                 # over many tokens, for which 16 bit are too few.
                 shard_one(model, compute_dtype=None)
         self.parameters = {name: p for model in self.stages for name, p in model.own_parameters().items()}
-        self.num_micro_batches = run.training.global_batch_size // parallel.dp_size // run.training.micro_batch_size
         self._buckets: GradientBuckets | None = None
         if parallel.sizes.dp_shard == 1 and parallel.sizes.dp_replicate > 1:
             self._buckets = GradientBuckets(self._all_parameters(), parallel.group("dp_replicate"))
-        self._pipeline = self._build_pipeline(run.data.seq_length) if parallel.pp_size > 1 else None
-        self._pipeline_length = run.data.seq_length
+        self._pipeline: tuple[tuple[int, int], Pipeline] | None = None
         self._ends_group = self._group_of_both_ends(config)
         self.optimizer = build_optimizer(
             self._all_named_parameters(), self.specs, run.optimizer, kernel=run.kernels.optimizer
         )
         self.loss_scale = LossScale(run.loss_scale) if run.model.dtype == "fp16" else None
 
-    def step(self, batch: Batch, *, lr: float) -> StepResult:
+    def step(
+        self, batch: Batch, *, lr: float, weight_decay: float | None = None, is_skipped: bool = False
+    ) -> StepResult:
         """Take one optimizer step on ``batch``, which is this process's part of the global one.
 
-        A step whose gradients are not finite is not taken.
+        A step whose gradients are not finite is not taken, nor one that ``is_skipped``, of which only the loss and the
+        gradients' norm are computed. Without ``weight_decay`` it is that of the run file.
         """
         self.zero_gradients()
         loss, norm = self.accumulate(batch)
+        if is_skipped:
+            return StepResult(loss, norm, is_taken=False)
         is_taken = math.isfinite(norm) and math.isfinite(loss)
         if is_taken:
             clip = self.run.optimizer.clip_grad
             factor = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
             self._scale(factor / self._loss_factor)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            if weight_decay is None:
+                weight_decay = self.run.optimizer.weight_decay
+            set_rates(self.optimizer, lr=lr, weight_decay=weight_decay)
             self.optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.stepped() if is_taken else self.loss_scale.overflowed()
@@ -165,16 +169,17 @@ class Engine:
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
         if batch.segments is not None:
             inputs["segments"] = batch.segments
+        num_micro_batches = len(input_ids) // micro_batch_size
         if self._buckets is not None:
-            self._buckets.expect(None if splits_backward(self.run) else self.num_micro_batches)
-        if self._pipeline is not None:
-            return self._pipeline_for(input_ids.shape[1]).run(input_ids, targets, **inputs)
+            self._buckets.expect(None if splits_backward(self.run) else num_micro_batches)
+        if self.parallel.pp_size > 1:
+            return self._pipeline_for(input_ids.shape[1], num_micro_batches).run(input_ids, targets, **inputs)
         [model] = self.stages
         losses = []
-        for number in range(self.num_micro_batches):
+        for number in range(num_micro_batches):
             samples = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
             if isinstance(model, FSDPModule):
-                is_last = number == self.num_micro_batches - 1
+                is_last = number == num_micro_batches - 1
                 model.set_is_last_backward(is_last)
                 model.set_requires_gradient_sync(is_last)
             length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else None
@@ -197,22 +202,24 @@ class Engine:
                 dist.all_reduce(number, group=self.parallel.group(axis))
         return number
 
-    def _pipeline_for(self, length: int) -> Pipeline:
-        """The pipeline for samples of ``length`` inputs: the stages are told the shape of what they are sent."""
-        if self._pipeline is None or length != self._pipeline_length:
-            self._pipeline, self._pipeline_length = self._build_pipeline(length), length
-        return self._pipeline
+    def _pipeline_for(self, length: int, num_micro_batches: int) -> Pipeline:
+        """The pipeline for so many micro-batches of ``length`` inputs, which is kept until others come."""
+        if self._pipeline is None or self._pipeline[0] != (length, num_micro_batches):
+            pipeline = Pipeline(
+                self.run.parallel.pipeline_schedule,
+                [(model.stage, model) for model in self.stages],
+                num_micro_batches=num_micro_batches,
+                hidden_shape=self._hidden_shape(length),
+                hidden_dtype=self.compute_dtype,
+                parallel=self.parallel,
+            )
+            self._pipeline = ((length, num_micro_batches), pipeline)
+        return self._pipeline[1]
 
-    def _build_pipeline(self, length: int) -> Pipeline:
+    def _hidden_shape(self, length: int) -> tuple[int, int, int]:
+        """Of what goes from stage to stage of a micro-batch of ``length`` inputs."""
         tp = self.parallel.tp_size if self.parallel.sequence_parallel else 1
-        return Pipeline(
-            self.run.parallel.pipeline_schedule,
-            [(model.stage, model) for model in self.stages],
-            num_micro_batches=self.num_micro_batches,
-            hidden_shape=(self.run.training.micro_batch_size, length // tp, self.stages[0].config.hidden_size),
-            hidden_dtype=self.compute_dtype,
-            parallel=self.parallel,
-        )
+        return (self.run.training.micro_batch_size, length // tp, self.stages[0].config.hidden_size)
 
     def _group_of_both_ends(self, config: ModelConfig) -> dist.ProcessGroup | None:
         """Where the head is the embedding: the processes of the first and of the last stage, if they are two."""

@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from megacore.data.instruction import prefixes
 from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
+from megacore.training.optimizer_section import OptimizerSection
 from megacore.training.section import Section
+from megacore.training.training_section import TrainingSection
 
 
 class ModelSection(Section):
@@ -240,21 +242,6 @@ class ParallelSection(Section):
         return self.pipeline_parallel * self.num_stages_per_rank
 
 
-class OptimizerSection(Section):
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101), and the learning rate over the run."""
-
-    lr: float = Field(gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate that the end of the run comes close to.")
-    warmup_iters: int = Field(0, ge=0, description="Iterations of linear rise to the peak, which the next one has.")
-    weight_decay: float = Field(0.01, ge=0, description="Of matrices; norms and biases have none.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradients.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of their squares.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the latter.")
-    clip_grad: float = Field(
-        1.0, ge=0, description="Largest norm of the gradient, over all parameters; 0 does not clip."
-    )
-
-
 class LossScaleSection(Section):
     """The factor on the loss that keeps gradients in fp16 from vanishing; it adapts itself (Micikevicius et al., 2017,
     arXiv:1710.03740)."""
@@ -317,16 +304,6 @@ class KernelsSection(Section):
         return {"attention": self.attention, "norm": self.norm, "optimizer": self.optimizer}
 
 
-class TrainingSection(Section):
-    """How long, and in which batches."""
-
-    train_iters: int = Field(gt=0, description="Optimizer steps.")
-    micro_batch_size: int = Field(1, gt=0, description="Samples computed at once.")
-    global_batch_size: int = Field(
-        1, gt=0, description="Samples of one optimizer step; a multiple of micro_batch_size."
-    )
-
-
 class OutputSection(Section):
     """What is written."""
 
@@ -349,19 +326,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> RunConfig:
-        training, optimizer, parallel = self.training, self.optimizer, self.parallel
-        if training.global_batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-                f"training.micro_batch_size ({training.micro_batch_size})"
-            )
-        if optimizer.warmup_iters >= training.train_iters:
-            raise ValueError(
-                f"optimizer.warmup_iters ({optimizer.warmup_iters}) must be below "
-                f"training.train_iters ({training.train_iters})"
-            )
-        if optimizer.min_lr > optimizer.lr:
-            raise ValueError(f"optimizer.min_lr ({optimizer.min_lr}) must not be above optimizer.lr ({optimizer.lr})")
+        parallel = self.parallel
         if parallel.sequence_parallel and self.data.seq_length % parallel.tensor_parallel:
             raise ValueError(
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "
