@@ -11,10 +11,13 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacore.checkpoint import Checkpoint
+from megacore.data import Split
 from megacore.parallel import ParallelContext, gathered, local_part
 from megacore.testing.numerics import whole_tensor
-from megacore.training import Batch, Engine, RunConfig, batches
+from megacore.training import Batch, Engine, Evaluation, RunConfig, Step, batches
+from megacore.training.evaluation import Evaluator
 from megacore.training.loop import _train_on_rank
+from megacore.training.metrics import Sums, TokenScores
 
 
 def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
@@ -157,3 +160,20 @@ def segmented_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[floa
 def train_on_what_each_sees(parallel: ParallelContext, runs: list[RunConfig]) -> None:
     """Train each rank by a run file of its own."""
     _train_on_rank(parallel, runs[parallel.rank], None)
+
+
+def evaluated(parallel: ParallelContext, run: RunConfig, split: Split = "valid") -> Evaluation:
+    """What comes of the evaluation of the model that the run starts from."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    return Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(split, iteration=0)
+
+
+def trained_and_evaluated(parallel: ParallelContext, run: RunConfig) -> tuple[list[Step], list[Evaluation]]:
+    """Train as the run says; what was told on the way, on this rank if it is the first."""
+    evaluations: list[Evaluation] = []
+    return _train_on_rank(parallel, run, None, evaluations.append), evaluations
+
+
+def share_of_certain(scores: TokenScores) -> Sums:
+    """A metric of a user's own: how many tokens have a loss below 3."""
+    return (scores.losses < 3).sum(), float(scores.losses.numel())

@@ -64,7 +64,7 @@ def train(
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
     given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]
     run = read_run_config(run_file, (*overrides, *given))
-    train(run, nodes=place, on_note=print_note, on_step=print_step, on_evaluation=print_evaluation)
+    train(run, nodes=place, on_note=print_note, on_step=print_step, on_evaluation=print_evaluation, on_stop=print_stop)
     if is_first_process(place):
         click.echo(f"Saved {run.output.checkpoint}.")
 
@@ -82,3 +82,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     """The line that tells of one evaluation."""
     told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
     click.echo(f"{evaluation.split} at iteration {evaluation.iteration} | {told}")
+
+
+def print_stop(reason: str) -> None:
+    """The line that tells why the run ends early."""
+    click.echo(f"Stopped early after {reason}.")

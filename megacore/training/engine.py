@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
-from megacore.model import apply_options, load_stages, read_config
+from megacore.model import DecoderModel, apply_options, load_stages, read_config
 from megacore.parallel import (
     GradientBuckets,
     ParallelContext,
@@ -21,7 +22,9 @@ from megacore.parallel import (
     forget_casts,
     local_gradients,
     own_square_norm,
+    owners_of_stages,
     parameter_specs,
+    run_forward,
     scale_gradients,
     shard,
     stages_on_rank,
@@ -156,41 +159,103 @@ class Engine:
             dist.all_reduce(sums)
         return sums[0].item() / self._loss_factor, math.sqrt(sums[1].item()) / self._loss_factor
 
+    def score(self, batch: Batch) -> Tensor | None:
+        """How probable the model finds each target of ``batch``; see :func:`megacore.parallel.token_scores`.
+
+        Nothing is dropped, and nothing of it is left behind. For all processes, whatever they have of the model.
+
+        Returns:
+            ``[samples, sequence, 2]`` on those that have its last stage, 0 where a micro-batch is shorter.
+        """
+        for model in self.stages:
+            model.eval()
+        with torch.no_grad():
+            scores = self._forward(batch)
+        for model in self.stages:
+            model.train()
+            forget_casts(model)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    # Some stay gathered until a backward pass, which does not come.
+                    module.reshard()
+        return scores
+
+    def _forward(self, batch: Batch) -> Tensor | None:
+        size = self.run.training.micro_batch_size
+        micro_batches = self._micro_batches(batch, {"sample_ids": batch.sample_ids})
+        length = batch.loss_mask.shape[1]
+
+        def through(model: DecoderModel) -> Callable[[Tensor | None, int], Tensor]:
+            def stage(hidden: Tensor | None, number: int) -> Tensor:
+                input_ids, inputs = micro_batches[number]
+                return model(input_ids if hidden is None else hidden, **inputs)
+
+            return stage
+
+        owners = owners_of_stages(self.run.parallel.pipeline_schedule, len(self.all_stages), self.parallel.pp_size)
+        stages = {model.stage.index: through(model) for model in self.stages}
+        if self.parallel.pp_size == 1:
+            outputs = [stages[0](None, number) for number in range(len(micro_batches))]
+        else:
+            outputs = run_forward(
+                stages,
+                owners,
+                len(micro_batches),
+                hidden_shape=self._hidden_shape(length),
+                hidden_dtype=self.compute_dtype,
+                parallel=self.parallel,
+            )
+        if not outputs:
+            return None
+        scores = outputs[0].new_zeros(len(micro_batches) * size, length, 2)
+        for number, output in enumerate(outputs):
+            scores[number * size : (number + 1) * size, : output.shape[1]] = output
+        return scores
+
+    def _micro_batches(self, batch: Batch, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The input ids of each micro-batch, and what else the model is called with: targets, segments, ``inputs``."""
+        size = self.run.training.micro_batch_size
+        tokens = batch.tokens.to(self.parallel.device)
+        inputs = {"targets": tokens[:, 1:], **inputs}
+        if batch.segments is not None:
+            inputs["segments"] = batch.segments
+        micro_batches = []
+        for number in range(len(tokens) // size):
+            samples = slice(number * size, (number + 1) * size)
+            length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else batch.loss_mask.shape[1]
+            own = {
+                name: tensor[samples, :length] if tensor.dim() == 2 else tensor[samples]
+                for name, tensor in inputs.items()
+            }
+            micro_batches.append((tokens[samples, :length], own))
+        return micro_batches
+
     @property
     def _loss_factor(self) -> float:
         return 1.0 if self.loss_scale is None else self.loss_scale.factor
 
     def _forward_and_backward(self, batch: Batch) -> list[Tensor]:
-        device, micro_batch_size = self.parallel.device, self.run.training.micro_batch_size
-        tokens = batch.tokens.to(device)
-        input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        device = self.parallel.device
         loss_mask = batch.loss_mask.to(device, self.held_dtype)
         token_weights = loss_mask * (self._loss_factor / self._over_data_parallelism(loss_mask.sum()).clamp(min=1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
-        if batch.segments is not None:
-            inputs["segments"] = batch.segments
-        num_micro_batches = len(input_ids) // micro_batch_size
+        num_micro_batches = len(batch.tokens) // self.run.training.micro_batch_size
         if self._buckets is not None:
             self._buckets.expect(None if splits_backward(self.run) else num_micro_batches)
         if self.parallel.pp_size > 1:
+            tokens = batch.tokens.to(device)
+            input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            if batch.segments is not None:
+                inputs["segments"] = batch.segments
             return self._pipeline_for(input_ids.shape[1], num_micro_batches).run(input_ids, targets, **inputs)
         [model] = self.stages
         losses = []
-        for number in range(num_micro_batches):
-            samples = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
+        for number, (input_ids, of_micro_batch) in enumerate(self._micro_batches(batch, inputs)):
             if isinstance(model, FSDPModule):
                 is_last = number == num_micro_batches - 1
                 model.set_is_last_backward(is_last)
                 model.set_requires_gradient_sync(is_last)
-            length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else None
-            loss = model(
-                input_ids[samples, :length],
-                targets=targets[samples, :length],
-                **{
-                    name: tensor[samples, :length] if tensor.dim() == 2 else tensor[samples]
-                    for name, tensor in inputs.items()
-                },
-            )
+            loss = model(input_ids, **of_micro_batch)
             loss.backward()
             losses.append(loss.detach())
         return losses

@@ -34,7 +34,8 @@ from megacore.plugins import get_family
 from megacore.training.agreement import require_agreement
 from megacore.training.batches import batches, open_samples
 from megacore.training.engine import HELD_IN, Engine
-from megacore.training.evaluation import Evaluation
+from megacore.training.evaluation import Evaluation, Evaluator
+from megacore.training.exits import Exits
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.prefetch import prefetched
@@ -84,6 +85,7 @@ def train(
     on_note: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_stop: Callable[[str], None] | None = None,
 ) -> list[Step]:
     """Train as ``run`` says and save a native checkpoint at the end. Starts the processes that it needs.
 
@@ -95,6 +97,7 @@ def train(
         on_note: is told what a person should know at the start.
         on_step: is told of each step as it is done; a function of a module, since another process calls it.
         on_evaluation: likewise, of each evaluation.
+        on_stop: likewise, of why the run ends early, if it does.
 
     Raises:
         MegacoreError: in one of its kinds; what can be checked is checked before the model is loaded.
@@ -128,6 +131,7 @@ def train(
         run,
         on_step,
         on_evaluation,
+        on_stop,
         sizes=sizes,
         nodes=nodes,
         timeout=timedelta(seconds=run.parallel.timeout),
@@ -249,18 +253,37 @@ def _train_on_rank(
     run: RunConfig,
     on_step: Callable[[Step], None] | None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_stop: Callable[[str], None] | None = None,
 ) -> list[Step]:
+    exits = Exits(run.training, parallel)
     checkpoint = Checkpoint(run.model.checkpoint)
     require_agreement(checkpoint, run.data.files(), parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
         engine = Engine(run, checkpoint, parallel)
-        progress, steps = Progress(), []
+        evaluator = Evaluator(engine, checkpoint)
+        progress, steps, reason = Progress(), [], None
+
+        def evaluate(split: Split) -> None:
+            if split in run.data.splits:
+                evaluation = evaluator.evaluate(split, iteration=progress.iteration)
+                if on_evaluation is not None and parallel.rank == 0:
+                    on_evaluation(evaluation)
+
         for step in _steps(engine, checkpoint, progress):
             steps.append(step)
             if on_step is not None and parallel.rank == 0:
                 on_step(step)
+            is_last = step.iteration == step.train_iters
+            if is_last or step.iteration % run.evaluation.interval == 0:
+                evaluate("valid")
+            if is_last:
+                evaluate("test")
+            elif reason := exits.reason(progress):
+                break
+        if reason is not None and on_stop is not None and parallel.rank == 0:
+            on_stop(f"iteration {progress.iteration}: {reason}")
         details = {"iterations": progress.iteration, "dtype": run.model.dtype}
         save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
     return steps

@@ -23,6 +23,7 @@ from megacore.parallel import (
     stages_of,
 )
 from megacore.plugins import get_family
+from megacore.training.metrics import metrics_of
 from megacore.training.run_config import RunConfig
 
 
@@ -74,6 +75,7 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
             f'kernels.optimizer = "apex" is an AdamW, and optimizer.kind is "{run.optimizer.kind}": set '
             'kernels.optimizer to "torch"'
         )
+    metrics_of(run.evaluation.metrics, conversations=run.data.kind == "instruction")
     for size in run.training.batch_sizes.sizes:
         _check_batch_size(run, size, dp_size=dp_size)
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from megacore.data.instruction import prefixes
 from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
+from megacore.training.evaluation_section import EvaluationSection
 from megacore.training.optimizer_section import OptimizerSection
 from megacore.training.section import Section
 from megacore.training.training_section import TrainingSection
@@ -322,11 +323,16 @@ class RunConfig(Section):
     optimizer: OptimizerSection
     loss_scale: LossScaleSection = LossScaleSection()
     training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> RunConfig:
         parallel = self.parallel
+        if "evaluation" in self.model_fields_set and self.data.splits == ("train",):
+            raise ValueError(
+                "[evaluation] needs something to evaluate on: give data.split, data.valid_prefix or data.test_prefix"
+            )
         if parallel.sequence_parallel and self.data.seq_length % parallel.tensor_parallel:
             raise ValueError(
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "

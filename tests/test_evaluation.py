@@ -1,0 +1,220 @@
+"""Evaluation: the losses and metrics of transformers on the same samples, in any layout, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import LlamaForCausalLM
+
+import megacore
+import tiny_run
+from megacore.data import IndexedDataset, SampleOrder, TokenWindows
+from megacore.errors import ConfigError
+from megacore.parallel import ParallelContext
+from megacore.parallel.forward import forward_plan
+from megacore.training import RunConfig
+from megacore.training.loop import parallel_sizes
+from megacore.training.metrics import TokenScores, metrics_of
+from tiny_llama import write_dataset
+from training_on_rank import evaluated, trained_and_evaluated
+
+METRICS = 'evaluation.metrics=["perplexity", "accuracy", "count_loss_mask"]'
+
+LAYOUTS = {
+    "one process": [],
+    "one process, 4 at once": ["training.micro_batch_size=4"],
+    "tp 3 with sequence parallelism": ["parallel.tensor_parallel=3", "parallel.sequence_parallel=true"],
+    "tp 2 × dp 2, sharded": [
+        "parallel.tensor_parallel=2", "parallel.nproc_per_node=4", "parallel.data_parallel=sharded",
+    ],
+    "pp 2 × dp 2, sharded": [
+        "parallel.pipeline_parallel=2", "parallel.nproc_per_node=4", "parallel.data_parallel=sharded",
+    ],
+    "pp 2, interleaved, tp 2": [
+        "parallel.pipeline_parallel=2", "parallel.tensor_parallel=2", "parallel.pipeline_schedule=Interleaved1F1B",
+    ],
+    "pp 2, DualPipeV": ["parallel.pipeline_parallel=2", "parallel.pipeline_schedule=DualPipeV"],
+    "dp 2": ["parallel.nproc_per_node=2"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tiny_run.prepare(tmp_path_factory.mktemp("evaluation"))
+    write_dataset(place / "valid", num_tokens=250)  # 20 samples, which batches of 8 do not divide
+    return place
+
+
+def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
+    base = ("model.dtype=fp64", f"data.valid_prefix={place / 'valid'}", "data.eod_mask_loss=true")
+    return tiny_run.run_of(place, out, *base, *overrides)
+
+
+def with_transformers(place: Path, num_samples: int) -> dict[str, float]:
+    """Loss and metrics of the first samples, all tokens together."""
+    model = LlamaForCausalLM.from_pretrained(place / "published", dtype=torch.float64, attn_implementation="eager")
+    windows = TokenWindows(IndexedDataset(place / "valid"), 12)
+    order = SampleOrder(len(windows), seed=1234)
+    tokens = torch.stack([torch.from_numpy(windows[order[position]]) for position in range(num_samples)])
+    starts = torch.tensor([[windows.start(order[position])] for position in range(num_samples)])
+    is_learned = (starts + torch.arange(1, 13)) % 50 != 0  # documents are of 50 tokens
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(num_samples, 12)
+    loss = losses[is_learned].mean()
+    return {
+        "loss": loss.item(),
+        "perplexity": loss.exp().item(),
+        "accuracy": (logits.argmax(-1) == tokens[:, 1:])[is_learned].double().mean().item(),
+        "count_loss_mask": is_learned.sum().item() / num_samples,
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_has_the_loss_and_the_metrics_of_transformers_on_all_samples(place, ranks, tmp_path, layout):
+    run = run_of(place, tmp_path / "out", METRICS, "evaluation.iters=all", *LAYOUTS[layout])
+
+    evaluations = ranks.run(evaluated, run, sizes=parallel_sizes(run))
+
+    expected = with_transformers(place, 20)
+    one_process = evaluated(ParallelContext.single(), run_of(place, tmp_path / "one", METRICS, "evaluation.iters=all"))
+    for evaluation in evaluations:
+        assert list(evaluation.values) == list(expected)
+        assert dict(evaluation.values) == pytest.approx(expected, rel=1e-6)  # its norms are in single precision
+        assert dict(evaluation.values) == pytest.approx(dict(one_process.values), rel=1e-12)
+
+
+def test_a_number_of_batches_is_that_of_the_first_samples(place, tmp_path):
+    run = run_of(place, tmp_path / "out", METRICS, "evaluation.iters=2")
+
+    evaluation = evaluated(ParallelContext.single(), run)
+
+    assert dict(evaluation.values) == pytest.approx(with_transformers(place, 16), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layout", ["one process", "tp 2 × dp 2, sharded", "pp 2 × dp 2, sharded", "pp 2, DualPipeV", "dp 2"]
+)
+def test_evaluation_changes_nothing_about_training_and_comes_when_it_is_due(place, ranks, tmp_path, layout):
+    settings = ("training.train_iters=3", "evaluation.interval=2", "model.dtype=bf16", *LAYOUTS[layout])
+    settings = (*settings, f"data.test_prefix={place / 'valid'}", "evaluation.iters=all")
+    plain = run_of(place, tmp_path / "plain", *settings, "evaluation.interval=100")
+    often = run_of(place, tmp_path / "often", *settings)
+
+    (expected, at_the_end), *_ = ranks.run(trained_and_evaluated, plain, sizes=parallel_sizes(plain))
+    (steps, evaluations), *_ = ranks.run(trained_and_evaluated, often, sizes=parallel_sizes(often))
+
+    assert [(step.loss, step.grad_norm) for step in steps] == [(step.loss, step.grad_norm) for step in expected]
+    assert [(told.split, told.iteration) for told in at_the_end] == [("valid", 3), ("test", 3)]
+    assert [(told.split, told.iteration) for told in evaluations] == [("valid", 2), ("valid", 3), ("test", 3)]
+    assert evaluations[1].values == evaluations[2].values == at_the_end[0].values != evaluations[0].values
+    trained, without = tiny_run.weights(tmp_path / "often"), tiny_run.weights(tmp_path / "plain")
+    assert [name for name in without if not torch.equal(trained[name], without[name])] == []
+
+
+def test_nothing_is_dropped_in_evaluation(place, tmp_path):
+    settings = ("dropout.hidden=0.5", "dropout.attention=0.5", "evaluation.iters=2", METRICS)
+
+    evaluation = evaluated(ParallelContext.single(), run_of(place, tmp_path / "out", *settings))
+
+    assert dict(evaluation.values) == pytest.approx(with_transformers(place, 16), rel=1e-6)
+
+
+# --- metrics
+
+
+def scores(**given: list[list[float]]) -> TokenScores:
+    return TokenScores(
+        losses=torch.tensor(given["losses"], dtype=torch.float64),
+        is_top=torch.tensor(given["is_top"]) > 0,
+        loss_mask=torch.tensor(given["loss_mask"], dtype=torch.float64),
+        is_assistant=torch.tensor(given["is_assistant"]) > 0,
+    )
+
+
+SCORES = scores(
+    losses=[[1, 2, 3], [4, 5, 6]],
+    is_top=[[1, 0, 1], [1, 1, 0]],
+    loss_mask=[[1, 0.5, 0], [0.5, 1, 1]],
+    is_assistant=[[1, 0, 0], [0, 1, 1]],
+)
+"""Of two samples; of the tokens to learn three are right, of the assistant's two."""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("perplexity", np.exp((1 + 2 * 0.5 + 4 * 0.5 + 5 + 6) / 4)),
+        ("accuracy", 3 / 5),
+        ("instruct_accuracy", 2 / 3),
+        ("count_loss_mask", 5 / 2),
+        ("count_instruct_mask", 3 / 2),
+    ],
+)
+def test_a_metric_is_of_the_tokens_that_its_mask_has(name, expected):
+    metric = metrics_of([name], conversations=True)[name]
+
+    total, count = metric.sums(SCORES)
+
+    assert metric.finish(float(total) / float(count)) == pytest.approx(expected)
+
+
+def test_a_metric_of_ones_own_is_named_by_its_module(place, tmp_path):
+    run = run_of(place, tmp_path / "out", 'evaluation.metrics=["training_on_rank:share_of_certain"]')
+
+    values = evaluated(ParallelContext.single(), run).values
+
+    assert list(values) == ["loss", "share_of_certain"]
+    assert 0 < values["share_of_certain"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "instruct_accuracy",
+            r'instruct_accuracy is of conversations, and data\.kind is "text": choose from accuracy,',
+        ),
+        ("acuracy", r"there is no metric acuracy; there are perplexity, accuracy, .*package\.module:function"),
+        ("nowhere.at_all:metric", r"nowhere\.at_all:metric cannot be imported: No module named 'nowhere'"),
+        ("math:metric", r"math:metric cannot be imported: module 'math' has no attribute 'metric'"),
+        ("math:pi", r"math:pi is no function, but 3\.14"),
+        ("loss", r"there is no metric loss"),
+    ],
+)
+def test_a_metric_that_is_not_there_is_refused_before_training(place, tmp_path, name, message):
+    with pytest.raises(ConfigError, match=rf"evaluation\.metrics: {message}"):
+        megacore.train(run_of(place, tmp_path / "out", f'evaluation.metrics=["{name}"]'))
+
+
+def test_all_metrics_are_those_that_fit_the_data():
+    assert list(metrics_of(["all"], conversations=False)) == ["perplexity", "accuracy", "count_loss_mask"]
+    assert len(metrics_of(["all"], conversations=True)) == 5
+
+
+def test_evaluation_without_data_for_it_is_refused(place, tmp_path):
+    with pytest.raises(ConfigError, match=r"\[evaluation\] needs something to evaluate on: give data\.split"):
+        tiny_run.run_of(place, tmp_path / "out", "evaluation.interval=2")
+
+
+# --- stages run forward only
+
+
+@pytest.mark.parametrize("owners", [[0, 1, 2], [0, 1, 0, 1], [0, 1, 1, 0], [0, 1, 2, 2, 1, 0]])
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 7])
+def test_micro_batches_go_through_all_stages_in_order_and_no_process_does_two_things_at_once(owners, num_micro_batches):
+    plan = forward_plan(owners, num_micro_batches)
+
+    done: set[tuple[int, int]] = set()
+    for step in plan:
+        for process, (stage, micro_batch) in step.items():
+            assert owners[stage] == process
+            assert stage == 0 or (stage - 1, micro_batch) in done
+        done |= set(step.values())
+    assert done == {(stage, number) for stage in range(len(owners)) for number in range(num_micro_batches)}
+    least = num_micro_batches * len(owners) // (max(owners) + 1)
+    assert len(plan) <= least + 2 * len(owners)
