@@ -16,8 +16,11 @@ from megacore.parallel import ParallelContext, gathered, local_part
 from megacore.testing.numerics import whole_tensor
 from megacore.training import Batch, Engine, Evaluation, RunConfig, Step, batches
 from megacore.training.evaluation import Evaluator
+from megacore.training.exits import Exits
 from megacore.training.loop import _train_on_rank
 from megacore.training.metrics import Sums, TokenScores
+from megacore.training.progress import Progress
+from megacore.training.training_section import TrainingSection
 
 
 def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
@@ -177,3 +180,11 @@ def trained_and_evaluated(parallel: ParallelContext, run: RunConfig) -> tuple[li
 def share_of_certain(scores: TokenScores) -> Sums:
     """A metric of a user's own: how many tokens have a loss below 3."""
     return (scores.losses < 3).sum(), float(scores.losses.numel())
+
+
+def ends_after_a_minute(parallel: ParallelContext, slow_rank: int | None = None) -> str | None:
+    """Why a run ends that may take a minute, where for one of its ranks two are over."""
+    exits = Exits(TrainingSection(train_iters=10, exit_duration_in_mins=1), parallel)
+    if parallel.rank == slow_rank:
+        exits._started -= 120
+    return exits.reason(Progress(iteration=1, num_samples=8))

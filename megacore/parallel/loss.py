@@ -45,9 +45,9 @@ def linear_cross_entropy(
     hidden = enter_parallel_region(hidden, parallel)
     first, _ = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
     group = parallel.tp_group if parallel.tp_mesh is not None else None
-    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    is_differentiated = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), token_weights.flatten(), first, group, with_gradients
+        hidden.flatten(0, -2), weight, targets.flatten(), token_weights.flatten(), first, group, *is_differentiated
     )
 
 
@@ -104,35 +104,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weights: Tensor,
         first: int,
         group: dist.ProcessGroup | None,
-        with_gradients: bool,
+        with_hidden_gradient: bool,
+        with_weight_gradient: bool,
     ) -> Tensor:
         rows = weight.to(hidden.dtype)
-        hidden_gradient = torch.empty_like(hidden) if with_gradients else None
-        weight_gradient = torch.zeros_like(weight) if with_gradients else None
+        hidden_gradient = torch.empty_like(hidden) if with_hidden_gradient else None
+        weight_gradient = torch.zeros_like(weight) if with_weight_gradient else None
+        with_gradient = with_hidden_gradient or with_weight_gradient
         total = torch.zeros(1, dtype=token_weights.dtype, device=hidden.device)
         chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * rows.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             tokens = slice(start, start + chunk)
             losses, gradient = _of_chunk(
-                hidden[tokens] @ rows.t(), targets[tokens] - first, token_weights[tokens], group, with_gradients
+                hidden[tokens] @ rows.t(), targets[tokens] - first, token_weights[tokens], group, with_gradient
             )
             total += losses.sum()
-            if hidden_gradient is None or weight_gradient is None:
+            if hidden_gradient is not None:
+                torch.mm(gradient, rows, out=hidden_gradient[tokens])
+            if weight_gradient is None:
                 continue
-            torch.mm(gradient, rows, out=hidden_gradient[tokens])
             if weight_gradient.dtype == gradient.dtype:
                 weight_gradient.addmm_(gradient.t(), hidden[tokens])
             else:  # the sum over chunks stays in the wider dtype
                 weight_gradient += gradient.t() @ hidden[tokens]
-        if hidden_gradient is not None and weight_gradient is not None:
-            ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         torch._assert_async(gradient == 1, "the loss was scaled: scale token_weights instead")
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+        return hidden_gradient, weight_gradient, *[None] * 6
 
 
 def _of_chunk(

@@ -31,6 +31,7 @@ from megacore.parallel import (
 )
 from megacore.plugins import get_family
 from megacore.training.batches import Batch
+from megacore.training.freezing import frozen_names
 from megacore.training.loss_scale import LossScale
 from megacore.training.optimizer import build_optimizer, set_rates
 from megacore.training.plan import compute_options, model_specs_of, pipeline_stages, splits_backward
@@ -77,7 +78,9 @@ class Engine:
         self.held_dtype, self.compute_dtype = HELD_IN[run.model.dtype], COMPUTED_IN[run.model.dtype]
         narrower = self.compute_dtype if self.compute_dtype != self.held_dtype else None
         config = read_config(get_family(checkpoint.manifest.family), checkpoint)
-        self.all_stages = pipeline_stages(run, config, model_specs_of(checkpoint))
+        whole_specs = model_specs_of(checkpoint)
+        frozen = frozen_names(run.training.freeze, whole_specs)
+        self.all_stages = pipeline_stages(run, config, whole_specs)
         own_stages = (
             stages_on_rank(run.parallel.pipeline_schedule, self.all_stages, parallel)
             if parallel.pp_size > 1
@@ -90,6 +93,8 @@ class Engine:
         self.stages = load_stages(checkpoint, parallel, own_stages, dtype=self.held_dtype, on_layer=on_layer)
         self.specs = {name: spec for model in self.stages for name, spec in parameter_specs(model).items()}
         for model in self.stages:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in frozen)
             apply_options(model, compute_options(run, narrower))
             if parallel.sizes.dp_shard > 1:
                 # What lies around the layers is gathered as it is held: the gradients of embedding and head are sums
@@ -98,7 +103,8 @@ class Engine:
         self.parameters = {name: p for model in self.stages for name, p in model.own_parameters().items()}
         self._buckets: GradientBuckets | None = None
         if parallel.sizes.dp_shard == 1 and parallel.sizes.dp_replicate > 1:
-            self._buckets = GradientBuckets(self._all_parameters(), parallel.group("dp_replicate"))
+            trained = [parameter for parameter in self._all_parameters() if parameter.requires_grad]
+            self._buckets = GradientBuckets(trained, parallel.group("dp_replicate"))
         self._pipeline: tuple[tuple[int, int], Pipeline] | None = None
         self._ends_group = self._group_of_both_ends(config)
         self.optimizer = build_optimizer(

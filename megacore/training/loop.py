@@ -44,6 +44,7 @@ from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate, weight_decay
 from megacore.training.span import spans_of
+from megacore.training.start import open_start
 
 VERBS: dict[Split, str] = {"train": "train", "valid": "validate", "test": "test"}
 """What is done on each split."""
@@ -110,7 +111,7 @@ def train(
             f"model.checkpoint: {run.model.checkpoint} is not a directory (paths in a run file are relative to the "
             "directory that the command is started in)"
         )
-    checkpoint = Checkpoint(run.model.checkpoint)
+    checkpoint = open_start(run)
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
     specs = model_specs(config, family.build_layer)
@@ -256,7 +257,7 @@ def _train_on_rank(
     on_stop: Callable[[str], None] | None = None,
 ) -> list[Step]:
     exits = Exits(run.training, parallel)
-    checkpoint = Checkpoint(run.model.checkpoint)
+    checkpoint = open_start(run)
     require_agreement(checkpoint, run.data.files(), parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize

@@ -44,7 +44,7 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [
         {"params": group, "weight_decay": wd_mult * settings.weight_decay, "wd_mult": wd_mult}
         for group, wd_mult in ((matrices, 1.0), (vectors, 0.0))
-        if group
+        if group or not (matrices or vectors)  # a pipeline stage may have nothing to train
     ]
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.sgd_momentum)

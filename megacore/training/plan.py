@@ -23,6 +23,7 @@ from megacore.parallel import (
     stages_of,
 )
 from megacore.plugins import get_family
+from megacore.training.freezing import frozen_names
 from megacore.training.metrics import metrics_of
 from megacore.training.run_config import RunConfig
 
@@ -60,6 +61,11 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
         LayoutError: says what does not fit what.
         ConfigError: says which kernels cannot be used here, and why.
     """
+    if run.optimizer.kind != "adamw" and run.kernels.optimizer == "apex":
+        raise ConfigError(
+            f'kernels.optimizer = "apex" is an AdamW, and optimizer.kind is "{run.optimizer.kind}": set '
+            'kernels.optimizer to "torch"'
+        )
     check_kernels(
         run.kernels.chosen,
         device_type=local_device().type,
@@ -70,11 +76,7 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
     if run.kernels.compile:
         _check_compilation(run)
     pipeline_stages(run, config, specs)
-    if run.optimizer.kind != "adamw" and run.kernels.optimizer == "apex":
-        raise ConfigError(
-            f'kernels.optimizer = "apex" is an AdamW, and optimizer.kind is "{run.optimizer.kind}": set '
-            'kernels.optimizer to "torch"'
-        )
+    frozen_names(run.training.freeze, specs)
     metrics_of(run.evaluation.metrics, conversations=run.data.kind == "instruction")
     for size in run.training.batch_sizes.sizes:
         _check_batch_size(run, size, dp_size=dp_size)

@@ -28,6 +28,21 @@ class ModelSection(Section):
         description='What is computed in: `"fp32"`, `"fp64"`, `"bf16"` or `"fp16"`. In 16 bit the weights, the '
         "optimizer's state and the sums of gradients over micro-batches and replicas are in 32 bit all the same.",
     )
+    rope_scaling_factor: float | None = Field(
+        None,
+        ge=1,
+        description="For a longer context, divide the positions of the rotary embedding by this (linear scaling); by "
+        "default they are as in the checkpoint.",
+    )
+    rope_theta: float | None = Field(
+        None, gt=0, description="Base of the rotary embedding; by default that of the checkpoint."
+    )
+    max_position_embeddings: int | None = Field(
+        None,
+        gt=0,
+        description="Positions that the trained model is said to be made for; by default those of the checkpoint, as "
+        "many times as rope_scaling_factor says.",
+    )
 
 
 class WeightedDataset(Section):
