@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaForCausalLM
 
 import megacore
 import tiny_run
+from megacore.cli import cli
 from megacore.data import IndexedDataset, SampleOrder, TokenWindows
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
@@ -199,6 +202,25 @@ def test_all_metrics_are_those_that_fit_the_data():
 def test_evaluation_without_data_for_it_is_refused(place, tmp_path):
     with pytest.raises(ConfigError, match=r"\[evaluation\] needs something to evaluate on: give data\.split"):
         tiny_run.run_of(place, tmp_path / "out", "evaluation.interval=2")
+
+
+def test_the_command_prints_evaluations_and_why_it_stops(place, tmp_path):
+    run_of(place, tmp_path / "out")
+    settings = {
+        "data.valid_prefix": place / "valid", "evaluation.interval": 1, "training.skip_iters": [1],
+        "training.exit_interval": 2,
+    }  # fmt: skip
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+    result = CliRunner().invoke(cli, ["train", str(tmp_path / "out.toml"), *overrides])
+
+    assert result.exit_code == 0, result.output
+    skipped, first, step, second, stopped, saved = result.stdout.splitlines()
+    assert skipped.endswith("tokens/s | not taken") and step.endswith("tokens/s")
+    assert re.fullmatch(r"valid at iteration 1 \| loss \d\.\d+ \| perplexity \d+\.?\d*", first)
+    assert re.fullmatch(r"valid at iteration 2 \| loss \d\.\d+ \| perplexity \d+\.?\d*", second)
+    assert stopped == "Stopped early after iteration 2: training.exit_interval is 2."
+    assert saved.startswith("Saved ")
 
 
 # --- stages run forward only

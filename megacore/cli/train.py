@@ -72,9 +72,10 @@ def train(
 def print_step(step: Step) -> None:
     """The line that tells of one step."""
     scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g} | skipped {step.num_skipped}"
+    taken = "" if step.is_taken else " | not taken"
     click.echo(
         f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
-        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}"
+        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}{taken}"
     )
 
 

@@ -25,7 +25,7 @@ def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
         if not matched:
             raise ConfigError(
                 f"training.freeze: {pattern!r} matches no parameter of the model, which has {names[0]}, … {names[-1]} "
-                "(`megacore inspect` lists them)"
+                "(megacore.json of the checkpoint has all names)"
             )
         frozen |= matched
     if frozen and len(frozen) == len(names):

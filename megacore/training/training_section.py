@@ -38,8 +38,8 @@ class TrainingSection(Section):
     )
     freeze: tuple[str, ...] = Field(
         (),
-        description='Parameters that are not trained, by native name, as `["embedding.*", "decoder.layers.[0-3].*"]`; '
-        "`megacore inspect` lists the names.",
+        description='Parameters that are not trained, as `["embedding.*", "decoder.layers.[0-3].*"]`; the '
+        "checkpoint's `megacore.json` has the names.",
     )
     exit_interval: int | None = Field(
         None, gt=0, description="End the run early after the next iteration that is a multiple of it."
