@@ -17,13 +17,14 @@ import tiny_run
 from megacore.cli import cli
 from megacore.data import IndexedDataset, SampleOrder, TokenWindows
 from megacore.errors import ConfigError
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.parallel.forward import forward_plan
+from megacore.parallel.loss import CHUNK_BYTES
 from megacore.training import RunConfig
 from megacore.training.loop import parallel_sizes
 from megacore.training.metrics import TokenScores, metrics_of
 from tiny_llama import write_dataset
-from training_on_rank import evaluated, trained_and_evaluated
+from training_on_rank import evaluated, scores_of_tokens, trained_and_evaluated
 
 METRICS = 'evaluation.metrics=["perplexity", "accuracy", "count_loss_mask"]'
 
@@ -125,6 +126,38 @@ def test_nothing_is_dropped_in_evaluation(place, tmp_path):
     evaluation = evaluated(ParallelContext.single(), run_of(place, tmp_path / "out", *settings))
 
     assert dict(evaluation.values) == pytest.approx(with_transformers(place, 16), rel=1e-6)
+
+
+# --- scores of tokens
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_scores_are_the_losses_of_torch_and_what_argmax_says(ranks, monkeypatch, chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(99, 8, generator=generator, dtype=torch.float64)
+    logits = hidden @ weight.T
+    targets = torch.where(torch.arange(10).view(2, 5) % 3 == 0, logits.argmax(-1), torch.arange(10).view(2, 5) * 9)
+    if chunk:
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk * 4 * 99)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
+
+    alone = scores_of_tokens(ParallelContext.single(), hidden, weight, targets)
+
+    for found in (alone, *ranks.run(scores_of_tokens, hidden, weight, targets, sizes=ParallelSizes(tp=2))):
+        torch.testing.assert_close(found[..., 0], expected, rtol=1e-13, atol=1e-13)
+        assert torch.equal(found[..., 1] > 0, logits.argmax(-1) == targets)
+
+
+def test_of_equally_probable_tokens_the_first_is_the_one(ranks):
+    """As they are wherever 16 bit cannot tell them apart."""
+    hidden, targets = torch.ones(1, 4, 2), torch.tensor([[0, 3, 60, 98]])
+    weight = torch.zeros(99, 2)
+    weight[[3, 60, 98]] = 1.0  # on either rank
+
+    for found in ranks.run(scores_of_tokens, hidden, weight, targets, sizes=ParallelSizes(tp=2)):
+        assert found[0, :, 1].tolist() == [0, 1, 0, 0]
+    assert scores_of_tokens(ParallelContext.single(), hidden, weight, targets)[0, :, 1].tolist() == [0, 1, 0, 0]
 
 
 # --- metrics

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import megacore
 import tiny_run
@@ -59,14 +61,33 @@ def is_frozen(name: str) -> bool:
     )  # fmt: skip
 
 
-def test_the_others_have_the_gradients_that_they_have_without(place, tmp_path):
-    loss, gradients = whole_gradients(ParallelContext.single(), run_of(place, tmp_path / "out"))
+@pytest.fixture(scope="module")
+def unfrozen(place) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients without anything frozen."""
+    return whole_gradients(ParallelContext.single(), run_of(place, place / "unfrozen", freeze=[]))
 
-    expected_loss, expected = whole_gradients(ParallelContext.single(), run_of(place, tmp_path / "out", freeze=[]))
-    assert loss == expected_loss
-    assert set(gradients) == {name for name in expected if not is_frozen(name)}
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-14)
+
+@pytest.mark.parametrize(
+    ("patterns", "layout"),
+    [
+        (FROZEN, []),
+        (FROZEN, ["parallel.nproc_per_node=2"]),
+        (["embedding.*", "decoder.*"], []),
+        (["output_layer.*"], []),
+    ],
+    ids=["several", "several, dp 2", "all but the head", "the head"],
+)
+def test_the_others_have_the_gradients_that_they_have_without(place, ranks, unfrozen, tmp_path, patterns, layout):
+    run = run_of(place, tmp_path / "out", *layout, freeze=patterns)
+
+    results = ranks.run(whole_gradients, run, sizes=parallel_sizes(run))
+
+    expected_loss, expected = unfrozen
+    for loss, gradients in results:
+        assert loss == pytest.approx(expected_loss, rel=1e-13)
+        assert set(gradients) == {n for n in expected if not any(fnmatchcase(n, pattern) for pattern in patterns)}
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-13)
 
 
 @pytest.fixture(scope="module")

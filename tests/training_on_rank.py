@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacore.checkpoint import Checkpoint
 from megacore.data import Split
-from megacore.parallel import ParallelContext, gathered, local_part
+from megacore.parallel import ParallelContext, chunk_bounds, gathered, local_part, token_scores
 from megacore.testing.numerics import whole_tensor
 from megacore.training import Batch, Engine, Evaluation, RunConfig, Step, batches
 from megacore.training.evaluation import Evaluator
@@ -188,3 +188,9 @@ def ends_after_a_minute(parallel: ParallelContext, slow_rank: int | None = None)
     if parallel.rank == slow_rank:
         exits._started -= 120
     return exits.reason(Progress(iteration=1, num_samples=8))
+
+
+def scores_of_tokens(parallel: ParallelContext, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The scores of ``targets`` by a head of ``weight``, of which each rank takes its rows."""
+    first, last = chunk_bounds(len(weight), parallel.tp_size, parallel.tp_rank)
+    return token_scores(hidden, weight[first:last], targets, vocab_size=len(weight), parallel=parallel)
