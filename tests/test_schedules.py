@@ -296,6 +296,14 @@ def test_a_run_that_goes_on_with_larger_batches_ends_with_the_same_samples(place
     assert longer.train_iters == 10 + 10
 
 
+def test_a_run_that_goes_on_with_smaller_batches_is_not_warmed_up_again(place, tmp_path):
+    there = Progress(iteration=3, num_samples=96)  # by batches of 32, now they are of 8
+
+    found = spans(place, tmp_path, "training.train_iters=50", "optimizer.warmup_samples=40", progress=there)
+
+    assert found.warmup_iters == 3
+
+
 def test_raising_the_number_of_iterations_leaves_a_decay_of_its_own_as_it_was(place, tmp_path):
     def rates(train_iters: int) -> list[float]:
         decay = ("optimizer.lr_decay_iters=10", "optimizer.warmup_fraction=0.2")

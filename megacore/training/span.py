@@ -30,8 +30,8 @@ class Spans:
 def spans_of(run: RunConfig, samples_per_epoch: int, progress: Progress = START) -> Spans:
     """What the run file says in iterations, samples, epochs or shares, all in iterations.
 
-    Samples are turned into iterations through the size of the batches; of those that were seen before ``progress``, so
-    that a run may go on with batches of another size, as if it had come there with those that it has now.
+    Samples are turned into iterations through the size of the batches. A run may go on with batches of another size:
+    those to come after ``progress`` count, and what it has passed stays passed.
 
     Raises:
         ConfigError: when the learning rate would fall before it has risen.
@@ -41,8 +41,7 @@ def spans_of(run: RunConfig, samples_per_epoch: int, progress: Progress = START)
     def iterations(num_samples: int) -> int:
         if num_samples > progress.num_samples:
             return progress.iteration + sizes.num_batches(progress.num_samples, num_samples)
-        beyond = sizes.num_batches(0, progress.num_samples) - sizes.num_batches(0, num_samples)
-        return max(0, progress.iteration - beyond)
+        return min(progress.iteration, sizes.num_batches(0, num_samples))
 
     if training.train_iters is not None:
         train_iters = training.train_iters
