@@ -14,13 +14,14 @@ from transformers import LlamaForCausalLM
 
 import megacore
 import tiny_run
+from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.data import IndexedDataset, SampleOrder, TokenWindows
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.parallel.forward import forward_plan
 from megacore.parallel.loss import CHUNK_BYTES
-from megacore.training import RunConfig
+from megacore.training import Engine, RunConfig, batches
 from megacore.training.loop import parallel_sizes
 from megacore.training.metrics import TokenScores, metrics_of
 from tiny_llama import write_dataset
@@ -104,20 +105,30 @@ def test_a_number_of_batches_is_that_of_the_first_samples(place, tmp_path):
     "layout", ["one process", "tp 2 × dp 2, sharded", "pp 2 × dp 2, sharded", "pp 2, DualPipeV", "dp 2"]
 )
 def test_evaluation_changes_nothing_about_training_and_comes_when_it_is_due(place, ranks, tmp_path, layout):
-    settings = ("training.train_iters=3", "evaluation.interval=2", "model.dtype=bf16", *LAYOUTS[layout])
-    settings = (*settings, f"data.test_prefix={place / 'valid'}", "evaluation.iters=all")
-    plain = run_of(place, tmp_path / "plain", *settings, "evaluation.interval=100")
-    often = run_of(place, tmp_path / "often", *settings)
+    settings = ("training.train_iters=3", "data.eod_mask_loss=true", "dropout.hidden=0.1", *LAYOUTS[layout])
+    plain = tiny_run.run_of(place, tmp_path / "plain", *settings, "model.dtype=bf16")
+    split = (f"data.test_prefix={place / 'valid'}", "evaluation.interval=2", "evaluation.iters=all")
+    often = run_of(place, tmp_path / "often", *settings, *split, "model.dtype=bf16")
 
-    (expected, at_the_end), *_ = ranks.run(trained_and_evaluated, plain, sizes=parallel_sizes(plain))
+    (expected, none), *_ = ranks.run(trained_and_evaluated, plain, sizes=parallel_sizes(plain))
     (steps, evaluations), *_ = ranks.run(trained_and_evaluated, often, sizes=parallel_sizes(often))
 
     assert [(step.loss, step.grad_norm) for step in steps] == [(step.loss, step.grad_norm) for step in expected]
-    assert [(told.split, told.iteration) for told in at_the_end] == [("valid", 3), ("test", 3)]
+    assert none == []
     assert [(told.split, told.iteration) for told in evaluations] == [("valid", 2), ("valid", 3), ("test", 3)]
-    assert evaluations[1].values == evaluations[2].values == at_the_end[0].values != evaluations[0].values
+    assert evaluations[1].values == evaluations[2].values != evaluations[0].values
     trained, without = tiny_run.weights(tmp_path / "often"), tiny_run.weights(tmp_path / "plain")
     assert [name for name in without if not torch.equal(trained[name], without[name])] == []
+
+
+def test_no_copy_of_a_weight_is_kept_after_an_evaluation(place, tmp_path):
+    run = run_of(place, tmp_path / "out", "model.dtype=bf16")
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, ParallelContext.single())
+
+    engine.score(next(batches(run, checkpoint)))
+
+    assert [name for name, module in engine.stages[0].named_modules() if getattr(module, "casts", None)] == []
 
 
 def test_nothing_is_dropped_in_evaluation(place, tmp_path):
