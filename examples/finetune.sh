@@ -23,10 +23,13 @@ MODEL is one that \`megacore plugins\` lists: falcon, llama, llama2, codellama, 
   --global-batch N   samples of an optimizer step  [12]
   --iters N          optimizer steps  [1000]
   --seq-len N        tokens of a sample  [2048; llama2 4096; codellama 16384]
-  --lr LR            peak learning rate; falls to a tenth  [3e-4; llama2 above 13: 1.5e-4]
+  --lr LR            peak learning rate; falls to a tenth  [3e-4; llama2 above 13: 1.5e-4; with --instruct 2e-5]
   --dtype DTYPE      bf16, fp16, fp32 or fp64  [bf16]
   --checkpoint DIR   to start from  [checkpoints/MODEL-SIZE]
-  --data PREFIX      dataset of \`megacore tokenize\`  [data/text]
+  --data PREFIX      dataset of \`megacore tokenize\`, or of \`megacore tokenize-chat\` with --instruct  [data/text]
+  --val-path PREFIX  another one, which is evaluated every 200 iterations
+  --instruct         train on conversations, of which the assistant's words are learned
+  --loss-mask X      what the others' words count for in the loss, with --instruct  [0]
   --out DIR          checkpoint to create  [checkpoints/MODEL-SIZE-finetuned]
 EOF
 }
@@ -44,12 +47,13 @@ model=$1
 shift
 
 size="" tp=1 pp=1 nodes=1 rank=0 port=29500 iters=1000 micro_batch=1 global_batch=12 dtype=bf16 data=data/text
-gpus="" addr="" lr="" seq_len="" checkpoint="" out=""
+gpus="" addr="" lr="" seq_len="" checkpoint="" out="" val_path="" instruct="" loss_mask=""
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit ;;
+        --instruct) instruct=true; shift ;;
         --size | --tp | --pp | --gpus | --nodes | --rank | --addr | --port | --micro-batch | --global-batch | --iters | \
-            --seq-len | --lr | --dtype | --checkpoint | --data | --out)
+            --seq-len | --lr | --dtype | --checkpoint | --data | --out | --val-path | --loss-mask)
             [ $# -gt 1 ] || fail "$1 needs a value"
             name=${1#--}
             printf -v "${name//-/_}" %s "$2"
@@ -67,6 +71,7 @@ for option in tp pp nodes rank port iters micro_batch global_batch ${gpus:+gpus}
 done
 if [ "$nodes" -eq 1 ] && [ "$rank" -gt 0 ]; then fail "--rank $rank needs --nodes, which says how many nodes there are"; fi
 case $lr in *[!0-9.eE+-]*) fail "--lr takes a number, not '$lr'" ;; esac
+if [ -n "$loss_mask" ] && [ -z "$instruct" ]; then fail "--loss-mask is for conversations: it needs --instruct"; fi
 
 if ! megacore plugins | tr -s ', ' '\n\n' | grep -xF -- "$model" >/dev/null; then
     fail "megacore has no model $model: \`megacore plugins\` lists those that it has"
@@ -79,15 +84,25 @@ if [ ! -d "$checkpoint" ]; then
     fail "there is no checkpoint $checkpoint. Make it with
     megacore convert --model $model --size $size --out $checkpoint"
 fi
+family=$(megacore inspect "$checkpoint" | sed -n 's/^family *//p')
+[ "$family" = "$model" ] || fail "$checkpoint is a checkpoint of $family, and MODEL is $model"
 
 case $model in
     llama2) seq_len=${seq_len:-4096} ;;
     codellama) seq_len=${seq_len:-16384} ;;
     *) seq_len=${seq_len:-2048} ;;
 esac
-if [ "$model" = llama2 ] && [ "${size%%.*}" -gt 13 ]; then lr=${lr:-1.5e-4}; else lr=${lr:-3e-4}; fi
+if [ -n "$instruct" ]; then lr=${lr:-2e-5}
+elif [ "$model" = llama2 ] && [ "${size%%.*}" -gt 13 ]; then lr=${lr:-1.5e-4}
+else lr=${lr:-3e-4}; fi
 min_lr=$(awk "BEGIN { print $lr / 10 }")
 sequence_parallel=$([ "$tp" -gt 1 ] && echo true || echo false)
+
+about_data=(--set data.prefix="$data" --set data.seq_length="$seq_len")
+if [ -n "$instruct" ]; then about_data+=(--set data.kind=instruction --set data.scalar_loss_mask="${loss_mask:-0}"); fi
+if [ -n "$val_path" ]; then
+    about_data+=(--set data.valid_prefix="$val_path" --set evaluation.interval=200 --set evaluation.iters=10)
+fi
 
 several_nodes=()
 if [ "$nodes" -gt 1 ]; then
@@ -98,8 +113,8 @@ megacore train "$(dirname "$0")/finetune.toml" \
     --tp "$tp" --pp "$pp" ${gpus:+--nproc-per-node "$gpus"} "${several_nodes[@]}" \
     --set parallel.sequence_parallel="$sequence_parallel" \
     --set model.checkpoint="$checkpoint" --set model.dtype="$dtype" \
-    --set data.prefix="$data" --set data.seq_length="$seq_len" \
-    --set optimizer.lr="$lr" --set optimizer.min_lr="$min_lr" --set optimizer.warmup_iters=$((iters / 10)) \
+    "${about_data[@]}" \
+    --set optimizer.lr="$lr" --set optimizer.min_lr="$min_lr" \
     --set training.train_iters="$iters" \
     --set training.micro_batch_size="$micro_batch" --set training.global_batch_size="$global_batch" \
     --set output.checkpoint="${out:-checkpoints/$model-$size-finetuned}"

@@ -24,10 +24,12 @@ from megacore.data import (
 )
 from megacore.errors import ConfigError, DataError
 from megacore.training import RunConfig, batches, read_run_config, train
+from megacore.training.batches import open_samples
 from megacore.training.loop import parallel_sizes
 from tiny_chat import write_tokenizer
 from tiny_llama import VOCAB, published_model
 from tiny_models import tied_multi_query_falcon
+from training_on_rank import evaluated
 
 NUM_CONVERSATIONS, SEQ_LENGTH, BATCH = 13, 40, 8
 
@@ -312,3 +314,59 @@ def test_conversations_of_a_larger_vocabulary_are_refused(place, tmp_path):
     (tmp_path / "chats.json").write_text(description.to_json())
     with pytest.raises(DataError, match="made with a tokenizer of 100 ids, and the checkpoint's vocabulary has 99"):
         train(run_of(place, tmp_path / "out", f"data.prefix={tmp_path}/chats"))
+
+
+# --- evaluation
+
+EVALUATED = {
+    "one process, variable lengths": ["data.variable_seq_lengths=true"],
+    "dp 2, packed": ["data.packing=true", "parallel.nproc_per_node=2"],
+    "pp 2, interleaved, variable lengths, 2 at once": [
+        "data.variable_seq_lengths=true", "parallel.pipeline_parallel=2", "training.micro_batch_size=2",
+        "parallel.pipeline_schedule=Interleaved1F1B",
+    ],
+    "tp 2 with sequence parallelism, packed, all tokens counted": [
+        "data.packing=true", "parallel.tensor_parallel=2", "parallel.sequence_parallel=true", "data.scalar_loss_mask=1",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", EVALUATED)
+def test_an_evaluation_has_the_figures_of_transformers_on_each_conversation_alone(place, ranks, tmp_path, layout):
+    conversations = write_conversations(tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(place / "published-llama", dtype=torch.float64)
+    counts = 1.0 if "all tokens" in layout else 0.0
+    overrides = [f"data.valid_prefix={place / 'chats'}", "evaluation.iters=all", 'evaluation.metrics=["all"]']
+    run = run_of(place, tmp_path / "out", *overrides, *EVALUATED[layout])
+
+    evaluations = ranks.run(evaluated, run, sizes=parallel_sizes(run))
+
+    expected = figures_of(model, conversations, counts)
+    for evaluation in evaluations:
+        values = dict(evaluation.values)
+        samples = len(open_samples(run, Checkpoint(place / "llama"), "valid").sources[0])
+        for name in ("count_loss_mask", "count_instruct_mask"):
+            values[name] *= samples  # how many conversations are in one depends on packing
+        assert values == pytest.approx(expected, rel=1e-6)
+
+
+def figures_of(model, conversations, scalar_loss_mask: float) -> dict[str, float]:
+    """Loss and metrics over the tokens of all conversations; the counts are of all of them together."""
+    losses, is_top, is_assistant = [], [], []
+    for ids, roles in conversations:
+        tokens = torch.tensor([ids[: SEQ_LENGTH + 1]])
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[0, :-1]
+        losses.append(F.cross_entropy(logits, tokens[0, 1:], reduction="none"))
+        is_top.append(logits.argmax(-1) == tokens[0, 1:])
+        is_assistant.append(torch.tensor(roles[1 : SEQ_LENGTH + 1]) == 2)
+    loss, right, of_assistant = torch.cat(losses), torch.cat(is_top), torch.cat(is_assistant)
+    is_learned = torch.ones_like(of_assistant) if scalar_loss_mask else of_assistant
+    return {
+        "loss": loss[is_learned].mean().item(),
+        "perplexity": loss[is_learned].mean().exp().item(),
+        "accuracy": right[is_learned].double().mean().item(),
+        "instruct_accuracy": right[of_assistant].double().mean().item(),
+        "count_loss_mask": is_learned.sum().item(),
+        "count_instruct_mask": of_assistant.sum().item(),
+    }

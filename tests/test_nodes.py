@@ -62,7 +62,7 @@ def run_file(place: Path) -> Path:
         "checkpoints/llama2-7": place / "checkpoint",
         "data/text": place / "data",
         "bf16": "fp64",
-        "warmup_iters = 100": "warmup_iters = 0",
+        "warmup_fraction = 0.1": "",
     }
     for old, new in changes.items():
         text = text.replace(old, str(new), 1)
@@ -200,9 +200,39 @@ def test_the_script_says_how_to_make_a_checkpoint_that_is_not_there():
     )
 
 
+def test_the_script_refuses_a_checkpoint_of_another_model(place):
+    script = ROOT / "examples/finetune.sh"
+    command = started("bash", script, "llama2", "--size", "7", "--checkpoint", place / "checkpoint")
+    _, error = command.communicate(timeout=BOUND)
+
+    assert command.returncode == 2
+    assert error == f"{script}: {place / 'checkpoint'} is a checkpoint of llama, and MODEL is llama2\n"
+
+
+def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "megacore").write_text(
+        '#!/bin/sh\ncase $1 in plugins) echo llama2 ;; inspect) echo "family      llama2" ;; *) echo "$@" ;; esac\n'
+    )
+    (tmp_path / "megacore").chmod(0o755)
+    command = started(
+        *("bash", ROOT / "examples/finetune.sh", "llama2", "--size", "70", "--checkpoint", tmp_path / "checkpoint"),
+        *("--data", "chats", "--instruct", "--loss-mask", "0.1", "--val-path", "held-back"),
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    )
+    told, error = command.communicate(timeout=BOUND)
+
+    assert command.returncode == 0, error
+    settings = set(told.split(" --set "))
+    assert settings >= {"optimizer.lr=2e-5", "optimizer.min_lr=2e-06", "data.kind=instruction", "data.prefix=chats"}
+    assert settings >= {"data.scalar_loss_mask=0.1", "data.valid_prefix=held-back", "data.seq_length=4096"}
+    assert settings >= {"evaluation.interval=200", "evaluation.iters=10"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["llama", "--size", "7", "--loss-mask", "1"], "--loss-mask is for conversations: it needs --instruct"),
         (["gpt5", "--size", "7"], "megacore has no model gpt5: `megacore plugins` lists those that it has"),
         (["llama"], "--size N says how large the model is, in billions of parameters"),
         (["llama", "--size"], "--size needs a value"),

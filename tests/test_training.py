@@ -30,6 +30,7 @@ from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer import build_optimizer
 from megacore.training.run_config import OptimizerSection
 from megacore.training.schedule import learning_rate
+from megacore.training.span import Spans
 from tiny_llama import VOCAB, published_model, write_dataset
 from tiny_run import weights
 from training_on_rank import train_on_what_each_sees, trained_replicas, whole_gradients
@@ -264,27 +265,30 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases_alone(place):
 
 
 def test_the_learning_rate_rises_to_the_peak_and_falls_along_half_a_cosine():
-    settings = OptimizerSection(lr=1.0, min_lr=0.1, warmup_iters=4)
+    settings = OptimizerSection(lr=1.0, min_lr=0.1)
+    spans = Spans(train_iters=8, warmup_iters=4, lr_decay_iters=8)
 
-    rates = [learning_rate(iteration, optimizer=settings, train_iters=8) for iteration in range(1, 9)]
+    rates = [learning_rate(iteration, optimizer=settings, spans=spans) for iteration in range(1, 9)]
 
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.8681980515, 0.55, 0.2318019485], abs=1e-10)
 
 
 @pytest.mark.parametrize("warmup_iters", [0, 1, 3, 99])
 def test_no_step_is_at_0_and_the_one_after_the_warmup_is_at_the_peak(warmup_iters):
-    settings = OptimizerSection(lr=1.0, min_lr=0.0, warmup_iters=warmup_iters)
+    settings = OptimizerSection(lr=1.0, min_lr=0.0)
+    spans = Spans(train_iters=100, warmup_iters=warmup_iters, lr_decay_iters=100)
 
-    rates = [learning_rate(iteration, optimizer=settings, train_iters=100) for iteration in range(1, 101)]
+    rates = [learning_rate(iteration, optimizer=settings, spans=spans) for iteration in range(1, 101)]
 
     assert min(rates) > 0
     assert rates[warmup_iters] == max(rates) == 1.0
 
 
 def test_the_step_after_the_last_would_be_at_the_minimum():
-    settings = OptimizerSection(lr=1.0, min_lr=0.125, warmup_iters=3)
+    settings = OptimizerSection(lr=1.0, min_lr=0.125)
+    spans = Spans(train_iters=100, warmup_iters=3, lr_decay_iters=100)
 
-    assert learning_rate(101, optimizer=settings, train_iters=100) == 0.125
+    assert learning_rate(101, optimizer=settings, spans=spans) == 0.125
 
 
 # --- the run file
@@ -317,8 +321,8 @@ def refusal(place: Path, tmp_path: Path, *arguments: str, old: str = "", new: st
         ("train_iters = 10", "train_iters = 1.5", r"training\.train_iters: .*integer.*, not 1\.5"),
         ("train_iters = 10", "train_iters = 0", r"training\.train_iters: .*greater than 0, not 0"),
         ("lr = 0.01", "lr = nan", r"optimizer\.lr: "),
-        ("min_lr = 0.001", "min_lr = 0.1", r"min_lr \(0\.1\) must not be above optimizer\.lr \(0\.01\)"),
-        ("warmup_iters = 3", "warmup_iters = 10", r"warmup_iters \(10\) must be below training\.train_iters \(10\)"),
+        ("min_lr = 0.001", "min_lr = 0.1", r"optimizer: min_lr \(0\.1\) must not be above lr \(0\.01\)"),
+        ("warmup_iters = 3", "warmup_iters = 10", r"the 10 iterations of the warm-up must be fewer than the 10 after"),
         ("[output]", "[recompute]\nnum_layers = 2\n[output]", r"num_layers \(2\) belongs to .* \"full\", and that is"),
         ("[output]", "[dropout]\nlima = true\n[output]", r"dropout\.lima lets dropout\.hidden rise .* and that is 0"),
         ("[output]", "[parallel]\nstages_per_rank = 2\n[output]", r"stages_per_rank is 2, .* leave .* out"),

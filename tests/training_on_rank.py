@@ -11,10 +11,16 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext, gathered, local_part
+from megacore.data import Split
+from megacore.parallel import ParallelContext, chunk_bounds, gathered, local_part, token_scores
 from megacore.testing.numerics import whole_tensor
-from megacore.training import Batch, Engine, RunConfig, batches
+from megacore.training import Batch, Engine, Evaluation, RunConfig, Step, batches
+from megacore.training.evaluation import Evaluator
+from megacore.training.exits import Exits
 from megacore.training.loop import _train_on_rank
+from megacore.training.metrics import Sums, TokenScores
+from megacore.training.progress import Progress
+from megacore.training.training_section import TrainingSection
 
 
 def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
@@ -157,3 +163,34 @@ def segmented_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[floa
 def train_on_what_each_sees(parallel: ParallelContext, runs: list[RunConfig]) -> None:
     """Train each rank by a run file of its own."""
     _train_on_rank(parallel, runs[parallel.rank], None)
+
+
+def evaluated(parallel: ParallelContext, run: RunConfig, split: Split = "valid") -> Evaluation:
+    """What comes of the evaluation of the model that the run starts from."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    return Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(split, iteration=0)
+
+
+def trained_and_evaluated(parallel: ParallelContext, run: RunConfig) -> tuple[list[Step], list[Evaluation]]:
+    """Train as the run says; what was told on the way, on this rank if it is the first."""
+    evaluations: list[Evaluation] = []
+    return _train_on_rank(parallel, run, None, evaluations.append), evaluations
+
+
+def share_of_certain(scores: TokenScores) -> Sums:
+    """A metric of a user's own: how many tokens have a loss below 3."""
+    return (scores.losses < 3).sum(), float(scores.losses.numel())
+
+
+def ends_after_a_minute(parallel: ParallelContext, slow_rank: int | None = None) -> str | None:
+    """Why a run ends that may take a minute, where for one of its ranks two are over."""
+    exits = Exits(TrainingSection(train_iters=10, exit_duration_in_mins=1), parallel)
+    if parallel.rank == slow_rank:
+        exits._started -= 120
+    return exits.reason(Progress(iteration=1, num_samples=8))
+
+
+def scores_of_tokens(parallel: ParallelContext, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The scores of ``targets`` by a head of ``weight``, of which each rank takes its rows."""
+    first, last = chunk_bounds(len(weight), parallel.tp_size, parallel.tp_rank)
+    return token_scores(hidden, weight[first:last], targets, vocab_size=len(weight), parallel=parallel)

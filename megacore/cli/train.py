@@ -11,7 +11,7 @@ from megacore.cli.notes import print_note
 from megacore.cli.options import parallel_size_option
 
 if TYPE_CHECKING:
-    from megacore.training import Step
+    from megacore.training import Evaluation, Step
 
 
 @click.command()
@@ -64,7 +64,7 @@ def train(
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
     given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]
     run = read_run_config(run_file, (*overrides, *given))
-    train(run, nodes=place, on_note=print_note, on_step=print_step)
+    train(run, nodes=place, on_note=print_note, on_step=print_step, on_evaluation=print_evaluation, on_stop=print_stop)
     if is_first_process(place):
         click.echo(f"Saved {run.output.checkpoint}.")
 
@@ -72,7 +72,19 @@ def train(
 def print_step(step: Step) -> None:
     """The line that tells of one step."""
     scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g} | skipped {step.num_skipped}"
+    taken = "" if step.is_taken else " | not taken"
     click.echo(
         f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
-        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}"
+        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}{taken}"
     )
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """The line that tells of one evaluation."""
+    told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
+    click.echo(f"{evaluation.split} at iteration {evaluation.iteration} | {told}")
+
+
+def print_stop(reason: str) -> None:
+    """The line that tells why the run ends early."""
+    click.echo(f"Stopped early after {reason}.")

@@ -88,6 +88,11 @@ class MixedSamples:
             for number, source in enumerate(sources)
         ]
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """Those of all sources together. The first so many of a single source are each of its samples once."""
+        return sum(len(source) for source in self.sources)
+
     def place(self, position: int) -> Place:
         source, number = self.mixture[position]
         return Place(source, self._orders[source][number])

@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
         if positions.cos is not None and positions.sin is not None:
             query = apply_rotary(query, positions.cos, positions.sin)
             key = apply_rotary(key, positions.cos, positions.sin)
-        if self.options.dropout.probability == 0.0:
+        if self.options.dropout.probability == 0.0 or not self.training:
             return self.options.kernel(query, key, value, positions.mask, 0.0, positions.segments).flatten(2)
         return self._attend_with_dropout(query, key, value, positions).flatten(2)
 

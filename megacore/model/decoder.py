@@ -22,6 +22,7 @@ from megacore.parallel import (
     VocabParallelHead,
     linear_cross_entropy,
     parameter_specs,
+    token_scores,
     vocab_parallel_logits,
 )
 
@@ -112,15 +113,18 @@ class DecoderModel(nn.Module):
 
         Args:
             inputs: on the first stage token ids, ``[batch, sequence]``; on the others what the stage before returned.
-            targets: token ids, ``[batch, sequence]``; the last stage then returns the loss instead of logits.
-            token_weights: of the loss; see :func:`megacore.parallel.linear_cross_entropy`.
+            targets: token ids, ``[batch, sequence]``; the last stage then returns the loss instead of logits, or the
+                scores.
+            token_weights: of the loss; see :func:`megacore.parallel.linear_cross_entropy`. Without them there are
+                scores of the tokens; see :func:`megacore.parallel.token_scores`.
             segments: number of each token's segment, ``[batch, sequence]``, on the CPU: tokens attend to those of their
                 own segment only, and positions count from its beginning; none where each row is one.
             sample_ids: numbers of the samples, ``[batch]``, on the CPU, for dropout; none without.
 
         Returns:
-            On the last stage this rank's logits, ``[batch, sequence, local_vocab]``, or the loss, ``[1]``; on the
-            others hidden states, ``[batch, sequence, hidden]``, under sequence parallelism this rank's slice of them.
+            On the last stage this rank's logits, ``[batch, sequence, local_vocab]``, or the loss, ``[1]``, or the
+            scores, ``[batch, sequence, 2]``; on the others hidden states, ``[batch, sequence, hidden]``, under sequence
+            parallelism this rank's slice of them.
 
         Raises:
             LayoutError: under sequence parallelism, when the sequence is no multiple of the tensor-parallel size.
@@ -151,7 +155,10 @@ class DecoderModel(nn.Module):
             return hidden
         if targets is None:
             return vocab_parallel_logits(hidden, self.head.local("weight"), parallel)
-        assert token_weights is not None, "a loss needs the weights of the tokens"
+        if token_weights is None:
+            return token_scores(
+                hidden, self.head.held("weight"), targets, vocab_size=self.config.vocab_size, parallel=parallel
+            )
         return linear_cross_entropy(
             hidden,
             self.head.held("weight"),

@@ -62,8 +62,8 @@ class Dropout:
 class HiddenDropout(nn.Module):
     """Dropout of what a layer adds to the residual, ``[batch, sequence, hidden]``, or of the embedding.
 
-    It drops nothing until the training run says how much; a layer calls it and need not care. Under sequence
-    parallelism each rank drops its slice of what it would drop as a whole.
+    It drops nothing until the training run says how much, nor in evaluation; a layer calls it and need not care. Under
+    sequence parallelism each rank drops its slice of what it would drop as a whole.
     """
 
     def __init__(self, parallel: ParallelContext) -> None:
@@ -72,7 +72,7 @@ class HiddenDropout(nn.Module):
         self.dropout: Dropout | None = None
 
     def forward(self, hidden: Tensor, sample_ids: Tensor | None) -> Tensor:
-        if self.dropout is None or sample_ids is None:
+        if self.dropout is None or sample_ids is None or not self.training:
             return hidden
         return self._drop(self.dropout, hidden, sample_ids)
 

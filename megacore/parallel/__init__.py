@@ -10,6 +10,7 @@ from megacore.parallel.cuts import (
     join_parts,
 )
 from megacore.parallel.data_parallel import GradientBuckets, gathered, shard
+from megacore.parallel.forward import run_forward
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
 from megacore.parallel.launch import end_process, is_first_process, launched_environment, on_ranks
 from megacore.parallel.layers import (
@@ -19,7 +20,7 @@ from megacore.parallel.layers import (
     VocabParallelHead,
     vocab_parallel_logits,
 )
-from megacore.parallel.loss import linear_cross_entropy
+from megacore.parallel.loss import linear_cross_entropy, token_scores
 from megacore.parallel.module import (
     ParallelModule,
     ReplicatedModule,
@@ -29,7 +30,7 @@ from megacore.parallel.module import (
     parameter_specs,
 )
 from megacore.parallel.nodes import ONE_NODE, Nodes
-from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, stages_on_rank
+from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, owners_of_stages, stages_on_rank
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
 
@@ -68,11 +69,14 @@ __all__ = [
     "materialize",
     "on_ranks",
     "own_square_norm",
+    "owners_of_stages",
     "parameter_specs",
     "process_group",
+    "run_forward",
     "scale_gradients",
     "shard",
     "stages_of",
     "stages_on_rank",
+    "token_scores",
     "vocab_parallel_logits",
 ]

@@ -45,10 +45,53 @@ def linear_cross_entropy(
     hidden = enter_parallel_region(hidden, parallel)
     first, _ = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
     group = parallel.tp_group if parallel.tp_mesh is not None else None
-    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    is_differentiated = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), token_weights.flatten(), first, group, with_gradients
+        hidden.flatten(0, -2), weight, targets.flatten(), token_weights.flatten(), first, group, *is_differentiated
     )
+
+
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, parallel: ParallelContext
+) -> Tensor:
+    """Of each target the negative log-likelihood, in nats, and 1 where it is the most probable token, else 0.
+
+    As :func:`linear_cross_entropy`, whose arguments these are, without a graph; logits are never gathered. Of tokens
+    that are equally probable the first one counts as the most probable, as with ``argmax``.
+
+    Returns:
+        ``[batch, sequence, 2]``, in 64 bit where that is computed in, else in 32, equal on all ranks.
+    """
+    with torch.no_grad():
+        hidden = enter_parallel_region(hidden, parallel).flatten(0, -2)
+        first, _ = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
+        group = parallel.tp_group if parallel.tp_mesh is not None else None
+        rows, ids = weight.to(hidden.dtype), targets.flatten()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scores = torch.empty((len(ids), 2), dtype=wide, device=hidden.device)
+        chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * rows.shape[0]))
+        for start in range(0, len(ids), chunk):
+            tokens = slice(start, start + chunk)
+            logits = (hidden[tokens] @ rows.t()).to(wide)
+            scores[tokens, 1] = (_most_probable(logits, first, group) == ids[tokens]).to(wide)
+            ones = torch.ones(len(logits), dtype=wide, device=hidden.device)
+            scores[tokens, 0], _ = _of_chunk(logits, ids[tokens] - first, ones, group, with_gradient=False)
+        return scores.view(*targets.shape, 2)
+
+
+def _most_probable(logits: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The token of the highest of the logits, ``[tokens, local_vocab]``, of all ranks."""
+    maxima, tops = logits.max(dim=-1)
+    tops = tops + first
+    if group is None:
+        return tops
+    # In 32 bit, numbers of tokens are exact up to 2^24.
+    own = torch.stack([maxima, tops.to(maxima.dtype)])
+    gathered = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(gathered, own, group=group)
+    maxima, numbers = torch.stack(gathered, dim=1).unbind()
+    # Of equal maxima that of the first rank, whose tokens come first.
+    return numbers.gather(0, maxima.argmax(dim=0, keepdim=True)).squeeze(0).long()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -61,41 +104,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weights: Tensor,
         first: int,
         group: dist.ProcessGroup | None,
-        with_gradients: bool,
+        with_hidden_gradient: bool,
+        with_weight_gradient: bool,
     ) -> Tensor:
         rows = weight.to(hidden.dtype)
-        hidden_gradient = torch.empty_like(hidden) if with_gradients else None
-        weight_gradient = torch.zeros_like(weight) if with_gradients else None
+        hidden_gradient = torch.empty_like(hidden) if with_hidden_gradient else None
+        weight_gradient = torch.zeros_like(weight) if with_weight_gradient else None
+        with_gradient = with_hidden_gradient or with_weight_gradient
         total = torch.zeros(1, dtype=token_weights.dtype, device=hidden.device)
         chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * rows.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             tokens = slice(start, start + chunk)
             losses, gradient = _of_chunk(
-                hidden[tokens] @ rows.t(), targets[tokens] - first, token_weights[tokens], group, with_gradients
+                hidden[tokens] @ rows.t(), targets[tokens] - first, token_weights[tokens], group, with_gradient
             )
-            total += losses
-            if hidden_gradient is None or weight_gradient is None:
+            total += losses.sum()
+            if hidden_gradient is not None:
+                torch.mm(gradient, rows, out=hidden_gradient[tokens])
+            if weight_gradient is None:
                 continue
-            torch.mm(gradient, rows, out=hidden_gradient[tokens])
             if weight_gradient.dtype == gradient.dtype:
                 weight_gradient.addmm_(gradient.t(), hidden[tokens])
             else:  # the sum over chunks stays in the wider dtype
                 weight_gradient += gradient.t() @ hidden[tokens]
-        if hidden_gradient is not None and weight_gradient is not None:
-            ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         torch._assert_async(gradient == 1, "the loss was scaled: scale token_weights instead")
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient, weight_gradient, None, None, None, None, None
+        return hidden_gradient, weight_gradient, *[None] * 6
 
 
 def _of_chunk(
     logits: Tensor, local_targets: Tensor, token_weights: Tensor, group: dist.ProcessGroup | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a chunk of tokens, and the gradient of their ``logits``, ``[tokens, local_vocab]``."""
+    """The weighted losses of a chunk of tokens, and the gradient of their ``logits``, ``[tokens, local_vocab]``."""
     dtype = logits.dtype
     logits = logits.to(token_weights.dtype)
     elsewhere = (local_targets < 0) | (local_targets >= logits.shape[-1])
@@ -106,10 +151,10 @@ def _of_chunk(
     maximum, normalizer, target_logits = _joined(maxima, exponentials.sum(dim=-1), target_logits, group)
     losses = (normalizer.log() + maximum - target_logits) * token_weights
     if not with_gradient:
-        return losses.sum(), exponentials
+        return losses, exponentials
     exponentials.mul_(((maxima - maximum).exp() / normalizer * token_weights).unsqueeze(-1))
     exponentials.scatter_add_(-1, local_targets, -token_weights.masked_fill(elsewhere, 0.0).unsqueeze(-1))
-    return losses.sum(), exponentials.to(dtype)
+    return losses, exponentials.to(dtype)
 
 
 def _joined(

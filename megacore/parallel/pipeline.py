@@ -87,10 +87,15 @@ def check_schedule(name: str, *, pp: int, stages_per_rank: int, num_micro_batche
 
 def stages_on_rank(name: str, stages: Sequence[Stage], parallel: ParallelContext) -> list[Stage]:
     """The stages that this process has, of all ``stages``."""
-    pp, rank = parallel.pp_size, parallel.pp_rank
+    owners = owners_of_stages(name, len(stages), parallel.pp_size)
+    return [stage for stage, owner in zip(stages, owners, strict=True) if owner == parallel.pp_rank]
+
+
+def owners_of_stages(name: str, num_stages: int, pp: int) -> list[int]:
+    """Of each stage, the process along ``pp`` that has it."""
     if SCHEDULES[name].is_v_shaped:
-        return [stages[rank], stages[2 * pp - 1 - rank]]
-    return list(stages[rank::pp])
+        return [*range(pp), *reversed(range(pp))]
+    return [stage % pp for stage in range(num_stages)]
 
 
 def _is_the_loss(output: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from megacore.training.batches import Batch, batches
 from megacore.training.engine import Engine
+from megacore.training.evaluation import Evaluation
 from megacore.training.loop import Step, train
 from megacore.training.run_config import RunConfig, read_run_config
 
-__all__ = ["Batch", "Engine", "RunConfig", "Step", "batches", "read_run_config", "train"]
+__all__ = ["Batch", "Engine", "Evaluation", "RunConfig", "Step", "batches", "read_run_config", "train"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -24,7 +23,9 @@ from megacore.data import (
 )
 from megacore.errors import DataError
 from megacore.training.instruction_batches import collated, micro_batch_lengths, open_instruction_samples
+from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig
+from megacore.training.span import START, spans_of
 
 
 @dataclass(frozen=True)
@@ -94,36 +95,46 @@ def batches(
     run: RunConfig,
     checkpoint: Checkpoint,
     *,
-    split: Split = "train",
-    first_iteration: int = 0,
+    samples: MixedSamples | None = None,
+    progress: Progress = START,
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Iterator[Batch]:
-    """What data-parallel process ``dp_rank`` of ``dp_size`` sees of the run's global batches.
-
-    Those to train on end with ``training.train_iters``; those to validate and to test on do not end.
+    """What data-parallel process ``dp_rank`` of ``dp_size`` sees of the global batches that the run trains on.
 
     Args:
-        first_iteration: how many batches were seen before; the rest is the same at any ``dp_size``.
+        samples: of the run, where they are open already.
+        progress: how far the run has come; what is left is the same at any ``dp_size``.
 
     Raises:
         DataError: when a token id is beyond the vocabulary.
     """
-    samples = open_samples(run, checkpoint, split)
+    samples = samples or open_samples(run, checkpoint)
+    num_samples = progress.num_samples
+    for _ in range(progress.iteration, spans_of(run, samples.samples_per_epoch, progress).train_iters):
+        size = run.training.batch_sizes.at(num_samples)
+        share = size // dp_size
+        first = num_samples + dp_rank * share
+        yield batch_of(samples, range(first, first + share), run, checkpoint)
+        num_samples += size
+
+
+def batch_of(
+    samples: MixedSamples, numbers: Sequence[int], run: RunConfig, checkpoint: Checkpoint, split: Split = "train"
+) -> Batch:
+    """The samples of these ``numbers``, of which ``samples`` are those of ``split``.
+
+    Raises:
+        DataError: when a token id is beyond the vocabulary.
+    """
     prefixes = [str(entry.prefix) for entry in run.data.datasets(split)]
-    size = run.training.global_batch_size
-    share = size // dp_size
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    for iteration in range(first_iteration, run.training.train_iters) if split == "train" else count(first_iteration):
-        first = iteration * size + dp_rank * share
-        numbers = range(first, first + share)
-        rows = [samples[number] for number in numbers]
-        lengths = micro_batch_lengths(run, rows) if run.data.variable_seq_lengths else None
-        tokens, loss_mask, segments = collated(rows, max(lengths) if lengths else run.data.seq_length)
-        yield Batch(
-            tokens=check_token_ids(tokens, vocab_size, " or ".join(prefixes)),
-            loss_mask=loss_mask,
-            sample_ids=torch.tensor(numbers),
-            segments=segments,
-            micro_batch_lengths=lengths,
-        )
+    rows = [samples[number] for number in numbers]
+    lengths = micro_batch_lengths(run, rows) if run.data.variable_seq_lengths else None
+    tokens, loss_mask, segments = collated(rows, max(lengths) if lengths else run.data.seq_length)
+    return Batch(
+        tokens=check_token_ids(tokens, checkpoint.manifest.config["vocab_size"], " or ".join(prefixes)),
+        loss_mask=loss_mask,
+        sample_ids=torch.tensor(numbers),
+        segments=segments,
+        micro_batch_lengths=lengths,
+    )

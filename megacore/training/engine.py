@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
-from megacore.model import apply_options, load_stages, read_config
+from megacore.model import DecoderModel, apply_options, load_stages, read_config
 from megacore.parallel import (
     GradientBuckets,
     ParallelContext,
@@ -21,15 +22,18 @@ from megacore.parallel import (
     forget_casts,
     local_gradients,
     own_square_norm,
+    owners_of_stages,
     parameter_specs,
+    run_forward,
     scale_gradients,
     shard,
     stages_on_rank,
 )
 from megacore.plugins import get_family
 from megacore.training.batches import Batch
+from megacore.training.freezing import frozen_names
 from megacore.training.loss_scale import LossScale
-from megacore.training.optimizer import build_optimizer
+from megacore.training.optimizer import build_optimizer, set_rates
 from megacore.training.plan import compute_options, model_specs_of, pipeline_stages, splits_backward
 from megacore.training.run_config import RunConfig
 
@@ -74,7 +78,9 @@ class Engine:
         self.held_dtype, self.compute_dtype = HELD_IN[run.model.dtype], COMPUTED_IN[run.model.dtype]
         narrower = self.compute_dtype if self.compute_dtype != self.held_dtype else None
         config = read_config(get_family(checkpoint.manifest.family), checkpoint)
-        self.all_stages = pipeline_stages(run, config, model_specs_of(checkpoint))
+        whole_specs = model_specs_of(checkpoint)
+        frozen = frozen_names(run.training.freeze, whole_specs)
+        self.all_stages = pipeline_stages(run, config, whole_specs)
         own_stages = (
             stages_on_rank(run.parallel.pipeline_schedule, self.all_stages, parallel)
             if parallel.pp_size > 1
@@ -87,38 +93,45 @@ class Engine:
         self.stages = load_stages(checkpoint, parallel, own_stages, dtype=self.held_dtype, on_layer=on_layer)
         self.specs = {name: spec for model in self.stages for name, spec in parameter_specs(model).items()}
         for model in self.stages:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in frozen)
             apply_options(model, compute_options(run, narrower))
             if parallel.sizes.dp_shard > 1:
                 # What lies around the layers is gathered as it is held: the gradients of embedding and head are sums
                 # over many tokens, for which 16 bit are too few.
                 shard_one(model, compute_dtype=None)
         self.parameters = {name: p for model in self.stages for name, p in model.own_parameters().items()}
-        self.num_micro_batches = run.training.global_batch_size // parallel.dp_size // run.training.micro_batch_size
         self._buckets: GradientBuckets | None = None
         if parallel.sizes.dp_shard == 1 and parallel.sizes.dp_replicate > 1:
-            self._buckets = GradientBuckets(self._all_parameters(), parallel.group("dp_replicate"))
-        self._pipeline = self._build_pipeline(run.data.seq_length) if parallel.pp_size > 1 else None
-        self._pipeline_length = run.data.seq_length
+            trained = [parameter for parameter in self._all_parameters() if parameter.requires_grad]
+            self._buckets = GradientBuckets(trained, parallel.group("dp_replicate"))
+        self._pipeline: tuple[tuple[int, int], Pipeline] | None = None
         self._ends_group = self._group_of_both_ends(config)
         self.optimizer = build_optimizer(
             self._all_named_parameters(), self.specs, run.optimizer, kernel=run.kernels.optimizer
         )
         self.loss_scale = LossScale(run.loss_scale) if run.model.dtype == "fp16" else None
 
-    def step(self, batch: Batch, *, lr: float) -> StepResult:
+    def step(
+        self, batch: Batch, *, lr: float, weight_decay: float | None = None, is_skipped: bool = False
+    ) -> StepResult:
         """Take one optimizer step on ``batch``, which is this process's part of the global one.
 
-        A step whose gradients are not finite is not taken.
+        A step whose gradients are not finite is not taken, nor one that ``is_skipped``, of which only the loss and the
+        gradients' norm are computed. Without ``weight_decay`` it is that of the run file.
         """
         self.zero_gradients()
         loss, norm = self.accumulate(batch)
+        if is_skipped:
+            return StepResult(loss, norm, is_taken=False)
         is_taken = math.isfinite(norm) and math.isfinite(loss)
         if is_taken:
             clip = self.run.optimizer.clip_grad
             factor = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
             self._scale(factor / self._loss_factor)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            if weight_decay is None:
+                weight_decay = self.run.optimizer.weight_decay
+            set_rates(self.optimizer, lr=lr, weight_decay=weight_decay)
             self.optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.stepped() if is_taken else self.loss_scale.overflowed()
@@ -152,40 +165,103 @@ class Engine:
             dist.all_reduce(sums)
         return sums[0].item() / self._loss_factor, math.sqrt(sums[1].item()) / self._loss_factor
 
+    def score(self, batch: Batch) -> Tensor | None:
+        """How probable the model finds each target of ``batch``; see :func:`megacore.parallel.token_scores`.
+
+        Nothing is dropped, and nothing of it is left behind. For all processes, whatever they have of the model.
+
+        Returns:
+            ``[samples, sequence, 2]`` on those that have its last stage, 0 where a micro-batch is shorter.
+        """
+        for model in self.stages:
+            model.eval()
+        with torch.no_grad():
+            scores = self._forward(batch)
+        for model in self.stages:
+            model.train()
+            forget_casts(model)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    # Some stay gathered until a backward pass, which does not come.
+                    module.reshard()
+        return scores
+
+    def _forward(self, batch: Batch) -> Tensor | None:
+        size = self.run.training.micro_batch_size
+        micro_batches = self._micro_batches(batch, {"sample_ids": batch.sample_ids})
+        length = batch.loss_mask.shape[1]
+
+        def through(model: DecoderModel) -> Callable[[Tensor | None, int], Tensor]:
+            def stage(hidden: Tensor | None, number: int) -> Tensor:
+                input_ids, inputs = micro_batches[number]
+                return model(input_ids if hidden is None else hidden, **inputs)
+
+            return stage
+
+        owners = owners_of_stages(self.run.parallel.pipeline_schedule, len(self.all_stages), self.parallel.pp_size)
+        stages = {model.stage.index: through(model) for model in self.stages}
+        if self.parallel.pp_size == 1:
+            outputs = [stages[0](None, number) for number in range(len(micro_batches))]
+        else:
+            outputs = run_forward(
+                stages,
+                owners,
+                len(micro_batches),
+                hidden_shape=self._hidden_shape(length),
+                hidden_dtype=self.compute_dtype,
+                parallel=self.parallel,
+            )
+        if not outputs:
+            return None
+        scores = outputs[0].new_zeros(len(micro_batches) * size, length, 2)
+        for number, output in enumerate(outputs):
+            scores[number * size : (number + 1) * size, : output.shape[1]] = output
+        return scores
+
+    def _micro_batches(self, batch: Batch, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The input ids of each micro-batch, and what else the model is called with: targets, segments, ``inputs``."""
+        size = self.run.training.micro_batch_size
+        tokens = batch.tokens.to(self.parallel.device)
+        inputs = {"targets": tokens[:, 1:], **inputs}
+        if batch.segments is not None:
+            inputs["segments"] = batch.segments
+        micro_batches = []
+        for number in range(len(tokens) // size):
+            samples = slice(number * size, (number + 1) * size)
+            length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else batch.loss_mask.shape[1]
+            own = {
+                name: tensor[samples, :length] if tensor.dim() == 2 else tensor[samples]
+                for name, tensor in inputs.items()
+            }
+            micro_batches.append((tokens[samples, :length], own))
+        return micro_batches
+
     @property
     def _loss_factor(self) -> float:
         return 1.0 if self.loss_scale is None else self.loss_scale.factor
 
     def _forward_and_backward(self, batch: Batch) -> list[Tensor]:
-        device, micro_batch_size = self.parallel.device, self.run.training.micro_batch_size
-        tokens = batch.tokens.to(device)
-        input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        device = self.parallel.device
         loss_mask = batch.loss_mask.to(device, self.held_dtype)
         token_weights = loss_mask * (self._loss_factor / self._over_data_parallelism(loss_mask.sum()).clamp(min=1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
-        if batch.segments is not None:
-            inputs["segments"] = batch.segments
+        num_micro_batches = len(batch.tokens) // self.run.training.micro_batch_size
         if self._buckets is not None:
-            self._buckets.expect(None if splits_backward(self.run) else self.num_micro_batches)
-        if self._pipeline is not None:
-            return self._pipeline_for(input_ids.shape[1]).run(input_ids, targets, **inputs)
+            self._buckets.expect(None if splits_backward(self.run) else num_micro_batches)
+        if self.parallel.pp_size > 1:
+            tokens = batch.tokens.to(device)
+            input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            if batch.segments is not None:
+                inputs["segments"] = batch.segments
+            return self._pipeline_for(input_ids.shape[1], num_micro_batches).run(input_ids, targets, **inputs)
         [model] = self.stages
         losses = []
-        for number in range(self.num_micro_batches):
-            samples = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
+        for number, (input_ids, of_micro_batch) in enumerate(self._micro_batches(batch, inputs)):
             if isinstance(model, FSDPModule):
-                is_last = number == self.num_micro_batches - 1
+                is_last = number == num_micro_batches - 1
                 model.set_is_last_backward(is_last)
                 model.set_requires_gradient_sync(is_last)
-            length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else None
-            loss = model(
-                input_ids[samples, :length],
-                targets=targets[samples, :length],
-                **{
-                    name: tensor[samples, :length] if tensor.dim() == 2 else tensor[samples]
-                    for name, tensor in inputs.items()
-                },
-            )
+            loss = model(input_ids, **of_micro_batch)
             loss.backward()
             losses.append(loss.detach())
         return losses
@@ -197,22 +273,24 @@ class Engine:
                 dist.all_reduce(number, group=self.parallel.group(axis))
         return number
 
-    def _pipeline_for(self, length: int) -> Pipeline:
-        """The pipeline for samples of ``length`` inputs: the stages are told the shape of what they are sent."""
-        if self._pipeline is None or length != self._pipeline_length:
-            self._pipeline, self._pipeline_length = self._build_pipeline(length), length
-        return self._pipeline
+    def _pipeline_for(self, length: int, num_micro_batches: int) -> Pipeline:
+        """The pipeline for so many micro-batches of ``length`` inputs, which is kept until others come."""
+        if self._pipeline is None or self._pipeline[0] != (length, num_micro_batches):
+            pipeline = Pipeline(
+                self.run.parallel.pipeline_schedule,
+                [(model.stage, model) for model in self.stages],
+                num_micro_batches=num_micro_batches,
+                hidden_shape=self._hidden_shape(length),
+                hidden_dtype=self.compute_dtype,
+                parallel=self.parallel,
+            )
+            self._pipeline = ((length, num_micro_batches), pipeline)
+        return self._pipeline[1]
 
-    def _build_pipeline(self, length: int) -> Pipeline:
+    def _hidden_shape(self, length: int) -> tuple[int, int, int]:
+        """Of what goes from stage to stage of a micro-batch of ``length`` inputs."""
         tp = self.parallel.tp_size if self.parallel.sequence_parallel else 1
-        return Pipeline(
-            self.run.parallel.pipeline_schedule,
-            [(model.stage, model) for model in self.stages],
-            num_micro_batches=self.num_micro_batches,
-            hidden_shape=(self.run.training.micro_batch_size, length // tp, self.stages[0].config.hidden_size),
-            hidden_dtype=self.compute_dtype,
-            parallel=self.parallel,
-        )
+        return (self.run.training.micro_batch_size, length // tp, self.stages[0].config.hidden_size)
 
     def _group_of_both_ends(self, config: ModelConfig) -> dist.ProcessGroup | None:
         """Where the head is the embedding: the processes of the first and of the last stage, if they are two."""

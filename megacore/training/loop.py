@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,17 @@ from megacore.plugins import get_family
 from megacore.training.agreement import require_agreement
 from megacore.training.batches import batches, open_samples
 from megacore.training.engine import HELD_IN, Engine
+from megacore.training.evaluation import Evaluation, Evaluator
+from megacore.training.exits import Exits
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.prefetch import prefetched
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.saving import reserve_output, save_stages
-from megacore.training.schedule import learning_rate
+from megacore.training.schedule import learning_rate, weight_decay
+from megacore.training.span import spans_of
+from megacore.training.start import open_start
 
 VERBS: dict[Split, str] = {"train": "train", "valid": "validate", "test": "test"}
 """What is done on each split."""
@@ -59,6 +63,8 @@ class Step:
         tokens_per_second: of the whole step, all ranks together.
         loss_scale: in fp16, the factor on the loss of the next step.
         num_skipped: steps up to this one that were not taken, since gradients overflowed in fp16.
+        batch_size: samples of the global batch.
+        is_taken: whether the weights changed; not in ``training.skip_iters``, nor when gradients overflowed.
     """
 
     iteration: int
@@ -69,6 +75,8 @@ class Step:
     tokens_per_second: float
     loss_scale: float | None = None
     num_skipped: int = 0
+    batch_size: int = 1
+    is_taken: bool = True
 
 
 def train(
@@ -77,6 +85,8 @@ def train(
     nodes: Nodes = ONE_NODE,
     on_note: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_stop: Callable[[str], None] | None = None,
 ) -> list[Step]:
     """Train as ``run`` says and save a native checkpoint at the end. Starts the processes that it needs.
 
@@ -87,6 +97,8 @@ def train(
         nodes: those that the run is spread over; this is called on each of them, and reads and writes the same files.
         on_note: is told what a person should know at the start.
         on_step: is told of each step as it is done; a function of a module, since another process calls it.
+        on_evaluation: likewise, of each evaluation.
+        on_stop: likewise, of why the run ends early, if it does.
 
     Raises:
         MegacoreError: in one of its kinds; what can be checked is checked before the model is loaded.
@@ -99,7 +111,7 @@ def train(
             f"model.checkpoint: {run.model.checkpoint} is not a directory (paths in a run file are relative to the "
             "directory that the command is started in)"
         )
-    checkpoint = Checkpoint(run.model.checkpoint)
+    checkpoint = open_start(run)
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
     specs = model_specs(config, family.build_layer)
@@ -119,6 +131,8 @@ def train(
         _train_on_rank,
         run,
         on_step,
+        on_evaluation,
+        on_stop,
         sizes=sizes,
         nodes=nodes,
         timeout=timedelta(seconds=run.parallel.timeout),
@@ -204,11 +218,24 @@ def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
 def _check_data(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
     """Open what the run works on, which is refused if it cannot be used; yield what a person should know of it."""
     samples = {split: open_samples(run, checkpoint, split) for split in run.data.splits}
+    yield from _describe_length(run, samples["train"].samples_per_epoch)
     if len(samples) > 1 or len(run.data.datasets()) > 1:
         yield from (_describe_samples(run, split, samples[split]) for split in samples)
     for source in (source for of_split in samples.values() for source in of_split.sources):
         if isinstance(source, InstructionSamples):
             yield from instruction_notes(run, source)
+
+
+def _describe_length(run: RunConfig, samples_per_epoch: int) -> Iterator[str]:
+    """How many iterations the run takes, where the run file says it in another way."""
+    spans, training = spans_of(run, samples_per_epoch), run.training
+    if training.epochs is not None:
+        told = f"{training.epochs:g} epochs of {samples_per_epoch:,} samples"
+    elif training.train_samples is not None:
+        told = f"{training.train_samples:,} samples, of {samples_per_epoch:,} an epoch"
+    else:
+        return
+    yield f"{told}: {spans.train_iters:,} iterations"
 
 
 def _describe_samples(run: RunConfig, split: Split, samples: MixedSamples) -> str:
@@ -222,19 +249,43 @@ def _describe_samples(run: RunConfig, split: Split, samples: MixedSamples) -> st
     return f"to {VERBS[split]} on: {'; '.join(told)}"
 
 
-def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
-    checkpoint = Checkpoint(run.model.checkpoint)
+def _train_on_rank(
+    parallel: ParallelContext,
+    run: RunConfig,
+    on_step: Callable[[Step], None] | None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_stop: Callable[[str], None] | None = None,
+) -> list[Step]:
+    exits = Exits(run.training, parallel)
+    checkpoint = open_start(run)
     require_agreement(checkpoint, run.data.files(), parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
         engine = Engine(run, checkpoint, parallel)
-        steps = []
-        for step in _steps(engine, checkpoint, Progress()):
+        evaluator = Evaluator(engine, checkpoint)
+        progress, steps, reason = Progress(), [], None
+
+        def evaluate(split: Split) -> None:
+            if split in run.data.splits:
+                evaluation = evaluator.evaluate(split, iteration=progress.iteration)
+                if on_evaluation is not None and parallel.rank == 0:
+                    on_evaluation(evaluation)
+
+        for step in _steps(engine, checkpoint, progress):
             steps.append(step)
             if on_step is not None and parallel.rank == 0:
                 on_step(step)
-        details = {"iterations": run.training.train_iters, "dtype": run.model.dtype}
+            is_last = step.iteration == step.train_iters
+            if is_last or step.iteration % run.evaluation.interval == 0:
+                evaluate("valid")
+            if is_last:
+                evaluate("test")
+            elif reason := exits.reason(progress):
+                break
+        if reason is not None and on_stop is not None and parallel.rank == 0:
+            on_stop(f"iteration {progress.iteration}: {reason}")
+        details = {"iterations": progress.iteration, "dtype": run.model.dtype}
         save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
     return steps
 
@@ -242,34 +293,37 @@ def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[
 def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterator[Step]:
     """Take the steps of the run that ``progress`` has left, one at a time, and keep it up to date."""
     run, parallel = engine.run, engine.parallel
-    train_iters = run.training.train_iters
-    num_tokens = run.training.global_batch_size * run.data.seq_length
+    spans = spans_of(run, open_samples(run, checkpoint).samples_per_epoch, progress)
     own_batches = batches(
-        run,
-        checkpoint,
-        first_iteration=progress.iteration,
-        dp_rank=parallel.dp_rank,
-        dp_size=parallel.dp_size,
+        run, checkpoint, progress=replace(progress), dp_rank=parallel.dp_rank, dp_size=parallel.dp_size
     )
     for iteration, batch in enumerate(prefetched(own_batches, run.data.prefetch), start=progress.iteration + 1):
         started = time.perf_counter()
-        lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)
+        batch_size = run.training.batch_sizes.at(progress.num_samples)
+        lr = learning_rate(iteration, optimizer=run.optimizer, spans=spans)
         can_skip = engine.loss_scale is not None and not engine.loss_scale.is_at_minimum
-        result = engine.step(batch, lr=lr)
-        if not result.is_taken and not can_skip:
+        result = engine.step(
+            batch,
+            lr=lr,
+            weight_decay=weight_decay(iteration, optimizer=run.optimizer, spans=spans),
+            is_skipped=iteration in run.training.skip_iters,
+        )
+        if not result.is_taken and not can_skip and iteration not in run.training.skip_iters:
             raise TrainingError(
                 f"iteration {iteration}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; a "
                 "lower optimizer.lr may help. Nothing was saved"
             )
         progress.iteration = iteration
-        progress.num_samples += run.training.global_batch_size
+        progress.num_samples += batch_size
         yield Step(
             iteration,
-            train_iters,
+            spans.train_iters,
             result.loss,
             lr,
             result.grad_norm,
-            num_tokens / (time.perf_counter() - started),
+            batch_size * run.data.seq_length / (time.perf_counter() - started),
             engine.loss_scale.factor if engine.loss_scale else None,
             engine.loss_scale.num_skipped if engine.loss_scale else 0,
+            batch_size=batch_size,
+            is_taken=result.is_taken,
         )

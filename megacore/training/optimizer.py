@@ -29,24 +29,36 @@ def build_optimizer(
     *,
     kernel: str = "auto",
 ) -> Optimizer:
-    """AdamW with weight decay on matrices only: a norm's weight or a bias is no direction to shrink.
+    """The run's optimizer, with weight decay on matrices only: a norm's weight or a bias is no direction to shrink.
 
-    ``kernel`` is a name of :data:`megacore.model.kernels.KERNELS`.
+    Parameters that need no gradient are left out. A group's ``wd_mult`` is what weight decay is multiplied by in it;
+    see :func:`set_rates`. ``kernel`` is a name of :data:`megacore.model.kernels.KERNELS`.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         is_matrix = specs[name].row_dims < len(specs[name].shape)
         (matrices if is_matrix else vectors).append(parameter)
-    groups = [
-        {"params": group, "weight_decay": weight_decay}
-        for group, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0))
-        if group
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": wd_mult * settings.weight_decay, "wd_mult": wd_mult}
+        for group, wd_mult in ((matrices, 1.0), (vectors, 0.0))
+        if group or not (matrices or vectors)  # a pipeline stage may have nothing to train
     ]
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.sgd_momentum)
     constants: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     if kernel == "apex":
         return ApexAdamW(groups, **constants)
     return torch.optim.AdamW(groups, **constants, fused=True)
+
+
+def set_rates(optimizer: Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Let the next steps have this learning rate and, where there is any, this weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = group["wd_mult"] * weight_decay
 
 
 class ApexAdamW:

@@ -23,6 +23,8 @@ from megacore.parallel import (
     stages_of,
 )
 from megacore.plugins import get_family
+from megacore.training.freezing import frozen_names
+from megacore.training.metrics import metrics_of
 from megacore.training.run_config import RunConfig
 
 
@@ -59,6 +61,11 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
         LayoutError: says what does not fit what.
         ConfigError: says which kernels cannot be used here, and why.
     """
+    if run.optimizer.kind != "adamw" and run.kernels.optimizer == "apex":
+        raise ConfigError(
+            f'kernels.optimizer = "apex" is an AdamW, and optimizer.kind is "{run.optimizer.kind}": set '
+            'kernels.optimizer to "torch"'
+        )
     check_kernels(
         run.kernels.chosen,
         device_type=local_device().type,
@@ -69,18 +76,28 @@ def check_run(run: RunConfig, config: ModelConfig, specs: dict[str, ParameterSpe
     if run.kernels.compile:
         _check_compilation(run)
     pipeline_stages(run, config, specs)
-    training = run.training
-    if training.global_batch_size % (training.micro_batch_size * dp_size):
+    frozen_names(run.training.freeze, specs)
+    metrics_of(run.evaluation.metrics, conversations=run.data.kind == "instruction")
+    for size in run.training.batch_sizes.sizes:
+        _check_batch_size(run, size, dp_size=dp_size)
+
+
+def _check_batch_size(run: RunConfig, size: int, *, dp_size: int) -> None:
+    training, at_once = run.training, run.training.micro_batch_size * dp_size
+    is_full = size == training.global_batch_size
+    if size % at_once:
+        named = "training.global_batch_size" if is_full else "a batch size of training.rampup_batch_size"
         raise LayoutError(
-            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-            f"training.micro_batch_size ({training.micro_batch_size}) × the data-parallel size ({dp_size})"
+            f"{named} ({size}) must be a multiple of training.micro_batch_size ({training.micro_batch_size}) × the "
+            f"data-parallel size ({dp_size})"
+            + ("" if is_full else f": let it start with, and grow by, multiples of {at_once}")
         )
     if run.parallel.pipeline_parallel > 1:
         check_schedule(
             run.parallel.pipeline_schedule,
             pp=run.parallel.pipeline_parallel,
             stages_per_rank=run.parallel.num_stages_per_rank,
-            num_micro_batches=training.global_batch_size // dp_size // training.micro_batch_size,
+            num_micro_batches=size // at_once,
         )
 
 

@@ -8,17 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from megacore.data.instruction import prefixes
 from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
-
-
-class Section(BaseModel):
-    """A table of the run file. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from megacore.training.evaluation_section import EvaluationSection
+from megacore.training.optimizer_section import OptimizerSection
+from megacore.training.section import Section
+from megacore.training.training_section import TrainingSection
 
 
 class ModelSection(Section):
@@ -29,6 +27,21 @@ class ModelSection(Section):
         "fp32",
         description='What is computed in: `"fp32"`, `"fp64"`, `"bf16"` or `"fp16"`. In 16 bit the weights, the '
         "optimizer's state and the sums of gradients over micro-batches and replicas are in 32 bit all the same.",
+    )
+    rope_scaling_factor: float | None = Field(
+        None,
+        ge=1,
+        description="For a longer context, divide the positions of the rotary embedding by this (linear scaling); by "
+        "default they are as in the checkpoint.",
+    )
+    rope_theta: float | None = Field(
+        None, gt=0, description="Base of the rotary embedding; by default that of the checkpoint."
+    )
+    max_position_embeddings: int | None = Field(
+        None,
+        gt=0,
+        description="Positions that the trained model is said to be made for; by default those of the checkpoint, as "
+        "many times as rope_scaling_factor says.",
     )
 
 
@@ -245,21 +258,6 @@ class ParallelSection(Section):
         return self.pipeline_parallel * self.num_stages_per_rank
 
 
-class OptimizerSection(Section):
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101), and the learning rate over the run."""
-
-    lr: float = Field(gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate that the end of the run comes close to.")
-    warmup_iters: int = Field(0, ge=0, description="Iterations of linear rise to the peak, which the next one has.")
-    weight_decay: float = Field(0.01, ge=0, description="Of matrices; norms and biases have none.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of the gradients.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the mean of their squares.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the latter.")
-    clip_grad: float = Field(
-        1.0, ge=0, description="Largest norm of the gradient, over all parameters; 0 does not clip."
-    )
-
-
 class LossScaleSection(Section):
     """The factor on the loss that keeps gradients in fp16 from vanishing; it adapts itself (Micikevicius et al., 2017,
     arXiv:1710.03740)."""
@@ -322,16 +320,6 @@ class KernelsSection(Section):
         return {"attention": self.attention, "norm": self.norm, "optimizer": self.optimizer}
 
 
-class TrainingSection(Section):
-    """How long, and in which batches."""
-
-    train_iters: int = Field(gt=0, description="Optimizer steps.")
-    micro_batch_size: int = Field(1, gt=0, description="Samples computed at once.")
-    global_batch_size: int = Field(
-        1, gt=0, description="Samples of one optimizer step; a multiple of micro_batch_size."
-    )
-
-
 class OutputSection(Section):
     """What is written."""
 
@@ -350,23 +338,16 @@ class RunConfig(Section):
     optimizer: OptimizerSection
     loss_scale: LossScaleSection = LossScaleSection()
     training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> RunConfig:
-        training, optimizer, parallel = self.training, self.optimizer, self.parallel
-        if training.global_batch_size % training.micro_batch_size:
+        parallel = self.parallel
+        if "evaluation" in self.model_fields_set and self.data.splits == ("train",):
             raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-                f"training.micro_batch_size ({training.micro_batch_size})"
+                "[evaluation] needs something to evaluate on: give data.split, data.valid_prefix or data.test_prefix"
             )
-        if optimizer.warmup_iters >= training.train_iters:
-            raise ValueError(
-                f"optimizer.warmup_iters ({optimizer.warmup_iters}) must be below "
-                f"training.train_iters ({training.train_iters})"
-            )
-        if optimizer.min_lr > optimizer.lr:
-            raise ValueError(f"optimizer.min_lr ({optimizer.min_lr}) must not be above optimizer.lr ({optimizer.lr})")
         if parallel.sequence_parallel and self.data.seq_length % parallel.tensor_parallel:
             raise ValueError(
                 f"with sequence_parallel, data.seq_length ({self.data.seq_length}) must be a multiple of "

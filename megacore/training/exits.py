@@ -1,0 +1,41 @@
+"""Ending a run before all of it is done."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from megacore.parallel import ParallelContext
+from megacore.training.progress import Progress
+from megacore.training.training_section import TrainingSection
+
+
+class Exits:
+    """When a run ends early, as its run file says.
+
+    Args:
+        settings: of the run; minutes are counted from now.
+        parallel: the place of this process.
+    """
+
+    def __init__(self, settings: TrainingSection, parallel: ParallelContext) -> None:
+        self.settings, self.parallel = settings, parallel
+        self._started = time.monotonic()
+
+    def reason(self, progress: Progress) -> str | None:
+        """Why the run ends here; ``None`` if it does not. For all processes, which return the same."""
+        minutes, interval = self.settings.exit_duration_in_mins, self.settings.exit_interval
+        if minutes is not None and self._on_any(time.monotonic() - self._started >= 60 * minutes):
+            return f"the {minutes:g} minutes of training.exit_duration_in_mins are over"
+        if interval is not None and progress.iteration % interval == 0:
+            return f"training.exit_interval is {interval}"
+        return None
+
+    def _on_any(self, is_so: bool) -> bool:
+        if self.parallel.mesh is None:
+            return is_so
+        of_any = torch.tensor(is_so, dtype=torch.int32, device=self.parallel.device)
+        dist.all_reduce(of_any, op=dist.ReduceOp.MAX)
+        return bool(of_any)
