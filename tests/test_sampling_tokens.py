@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from megacore.errors import GenerationError
 from megacore.generation import Sampling
 
 VOCAB = 99
@@ -66,6 +67,14 @@ def test_at_temperature_0_the_first_of_the_most_likely_tokens_is_taken():
     logits = torch.zeros(2, VOCAB)
     logits[0, [30, 70]] = 1.0
     assert Sampling().choose(logits, []) == [30, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_chosen_by_logits_that_are_not_numbers(temperature):
+    logits = some_logits(2)
+    logits[1, 5] = torch.nan
+    with pytest.raises(GenerationError, match=r"the model's logits are not numbers \(NaN\): .* try --dtype fp32"):
+        Sampling(temperature=temperature).choose(logits, [torch.Generator()] * 2)
 
 
 def test_a_seed_that_is_not_given_is_another_one_each_time():

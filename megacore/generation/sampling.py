@@ -56,7 +56,16 @@ class Sampling:
         return torch.Generator().manual_seed(seed)
 
     def choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """A token for each row of ``logits``, ``[sequences, vocabulary]``."""
+        """A token for each row of ``logits``, ``[sequences, vocabulary]``.
+
+        Raises:
+            GenerationError: when a logit is not a number.
+        """
+        if logits.isnan().any():
+            raise GenerationError(
+                "the model's logits are not numbers (NaN): its weights are not, or they overflow in the dtype that is "
+                "computed in; try --dtype fp32"
+            )
         if self.temperature == 0:
             return logits.argmax(dim=-1).tolist()
         rows = zip(self.probabilities(logits).cpu(), generators, strict=True)
