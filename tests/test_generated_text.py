@@ -36,6 +36,15 @@ SINGLE = ParallelContext.single()
 TEXT = "Größe 中文 👩‍👩‍👧 naïve العربية  two\n\nlines ☃ end"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these only lose by a second one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 # --- tokenizers of all kinds
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -40,6 +42,15 @@ PROMPTS = [
     for length in (3, 11, 1, 7)
 ]
 """Of different lengths, one of them a single token."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these only lose by a second one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def enliven(published: Path) -> None:
@@ -126,19 +137,21 @@ def test_so_has_a_checkpoint_that_is_cut_in_both_ways_at_a_size_of_its_own(place
 
 
 def test_a_text_ends_with_the_token_that_the_published_model_names_and_its_neighbours_go_on(place, expected):
-    """transformers is told of the same two tokens; they end one text in its middle, one at its first token."""
+    """Both read the tokens in ``generation_config.json``; they end one text in its middle, one at its first token."""
     first, second, *_ = expected[LLAMA]
     ends = [first[5], second[0]]
-    reference = AutoModelForCausalLM.from_pretrained(place / f"published {LLAMA}", dtype=torch.float64)
+    published = shutil.copytree(place / f"published {LLAMA}", place / "published with ends")
+    settings = json.loads((published / "generation_config.json").read_text()) | {"eos_token_id": ends}
+    (published / "generation_config.json").write_text(json.dumps(settings))
+    reference = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float64)
     whole = [
-        reference.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_NEW, eos_token_id=ends, pad_token_id=0
-        )[0, len(prompt) :].tolist()
+        reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_NEW, pad_token_id=0)[
+            0, len(prompt) :
+        ].tolist()
         for prompt in PROMPTS
     ]
     assert len({len(ids) for ids in whole}) > 2
 
-    published = published_model(place / "published with ends", eos_token_id=ends)
     megacore.convert("llama", published, place / "with ends")
     results = load(place / "with ends").generate(PROMPTS, Limits(max_new_tokens=NUM_NEW), GREEDY)
 
