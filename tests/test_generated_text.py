@@ -127,6 +127,17 @@ def test_a_text_begins_with_the_space_that_parts_it_from_the_prompt(tokenizer):
     assert "".join(streamed(tokenizer, prompt, ids[len(prompt) :])) == " sat"
 
 
+def test_a_text_is_what_follows_the_prompt_wherever_that_ends_between_two_characters(tokenizer):
+    ids = tokenizer.encode(TEXT * 2)
+    num_compared = 0
+    for end in range(1, len(ids)):
+        prompt = tokenizer.decode(ids[:end])
+        if (TEXT * 2).startswith(prompt):
+            num_compared += 1
+            assert prompt + "".join(streamed(tokenizer, ids[:end], ids[end:])) == TEXT * 2
+    assert num_compared > 50
+
+
 def test_a_character_of_which_the_prompt_has_the_first_bytes_is_not_lost(byte_level):
     tokenizer = load_tokenizer(byte_level)
     ids = tokenizer.encode("a☃b")
@@ -149,6 +160,7 @@ def test_the_first_of_several_stop_texts_ends_the_text(byte_level):
     tokenizer = load_tokenizer(byte_level)
     ids = tokenizer.encode("one two three")
     assert "".join(streamed(tokenizer, [], ids, "three", " t")) == "one"
+    assert "".join(streamed(tokenizer, [], [tokenizer.token_id("Ġthe")], "e", "h")) == " t"
 
 
 def test_texts_are_printed_one_after_the_other_however_they_come(capsys):

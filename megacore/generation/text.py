@@ -10,7 +10,8 @@ _HALF = "�"
 """What a decoder gives for bytes that are no character, or not one yet."""
 
 _CONTEXT = 8
-"""So many tokens of the prompt are decoded along: the first word of a text may lose its space, any other keeps it."""
+"""So many tokens of the prompt are decoded along: the first word of a text may lose its space, any other keeps it.
+There are more where that many would begin in the middle of a character."""
 
 
 class TextStream:
@@ -34,8 +35,11 @@ class TextStream:
         self.text = ""
         self.is_stopped = False
         self._tokenizer = tokenizer
-        self._context = list(prompt_ids[-_CONTEXT:])
-        self._before = tokenizer.decode(self._context).rstrip(_HALF) if self._context else ""
+        size = _CONTEXT
+        while size < len(prompt_ids) and tokenizer.decode(prompt_ids[-size:]).startswith(_HALF):
+            size *= 2
+        self._context = list(prompt_ids[-size:])
+        self._before = tokenizer.decode(self._context).rstrip(_HALF)
         self._ids: list[int] = []
         self._stop = tuple(stop)
 
