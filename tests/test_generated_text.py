@@ -27,6 +27,8 @@ from megacore.cli.generate import TextPrinter
 from megacore.data import load_tokenizer
 from megacore.errors import DataError, GenerationError
 from megacore.generation import Limits, Sampling, TextGenerator, converse
+from megacore.generation import generator as generator_module
+from megacore.generation.decoding import ENDED
 from megacore.generation.text import TextStream
 from megacore.parallel import ParallelContext
 from tiny_chat import CHATML, write_tokenizer
@@ -244,6 +246,24 @@ def test_a_stop_text_ends_the_tokens_too(generator):
     assert stopped.text == free.text[: free.text.index(stop)]
     assert len(stopped.ids) < 20
     assert stopped.ids == free.ids[: len(stopped.ids)]
+
+
+def test_the_beginning_of_a_stop_text_is_in_the_text_when_no_more_tokens_come(generator):
+    free = generated(generator, "ab", max_new_tokens=20, end_ids=[])
+    cut_off = generated(generator, "ab", max_new_tokens=20, end_ids=[], stop=[free.text[-1] + "and more"])
+    assert (cut_off.text, cut_off.ended_by) == (free.text, "max_new_tokens")
+
+
+def test_a_stop_text_that_is_a_token_without_text_ends_a_text_too(pieces):
+    tokenizer = load_tokenizer(pieces)
+    prompt_ids, end = tokenizer.encode("the cat"), tokenizer.token_id("</s>")
+    assert tokenizer.decode([end]) == ""
+    text = generator_module._Text(
+        0, prompt_ids, frozenset(), tokenizer, Limits(stop=["</s>"]), 256, torch.Generator(), None
+    )  # fmt: skip
+    assert text.add(prompt_ids[0]) == prompt_ids[0]
+    assert text.add(end) == ENDED
+    assert text.generated().ended_by == "stop"
 
 
 def test_what_is_told_as_it_comes_is_the_text_of_each_prompt(generator):
