@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megacore.data import tokenize as tokenize
     from megacore.data import tokenize_chat as tokenize_chat
     from megacore.errors import MegacoreError as MegacoreError
+    from megacore.generation import generate as generate
     from megacore.hookspecs import ModelFamily as ModelFamily
     from megacore.hookspecs import hookimpl as hookimpl
     from megacore.plugins import get_family as get_family
@@ -34,6 +35,7 @@ _HOME = {
     "ModelFamily": "megacore.hookspecs",
     "convert": "megacore.weights",
     "export": "megacore.weights",
+    "generate": "megacore.generation",
     "get_family": "megacore.plugins",
     "hookimpl": "megacore.hookspecs",
     "inspect": "megacore.checkpoint",

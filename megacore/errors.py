@@ -66,6 +66,10 @@ class TrainingError(MegacoreError):
     exit_code = 1
 
 
+class GenerationError(MegacoreError):
+    """A prompt or a setting that no text can be generated from."""
+
+
 class VerificationError(MegacoreError):
     """A check that was asked for did not hold."""
 

@@ -156,6 +156,12 @@ FAULTS = {
         (LAYER, "(hidden), positions)", "(hidden), replace(positions, segments=None))"),
         (LAYER, "from torch import nn", "from dataclasses import replace\n\nfrom torch import nn"),
     ),
+    "keys and values that nothing keeps": Fault(
+        "test_tokens_that_come_one_by_one_have_the_logits_of_the_whole",
+        r"layer 0 of qwen2 keeps no keys and values",
+        (LAYER, "(hidden), positions)", "(hidden), replace(positions, cache=None))"),
+        (LAYER, "from torch import nn", "from dataclasses import replace\n\nfrom torch import nn"),
+    ),
     "a hard-coded eps": Fault(
         "test_a_wrong_eps_shows",
         r"no logit moves by 0\.0001 when norm_eps of the layers is 0\.002",

@@ -95,3 +95,16 @@ def test_every_command_line_in_the_page_on_data_parses() -> None:
             command = command.commands[words[0]]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_page_on_generating_says_the_defaults_of_the_options_that_it_lists_and_its_command_lines_parse() -> None:
+    page = (ROOT / "docs/generating.md").read_text()
+    options = {name: parameter for parameter in cli.commands["generate"].params for name in parameter.opts}
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (.+?) \|", page, re.MULTILINE)
+    assert [name for name, _ in rows] == ["--temperature", "--top-k", "--top-p", "--seed"]
+    for name, told in rows:
+        default = options[name].default
+        assert told == f"`{default}`" if isinstance(default, float) else not told.startswith("`")
+    for rest in re.findall(r"^megacore generate +(\S.*)", page, re.MULTILINE):
+        assert {word for word in rest.split() if word.startswith("--")} <= options.keys()
+    assert f"tokens ({options['--max-new-tokens'].default})" in page

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 """What each part of the package may import while it runs; imports for type checkers alone are free."""
 
-MAY_IMPORT["training"] = MAY_IMPORT["verification"] = set(MAY_IMPORT)
+MAY_IMPORT["training"] = MAY_IMPORT["verification"] = MAY_IMPORT["generation"] = set(MAY_IMPORT)
 MAY_IMPORT["testing"] = set(MAY_IMPORT) - {"training"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {""}
 MAY_IMPORT["__main__"] = {"cli"}

@@ -9,6 +9,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megacore
 
@@ -67,3 +69,36 @@ def test_the_model_knows_english(checkpoint: Path, published: Path) -> None:
     found = verify(checkpoint, published, "--iters", "4")
     losses = [iteration["our_loss"] for iteration in found["iterations"]]
     assert 2.0 < sum(losses) / len(losses) < 3.5
+
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "Water boils at",
+    "Le chat est",
+    "1, 1, 2, 3, 5, 8,",
+    "Dear Sir or Madam,\n\n",
+    "In 1905, Albert Einstein",
+    "Ingredients: flour, sugar, ☕",
+    "A",
+]
+
+
+@pytest.mark.soak
+def test_64_tokens_after_10_prompts_are_those_that_transformers_generates_at_one_process_and_at_two(
+    checkpoint: Path, published: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(published)
+    reference = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
+    expected = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        whole = reference.generate(**inputs, do_sample=False, max_new_tokens=64)[0]
+        expected.append(whole[inputs["input_ids"].shape[1] :].tolist())
+    for tp in (1, 2):
+        generated = megacore.generate(checkpoint, PROMPTS, max_new_tokens=64, tp=tp, dtype=torch.float32)
+        assert [result.ids for result in generated] == expected
+        texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in expected]
+        ended = tokenizer.eos_token
+        assert [result.text for result in generated] == [text.removesuffix(ended) for text in texts]

@@ -38,14 +38,22 @@ def falcon_with_linear_biases(directory: Path) -> Path:
     )
 
 
-def _falcon(directory: Path, **settings: Any) -> Path:
-    config = FalconConfig(
-        vocab_size=VOCAB,
-        num_hidden_layers=5,
-        new_decoder_architecture=False,
-        tie_word_embeddings=True,
-        **settings,
+def grouped_falcon(directory: Path) -> Path:
+    """Save a transformers Falcon like 40B: 6 heads on 3 key-value heads, two norms, untied embeddings; 5 layers."""
+    return _falcon(
+        directory,
+        hidden_size=48,
+        num_attention_heads=6,
+        num_kv_heads=3,
+        new_decoder_architecture=True,
+        bias=False,
+        tie_word_embeddings=False,
     )
+
+
+def _falcon(directory: Path, **settings: Any) -> Path:
+    usual = {"new_decoder_architecture": False, "tie_word_embeddings": True}
+    config = FalconConfig(vocab_size=VOCAB, num_hidden_layers=5, **(usual | settings))
     torch.manual_seed(0)
     model = FalconForCausalLM(config)
     with torch.no_grad():

@@ -17,6 +17,7 @@ import click
 from megacore.cli.convert import convert
 from megacore.cli.data import data
 from megacore.cli.export import export
+from megacore.cli.generate import generate
 from megacore.cli.inspect import inspect
 from megacore.cli.new_plugin import new_plugin
 from megacore.cli.permute_qkv import permute_qkv
@@ -51,7 +52,7 @@ def cli() -> None:
 
 
 for command in (
-    tokenize, tokenize_chat, data, convert, verify, split, train, export, translate, permute_qkv, inspect,
+    tokenize, tokenize_chat, data, convert, verify, split, train, generate, export, translate, permute_qkv, inspect,
     plugins, new_plugin,
 ):  # fmt: skip
     cli.add_command(command)

@@ -23,6 +23,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
+from megacore.data.tokenizer import Tokenizer
 from megacore.errors import DataError
 
 Message = Mapping[str, Any]
@@ -110,6 +111,16 @@ class ChatTemplate:
             text, [span for span in spans if span[1] > span[0]], self._system_stop(text, messages, tools)
         )
 
+    @property
+    def end_of_turn(self) -> str | None:
+        """The token that ends what the assistant says; ``None`` where the tokenizer has none for it."""
+        try:
+            text = self.render([_PROBE[0], {"role": "assistant", "content": self._mark}])
+        except DataError:
+            return None
+        rest = text.partition(self._mark)[2].lstrip()
+        return next((token for token in self._added_tokens if rest.startswith(token)), None)
+
     def _run(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False) -> str:
         # transformers leaves out keys without a value too: templates ask whether there is such a key.
         plain = [
@@ -181,6 +192,40 @@ class ChatTemplate:
 
     def _with_end_of_turn(self, text: str, stop: int) -> int:
         return stop + len(self._end_of_turn) if text.startswith(self._end_of_turn, stop) else stop
+
+
+def open_chat_template(tokenizer: Tokenizer, file: Path | None, *, with_tools: bool = False) -> ChatTemplate:
+    """The chat template in ``file``, or the one that came with the tokenizer.
+
+    Raises:
+        DataError: there is none, it is not a template, or the tokenizer does not know the tokens that it writes.
+    """
+    if tokenizer.file.suffix != ".json":
+        raise DataError(
+            f"{tokenizer.file}: a chat template needs a tokenizer.json, which knows the special tokens that it "
+            "writes; give the directory of one, or questions and answers with the markup of megatron-llm"
+        )
+    directory = tokenizer.file.parent
+    source, where = _template_source(directory, file, with_tools=with_tools)
+    return ChatTemplate(
+        source, where=where, special_tokens=special_tokens(directory), added_tokens=tokenizer.special_tokens()
+    )
+
+
+def _template_source(directory: Path, file: Path | None, *, with_tools: bool) -> tuple[str, str]:
+    """The text of a chat template, and where it stands."""
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: the chat template cannot be read: {error}") from error
+    found = find_chat_template(directory, with_tools=with_tools)
+    if found is None:
+        raise DataError(
+            f"{directory}: the tokenizer has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json): give a file with one as --chat-template"
+        )
+    return found
 
 
 def find_chat_template(directory: Path, *, with_tools: bool = False) -> tuple[str, str] | None:

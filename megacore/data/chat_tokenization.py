@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.data.chat_records import Conversation, MessageKeys, QuestionKeys, read_conversations
-from megacore.data.chat_template import ChatTemplate, find_chat_template, special_tokens
+from megacore.data.chat_template import open_chat_template
 from megacore.data.indexed_dataset import token_dtype
 from megacore.data.inputs import expand
 from megacore.data.instruction import InstructionDescription, Role, writing_instruction_data
@@ -232,21 +232,11 @@ class _TemplateEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, library: tokenizers.Tokenizer | None, template_file: Path | None) -> None:
-        if library is None:
-            raise DataError(
-                f"{tokenizer.file}: a chat template needs a tokenizer.json, which knows the special tokens that it "
-                "writes; give the directory of one, or questions and answers with the markup of megatron-llm"
-            )
-        self._library = library
-        directory = tokenizer.file.parent
         self._with_tools, self._template = (
-            ChatTemplate(
-                source, where=where, special_tokens=special_tokens(directory), added_tokens=_added_tokens(library)
-            )
-            for source, where in (
-                _template_source(directory, template_file, with_tools=with_tools) for with_tools in (True, False)
-            )
+            open_chat_template(tokenizer, template_file, with_tools=with_tools) for with_tools in (True, False)
         )
+        assert library is not None, "a chat template takes no other tokenizer than a tokenizer.json"
+        self._library = library
         self.template_sha256: str | None = hashlib.sha256(self._template.source.encode()).hexdigest()
 
     def pieces(self, conversation: Conversation) -> list[_Piece]:
@@ -345,19 +335,3 @@ def _library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
 def _added_tokens(library: tokenizers.Tokenizer) -> list[str]:
     """The texts that a tokenizer takes for one token wherever they stand."""
     return [token.content for token in library.get_added_tokens_decoder().values()]
-
-
-def _template_source(directory: Path, file: Path | None, *, with_tools: bool) -> tuple[str, str]:
-    """The text of a chat template, and where it stands."""
-    if file is not None:
-        try:
-            return file.read_text(encoding="utf-8"), str(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: the chat template cannot be read: {error}") from error
-    found = find_chat_template(directory, with_tools=with_tools)
-    if found is None:
-        raise DataError(
-            f"{directory}: the tokenizer has no chat template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json): give a file with one as --chat-template"
-        )
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from abc import ABC, abstractmethod
@@ -79,6 +80,15 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids."""
 
+    @abstractmethod
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a single byte, which is decoded together with the bytes beside it."""
+
+    @property
+    @abstractmethod
+    def adds_bos(self) -> bool:
+        """Whether a text that a model goes on from begins with ``bos_id``, as the tokenizer's files say."""
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A ``tokenizer.model``.
@@ -150,6 +160,15 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token_id) for token_id in ids])
 
+    def is_byte(self, token_id: int) -> bool:
+        return self._processor.is_byte(token_id)
+
+    @property
+    def adds_bos(self) -> bool:
+        # The file itself does not say; to the models that are published with one, a text begins so.
+        told = _tokenizer_config(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
+        return bool(told) and self.bos_id is not None
+
 
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json``, with the names of its begin and end tokens from ``tokenizer_config.json`` beside it.
@@ -213,6 +232,14 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
+
+    def is_byte(self, token_id: int) -> bool:
+        return re.fullmatch("<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(token_id) or "") is not None
+
+    @property
+    def adds_bos(self) -> bool:
+        with_special, without = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
+        return self.bos_id is not None and with_special[:1] == [self.bos_id] != without[:1]
 
 
 def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tokenizer:  # noqa: B008 (it is frozen)

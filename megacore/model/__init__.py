@@ -1,6 +1,7 @@
 """The kit that plugins build layers from, and the decoder that stacks them."""
 
 from megacore.model.attention import Positions, SelfAttention
+from megacore.model.cache import KeyValueCache
 from megacore.model.decoder import DecoderModel, model_specs
 from megacore.model.dropout import HiddenDropout
 from megacore.model.loading import load_model, load_stages, read_config
@@ -16,6 +17,7 @@ __all__ = [
     "DecoderModel",
     "GatedMLP",
     "HiddenDropout",
+    "KeyValueCache",
     "LayerNorm",
     "Positions",
     "RMSNorm",

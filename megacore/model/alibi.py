@@ -18,15 +18,23 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-def alibi_mask(
+def alibi_biases(
     slopes: Tensor, sequence_length: int, scale: float, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """What is added to the attention scores, ``[heads, sequence, sequence]``: biases times ``scale``, and no future.
+    """What is added to the scores of each key, ``[heads, sequence]``, times ``scale``.
 
     Softmax does not see a shift, so the bias is the slope times the key's position rather than its distance. It is
     rounded to bfloat16, as it was when the published models were trained.
     """
     positions = torch.arange(sequence_length, device=device)
-    biases = (slopes.to(device, torch.bfloat16).unsqueeze(-1) * positions).to(dtype) * scale
+    return (slopes.to(device, torch.bfloat16).unsqueeze(-1) * positions).to(dtype) * scale
+
+
+def alibi_mask(
+    slopes: Tensor, sequence_length: int, scale: float, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """What is added to the attention scores, ``[heads, sequence, sequence]``: biases times ``scale``, and no future."""
+    biases = alibi_biases(slopes, sequence_length, scale, device=device, dtype=dtype)
+    positions = torch.arange(sequence_length, device=device)
     future = positions > positions.unsqueeze(-1)
     return biases.unsqueeze(1).masked_fill(future, -math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from megacore.model.kernels import AttentionKernel, attention_kernel
 from megacore.model.rotary import apply_rotary, rotary_table, segmented_rotary_table
 from megacore.model.segments import Segments
 from megacore.parallel import ColumnParallelLinear, ParallelContext, ParameterSpec, RowParallelLinear
+
+if TYPE_CHECKING:
+    from megacore.model.cache import KeyValueCache
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Positions:
         segments: in which tokens see each other; ``None`` where each row is one.
         sample_ids: the number of each sample among all of the run, ``[batch]``, on the CPU, which dropout draws its
             masks from; ``None`` outside of training.
+        cache: of the keys and values of the tokens that came before, while text is generated; what it says of the
+            shapes of ``cos``, ``sin`` and ``mask`` holds then. ``None`` where a row is all there is.
     """
 
     cos: Tensor | None = None
@@ -52,6 +58,7 @@ class Positions:
     mask: Tensor | None = None
     segments: Segments | None = None
     sample_ids: Tensor | None = None
+    cache: KeyValueCache | None = None
 
     @classmethod
     def of(
@@ -136,6 +143,8 @@ class SelfAttention(nn.Module):
         if positions.cos is not None and positions.sin is not None:
             query = apply_rotary(query, positions.cos, positions.sin)
             key = apply_rotary(key, positions.cos, positions.sin)
+        if positions.cache is not None:
+            return positions.cache.attend(self, query, key, value, positions).flatten(2)
         if self.options.dropout.probability == 0.0 or not self.training:
             return self.options.kernel(query, key, value, positions.mask, 0.0, positions.segments).flatten(2)
         return self._attend_with_dropout(query, key, value, positions).flatten(2)

@@ -39,6 +39,7 @@ from megacore.testing.numerics import (
     differing_gradients,
     largest_difference,
     logits_and_gradients,
+    logits_token_by_token,
     logits_with,
 )
 from megacore.testing.publishing import save_random
@@ -516,6 +517,21 @@ class ModelFamilyTests:
             )
         apart = largest_difference(packed, alone)
         assert agree(packed, alone), f"packed into one row, the logits differ by up to {apart:.2g}"
+
+    def test_tokens_that_come_one_by_one_have_the_logits_of_the_whole(self, case: Case) -> None:
+        """Text is generated token by token, with the keys and values of those before it kept.
+
+        Troubleshooting: megacore's ``SelfAttention`` keeps them. An attention of your own calls
+        ``positions.cache.attend(self, query, key, value, positions)`` where ``positions.cache`` is not ``None``, and
+        takes the angles of its rotary embedding from ``positions``; everything else in the layer keeps to one token.
+        """
+        third = max(1, case.input_ids.shape[1] // 3)
+        starts = [third + row for row in range(len(case.input_ids))]
+        stepwise = logits_token_by_token(case.family, case.converted_config, case.parameters, case.input_ids, starts)
+        for ours, theirs, start in zip(stepwise, case.reference_logits, starts, strict=True):
+            whole = theirs[start : start + len(ours)]
+            apart = largest_difference(ours, whole)
+            assert agree(ours, whole), f"token by token, the logits differ by up to {apart:.2g}"
 
     @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence-parallel"])
     def test_logits_and_gradients_at_tp_2(self, case: Case, sequence_parallel: bool) -> None:

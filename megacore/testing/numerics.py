@@ -12,8 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
-from megacore.model import DecoderModel, load_model
-from megacore.parallel import ParallelContext, ParameterSpec, join_parts, materialize, parameter_specs
+from megacore.model import DecoderModel, KeyValueCache, load_model
+from megacore.parallel import (
+    ParallelContext,
+    ParameterSpec,
+    join_parts,
+    materialize,
+    parameter_specs,
+    vocab_parallel_logits,
+)
 from megacore.plugins import Family
 from megacore.verification.comparison import whole_logits
 
@@ -51,15 +58,51 @@ def logits_with(
 
     ``segments`` are as :class:`~megacore.model.DecoderModel` takes them.
     """
+    model = _model_with(family, config, parameters, layer_config=layer_config)
+    with torch.no_grad():
+        return model(input_ids, segments=segments)
 
+
+def logits_token_by_token(
+    family: Family, config: ModelConfig, parameters: Mapping[str, Tensor], input_ids: Tensor, starts: list[int]
+) -> list[Tensor]:
+    """The logits of each row of ``input_ids`` from its place in ``starts`` on: what comes before it passes the layers
+    as a prompt, packed with those of the others, and then one token of every row at a time.
+
+    A row of the result is as long as it can be while all of them go on, ``[tokens, vocabulary]``.
+
+    Raises:
+        PluginError: when a layer keeps no keys and values.
+    """
+    model = _model_with(family, config, parameters)
+    length = input_ids.shape[1]
+    cache = KeyValueCache(config, model.parallel, longest=length, device=input_ids.device, dtype=torch.float32)
+    with torch.no_grad():
+        packed = torch.cat([row[:start] for row, start in zip(input_ids, starts, strict=True)]).unsqueeze(0)
+        model.decoder(model.embedding(packed, None), cache.prompts(starts))
+        cache.check_used_by(model)
+        steps = []
+        for step in range(length - max(starts)):
+            next_ids = torch.stack([row[start + step] for row, start in zip(input_ids, starts, strict=True)])
+            hidden = model.decoder(model.embedding(next_ids.unsqueeze(-1), None), cache.step())
+            steps.append(vocab_parallel_logits(hidden, model.head.local("weight"), model.parallel))
+    return list(torch.cat(steps, dim=1))
+
+
+def _model_with(
+    family: Family,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    *,
+    layer_config: ModelConfig | None = None,
+) -> DecoderModel:
     def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext) -> torch.nn.Module:
         return family.build_layer(layer_config or config, layer_index, parallel)
 
     single = ParallelContext.single()
     model = DecoderModel(config, build_layer, single)
     materialize(model, single, lambda name, spec: parameters[name])
-    with torch.no_grad():
-        return model(input_ids, segments=segments)
+    return model
 
 
 def logits_and_gradients(
