@@ -336,6 +336,11 @@ class OutputSection(Section):
     """What is written."""
 
     checkpoint: Path = Field(description="Native checkpoint to create at the end.")
+    directory: Path | None = Field(
+        None,
+        description="Directory of the run, created at the start: its resolved run file, its metrics, the versions of "
+        "what ran; by default none is kept.",
+    )
 
 
 class RunConfig(Section):
