@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megacore.cli.notes import print_note
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
@@ -64,6 +66,9 @@ class Console:
     def __call__(self, step: Step) -> None:
         """Show a step."""
         self._pace.done(step.iteration)
+        if self._last is None and self._live is None and step.peak_flops_per_second is not None:
+            peak = with_unit(step.peak_flops_per_second)
+            print_note(f"matrix products were measured at {peak}FLOP/s, which is what shares of the peak are of")
         self._losses.append(step.loss)
         self._last = step
         if step.iteration in (1, step.train_iters) or step.iteration % self.log_interval == 0:
@@ -94,7 +99,9 @@ class Console:
         facts = Table.grid(padding=(0, 2))
         facts.add_row("loss", f"{step.loss:.4f}", sparkline(self._losses))
         facts.add_row("lr", f"{step.lr:.3e}", f"grad norm {step.grad_norm:.4f}{_scale(step)}")
-        facts.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s", flops_told(step))
+        peak = step.peak_flops_per_second
+        measured = "" if peak is None else f", which was measured to be {with_unit(peak)}FLOP/s"
+        facts.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s", flops_told(step) + measured)
         bar = Table.grid(padding=(0, 2))
         left = self._pace.seconds_left(step)
         bar.add_row(
@@ -139,12 +146,11 @@ def step_line(step: Step, *, seconds_left: float | None = None) -> str:
 
 
 def flops_told(step: Step) -> str:
-    """What the run achieves, and which share that is of what its machine was measured to."""
+    """What the run achieves, and which share that is of the peak that was measured, if it was."""
     told = f"{with_unit(step.flops_per_second)}FLOP/s"
     if step.peak_flops_per_second is None:
         return told
-    share = step.flops_per_second / step.peak_flops_per_second
-    return f"{told} ({share:.1%} of {with_unit(step.peak_flops_per_second)}FLOP/s measured)"
+    return f"{told}, {step.flops_per_second / step.peak_flops_per_second:.1%} of peak"
 
 
 def _scale(step: Step) -> str:

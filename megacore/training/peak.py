@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from megacore.parallel import ParallelContext
 
-_SECONDS = 0.25
+_SECONDS = 0.5
 """That the measurement may take, unless a single small product takes longer."""
 
 _SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -43,13 +44,14 @@ def _own_peak(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in _SIZES:
         one, other = (torch.rand(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+        shortest = math.inf  # the first of a size may load a kernel
         while True:
-            took = _seconds_of_product(one, other)  # the first of a size may load a kernel, and does not count for much
-            best = max(best, 2 * size**3 / took)
+            shortest = min(shortest, _seconds_of_product(one, other))
+            best = max(best, 2 * size**3 / shortest)
             left = until - time.perf_counter()
             if left <= 0:
                 return best
-            if size < _SIZES[-1] and 3 * 8 * took < left:  # that one of the next size takes eight times as long
+            if size < _SIZES[-1] and 2 * 8 * shortest < left:  # one of the next size takes eight times as long
                 break
     return best
 

@@ -31,4 +31,4 @@ class TrackioLogger:
 
     def close(self) -> None:
         with redirect_stdout(sys.stderr):
-            self._run.finish()
+            trackio.finish()
