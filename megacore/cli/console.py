@@ -163,7 +163,7 @@ def with_unit(number: float) -> str:
         if number < 999.5:
             return f"{number:.3g} {prefix}"
         number /= 1000
-    return f"{number:,.0f} E"
+    return f"{number:.3g} E"
 
 
 def duration(seconds: float) -> str:
