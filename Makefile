@@ -63,6 +63,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/segments.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/tokenizing.py
+	$(BIN)/python benchmarks/telling.py
 
 clean:
 	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megacore
 from megacore.parallel import ParallelContext
 from megacore.plugins import default_registry
 
@@ -28,7 +27,7 @@ def describe_versions(parallel: ParallelContext) -> dict[str, Any]:
     names = [_device_name(parallel.device)] * parallel.sizes.world
     if parallel.mesh is not None:
         dist.all_gather_object(names, _device_name(parallel.device))
-    package = Path(megacore.__file__).parent
+    package = Path(__file__).parents[1]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "megacore": version("megacore"),
