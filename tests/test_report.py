@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -186,6 +187,20 @@ def test_a_report_is_replaced_by_the_next_and_nothing_else_is(tmp_path):
     with pytest.raises(OutputError, match=r"nowhere, which r\.html is to be written into, is not a directory"):
         megacore.report(run, tmp_path / "nowhere" / "r.html")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "thesis.html"]  # no half of a page
+
+
+def test_a_report_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "one")
+    first = megacore.report(run).read_text()
+    MetricsFile(run / "metrics.jsonl").step(4, {"loss": 0.5})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match=r"report\.html cannot be written: No space left"):
+        megacore.report(run)
+    assert (run / "report.html").read_text() == first
 
 
 def test_the_command_writes_a_report_and_refuses_what_is_no_run(tmp_path):
