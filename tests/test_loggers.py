@@ -250,8 +250,8 @@ def test_a_logger_that_failed_is_told_again_after_a_minute(place, tmp_path, post
     now = 0.0
     monkeypatch.setattr("megacore.training.run_log.time.monotonic", lambda: now)
     with opened_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
-        for iteration, now in ((1, 0.0), (2, 1.0), (3, 60.0), (4, 61.5)):  # noqa: B007
-            log.step(a_step(iteration, loss=iteration))
+        for iteration, now in ((1, 0.0), (2, 1.0), (3, 60.0), (2, 61.5), (4, 122.0)):  # noqa: B007
+            log.step(a_step(iteration, loss=iteration))  # the second fails twice
 
     assert [iteration for iteration, _ in postcards(tmp_path)[1:]] == [1, 4]
     assert len(caplog.messages) == 1
