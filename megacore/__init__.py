@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megacore.hookspecs import hookimpl as hookimpl
     from megacore.plugins import get_family as get_family
     from megacore.plugins import list_families as list_families
+    from megacore.runs import report as report
     from megacore.training import train as train
     from megacore.verification import verify as verify
     from megacore.weights import convert as convert
@@ -40,6 +41,7 @@ _HOME = {
     "hookimpl": "megacore.hookspecs",
     "inspect": "megacore.checkpoint",
     "list_families": "megacore.plugins",
+    "report": "megacore.runs",
     "split": "megacore.checkpoint",
     "tokenize": "megacore.data",
     "tokenize_chat": "megacore.data",

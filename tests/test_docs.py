@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -10,7 +11,9 @@ from pydantic_core import PydanticUndefined
 
 from megacore.cli import cli
 from megacore.data import MessageKeys, QuestionKeys
-from megacore.training import RunConfig, read_run_config
+from megacore.training import RunConfig, Step, read_run_config
+from megacore.training.loggers import LoggedRun, Logger
+from megacore.training.run_log import values_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,3 +111,21 @@ def test_the_page_on_generating_says_the_defaults_of_the_options_that_it_lists_a
     for rest in re.findall(r"^megacore generate +(\S.*)", page, re.MULTILINE):
         assert {word for word in rest.split() if word.startswith("--")} <= options.keys()
     assert f"tokens ({options['--max-new-tokens'].default})" in page
+
+
+def test_the_page_on_seeing_a_run_lists_every_key_of_the_metrics() -> None:
+    page = (ROOT / "docs/logging.md").read_text()
+    step = Step(1, 1, 1.0, 1.0, 1.0, 1.0, loss_scale=1.0, flops_per_second=1.0, peak_flops_per_second=1.0)
+    documented = {key for line, key in re.findall(r"^\| (.+?) \| `(\w+)` \|", page, re.MULTILINE) if "step" in line}
+    assert documented == {"iteration", *values_of(step)}
+
+
+def test_the_logger_in_the_page_on_seeing_a_run_is_one(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/logging.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    run = LoggedRun(project="p", name="n", directory=tmp_path, settings={}, iteration=0)
+    logger: Logger = names["PostcardLogger"](run)
+    logger.log({"train/loss": 2.5}, iteration=3)
+    logger.close()
+    assert (tmp_path / "postcards").read_text() == "3 {'train/loss': 2.5}\n"

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
     "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
     "data": {"parallel", "config", "errors"},
+    "runs": {"errors"},
 }
 """What each part of the package may import while it runs; imports for type checkers alone are free."""
 

@@ -471,21 +471,24 @@ def test_the_command_prints_one_line_a_step_and_where_it_saved(trained):
     for iteration, line in enumerate(steps, start=1):
         pattern = (
             rf"iteration {iteration:>5}/10 \| loss {number} \| lr {number}e-\d\d \| "
-            rf"grad norm {number} \| [\d,]+ tokens/s"
+            rf"grad norm {number} \| [\d,]+ tokens/s \| [\d.]+ [kMG]?FLOP/s, {number}% of peak"
         )
+        if 1 < iteration < STEPS:
+            pattern += r" \| (\d+ min )?\d+ s left"
         assert re.fullmatch(pattern, line)
 
 
 def test_the_command_says_on_stderr_what_computes_and_how_the_model_is_cut_and_nothing_else(trained):
     _, completed = trained
 
-    layout, computes, note = completed.stderr.splitlines()
+    layout, computes, note, peak = completed.stderr.splitlines()
 
     assert layout == "Note: 2 processes: tp 2."
     assert computes == "Note: kernels: attention torch (auto), norm torch, optimizer torch fused AdamW."
     assert note.startswith("Note: tp 2 cuts unevenly: ")
     assert "word_embeddings 99 as 50 + 49" in note
     assert "linear_qkv 3 as 2 + 1" in note
+    assert re.fullmatch(r"Note: matrix products were measured at [\d.]+ [MGT]FLOP/s, which is what .* are of\.", peak)
 
 
 def test_the_command_prints_the_losses_that_the_library_returns(place, trained, tmp_path):

@@ -22,6 +22,7 @@ from megacore.cli.inspect import inspect
 from megacore.cli.new_plugin import new_plugin
 from megacore.cli.permute_qkv import permute_qkv
 from megacore.cli.plugins import plugins
+from megacore.cli.report import report
 from megacore.cli.split import split
 from megacore.cli.tokenize import tokenize
 from megacore.cli.tokenize_chat import tokenize_chat
@@ -52,7 +53,8 @@ def cli() -> None:
 
 
 for command in (
-    tokenize, tokenize_chat, data, convert, verify, split, train, generate, export, translate, permute_qkv, inspect,
+    tokenize, tokenize_chat, data, convert, verify, split, train, report, generate, export, translate, permute_qkv,
+    inspect,
     plugins, new_plugin,
 ):  # fmt: skip
     cli.add_command(command)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from megacore.cli.console import Console
 from megacore.cli.notes import print_note
 from megacore.cli.options import parallel_size_option
-
-if TYPE_CHECKING:
-    from megacore.training import Evaluation, Step
 
 
 @click.command()
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Port at which node 0 listens for the others.",
 )
+@click.option("--plain", is_flag=True, help="Print a line a step on a terminal too, instead of the panel.")
 def train(
     run_file: Path,
     overrides: tuple[str, ...],
@@ -42,6 +40,7 @@ def train(
     node_rank: int | None,
     addr: str | None,
     port: int,
+    plain: bool,
 ) -> None:
     """Train as RUN.toml says, on as many processes as it needs, and save a checkpoint.
 
@@ -64,27 +63,14 @@ def train(
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
     given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]
     run = read_run_config(run_file, (*overrides, *given))
-    train(run, nodes=place, on_note=print_note, on_step=print_step, on_evaluation=print_evaluation, on_stop=print_stop)
+    console = Console(log_interval=run.logging.log_interval, plain=plain)
+    train(
+        run,
+        nodes=place,
+        on_note=print_note,
+        on_step=console,
+        on_evaluation=console.evaluation,
+        on_stop=console.stop,
+    )
     if is_first_process(place):
         click.echo(f"Saved {run.output.checkpoint}.")
-
-
-def print_step(step: Step) -> None:
-    """The line that tells of one step."""
-    scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g} | skipped {step.num_skipped}"
-    taken = "" if step.is_taken else " | not taken"
-    click.echo(
-        f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
-        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}{taken}"
-    )
-
-
-def print_evaluation(evaluation: Evaluation) -> None:
-    """The line that tells of one evaluation."""
-    told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
-    click.echo(f"{evaluation.split} at iteration {evaluation.iteration} | {told}")
-
-
-def print_stop(reason: str) -> None:
-    """The line that tells why the run ends early."""
-    click.echo(f"Stopped early after {reason}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,18 +34,21 @@ from megacore.parallel import (
 from megacore.plugins import get_family
 from megacore.training.agreement import require_agreement
 from megacore.training.batches import batches, open_samples
-from megacore.training.engine import HELD_IN, Engine
+from megacore.training.engine import COMPUTED_IN, HELD_IN, Engine
 from megacore.training.evaluation import Evaluation, Evaluator
 from megacore.training.exits import Exits
 from megacore.training.instruction_batches import instruction_notes
-from megacore.training.plan import check_run, pipeline_stages
+from megacore.training.peak import measured_peak
+from megacore.training.plan import check_run, model_specs_of, pipeline_stages
 from megacore.training.prefetch import prefetched
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig, read_run_config
+from megacore.training.run_log import check_run_log, is_watched, opened_log
 from megacore.training.saving import reserve_output, save_stages
 from megacore.training.schedule import learning_rate, weight_decay
 from megacore.training.span import spans_of
 from megacore.training.start import open_start
+from megacore.training.work import ModelFlops, work_of_step
 
 VERBS: dict[Split, str] = {"train": "train", "valid": "validate", "test": "test"}
 """What is done on each split."""
@@ -60,11 +64,16 @@ class Step:
         loss: mean over the tokens of the global batch, in nats, before the step.
         lr: that the step was taken with.
         grad_norm: before clipping.
-        tokens_per_second: of the whole step, all ranks together.
+        tokens_per_second: that were computed, padding among them, all ranks together, in the whole step, which begins
+            with waiting for its batch.
         loss_scale: in fp16, the factor on the loss of the next step.
         num_skipped: steps up to this one that were not taken, since gradients overflowed in fp16.
         batch_size: samples of the global batch.
         is_taken: whether the weights changed; not in ``training.skip_iters``, nor when gradients overflowed.
+        num_tokens: that were computed.
+        seconds: that the step took.
+        flops_per_second: that the model takes for these tokens; see :class:`~megacore.training.work.ModelFlops`.
+        peak_flops_per_second: that all ranks were measured to reach together; ``None`` where that was not done.
     """
 
     iteration: int
@@ -77,6 +86,10 @@ class Step:
     num_skipped: int = 0
     batch_size: int = 1
     is_taken: bool = True
+    num_tokens: int = 0
+    seconds: float = 0.0
+    flops_per_second: float = 0.0
+    peak_flops_per_second: float | None = None
 
 
 def train(
@@ -96,7 +109,8 @@ def train(
         run: a run file, or what :func:`~megacore.training.run_config.read_run_config` made of one.
         nodes: those that the run is spread over; this is called on each of them, and reads and writes the same files.
         on_note: is told what a person should know at the start.
-        on_step: is told of each step as it is done; a function of a module, since another process calls it.
+        on_step: is told of each step as it is done; a function of a module, since another process calls it. If it is a
+            context manager too, that process enters it for as long as steps are taken.
         on_evaluation: likewise, of each evaluation.
         on_stop: likewise, of why the run ends early, if it does.
 
@@ -119,6 +133,8 @@ def train(
     sizes = parallel_sizes(run, nodes)
     check_run(run, config, specs, dp_size=sizes.dp)
     require_absent(run.output.checkpoint)
+    if is_first_process(nodes):
+        check_run_log(run)
     told_of_data = list(_check_data(run, checkpoint))
     if on_note and is_first_process(nodes):
         if sizes.world > 1:
@@ -262,43 +278,56 @@ def _train_on_rank(
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
     with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
+        progress = Progress()
+        peak = None
+        if run.logging.measure_peak and (on_step is not None or is_watched(run)):
+            peak = measured_peak(parallel, COMPUTED_IN[run.model.dtype])
         engine = Engine(run, checkpoint, parallel)
         evaluator = Evaluator(engine, checkpoint)
-        progress, steps, reason = Progress(), [], None
+        steps: list[Step] = []
+        reason = None
+        with opened_log(run, parallel, iteration=progress.iteration) as log, ExitStack() as shown:
+            if on_step is not None and parallel.rank == 0 and isinstance(on_step, AbstractContextManager):
+                shown.enter_context(on_step)
 
-        def evaluate(split: Split) -> None:
-            if split in run.data.splits:
-                evaluation = evaluator.evaluate(split, iteration=progress.iteration)
-                if on_evaluation is not None and parallel.rank == 0:
-                    on_evaluation(evaluation)
+            def evaluate(split: Split) -> None:
+                if split in run.data.splits:
+                    evaluation = evaluator.evaluate(split, iteration=progress.iteration)
+                    log.evaluation(evaluation)
+                    if on_evaluation is not None and parallel.rank == 0:
+                        on_evaluation(evaluation)
 
-        for step in _steps(engine, checkpoint, progress):
-            steps.append(step)
-            if on_step is not None and parallel.rank == 0:
-                on_step(step)
-            is_last = step.iteration == step.train_iters
-            if is_last or step.iteration % run.evaluation.interval == 0:
-                evaluate("valid")
-            if is_last:
-                evaluate("test")
-            elif reason := exits.reason(progress):
-                break
-        if reason is not None and on_stop is not None and parallel.rank == 0:
-            on_stop(f"iteration {progress.iteration}: {reason}")
+            for step in _steps(engine, checkpoint, progress, peak):
+                steps.append(step)
+                log.step(step)
+                if on_step is not None and parallel.rank == 0:
+                    on_step(step)
+                is_last = step.iteration == step.train_iters
+                if is_last or step.iteration % run.evaluation.interval == 0:
+                    evaluate("valid")
+                if is_last:
+                    evaluate("test")
+                elif reason := exits.reason(progress):
+                    break
+            if reason is not None and on_stop is not None and parallel.rank == 0:
+                on_stop(f"iteration {progress.iteration}: {reason}")
         details = {"iterations": progress.iteration, "dtype": run.model.dtype}
         save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
     return steps
 
 
-def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterator[Step]:
+def _steps(
+    engine: Engine, checkpoint: Checkpoint, progress: Progress, peak_flops_per_second: float | None = None
+) -> Iterator[Step]:
     """Take the steps of the run that ``progress`` has left, one at a time, and keep it up to date."""
     run, parallel = engine.run, engine.parallel
     spans = spans_of(run, open_samples(run, checkpoint).samples_per_epoch, progress)
+    model_flops = ModelFlops.of(engine.stages[0].config, model_specs_of(checkpoint))
     own_batches = batches(
         run, checkpoint, progress=replace(progress), dp_rank=parallel.dp_rank, dp_size=parallel.dp_size
     )
+    started = time.perf_counter()
     for iteration, batch in enumerate(prefetched(own_batches, run.data.prefetch), start=progress.iteration + 1):
-        started = time.perf_counter()
         batch_size = run.training.batch_sizes.at(progress.num_samples)
         lr = learning_rate(iteration, optimizer=run.optimizer, spans=spans)
         can_skip = engine.loss_scale is not None and not engine.loss_scale.is_at_minimum
@@ -308,6 +337,8 @@ def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterat
             weight_decay=weight_decay(iteration, optimizer=run.optimizer, spans=spans),
             is_skipped=iteration in run.training.skip_iters,
         )
+        work = work_of_step(batch, model_flops, run, parallel)
+        seconds = time.perf_counter() - started
         if not result.is_taken and not can_skip and iteration not in run.training.skip_iters:
             raise TrainingError(
                 f"iteration {iteration}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; a "
@@ -321,9 +352,14 @@ def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterat
             result.loss,
             lr,
             result.grad_norm,
-            batch_size * run.data.seq_length / (time.perf_counter() - started),
+            work.num_tokens / seconds,
             engine.loss_scale.factor if engine.loss_scale else None,
             engine.loss_scale.num_skipped if engine.loss_scale else 0,
             batch_size=batch_size,
             is_taken=result.is_taken,
+            num_tokens=work.num_tokens,
+            seconds=seconds,
+            flops_per_second=work.flops / seconds,
+            peak_flops_per_second=peak_flops_per_second,
         )
+        started = time.perf_counter()  # what is done between two steps is no part of either

@@ -14,6 +14,7 @@ from megacore.data.instruction import prefixes
 from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
 from megacore.training.evaluation_section import EvaluationSection
+from megacore.training.logging_section import LoggingSection
 from megacore.training.optimizer_section import OptimizerSection
 from megacore.training.section import Section
 from megacore.training.training_section import TrainingSection
@@ -324,6 +325,11 @@ class OutputSection(Section):
     """What is written."""
 
     checkpoint: Path = Field(description="Native checkpoint to create at the end.")
+    directory: Path | None = Field(
+        None,
+        description="Directory of the run, created at the start: its resolved run file, its metrics, the versions of "
+        "what ran; by default none is kept.",
+    )
 
 
 class RunConfig(Section):
@@ -340,6 +346,7 @@ class RunConfig(Section):
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection
+    logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> RunConfig:

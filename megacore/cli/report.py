@@ -1,0 +1,29 @@
+"""``megacore report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="What to write.  [default: report.html in the directory of a single run]",
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write one HTML page with the curves of one or several runs, which need not have ended.
+
+    RUN is a directory that output.directory named in a run file. The page needs no network and no other file.
+
+    \b
+    megacore report runs/first
+    megacore report runs/first runs/second --out comparison.html
+    """
+    from megacore.runs import report
+
+    click.echo(f"Wrote {report(runs, out)}.")

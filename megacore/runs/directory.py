@@ -1,0 +1,125 @@
+"""The directory of a run.
+
+    DIR/run.toml          the resolved run file, every key in it; `megacore train` can be given it
+    DIR/versions.json     what ran, and on what: one entry a start
+    DIR/metrics.jsonl     what was measured; see megacore.runs.metrics
+
+When a run goes on with other settings, the file that held until then is kept as ``run-until-ITERATION.toml``. Nothing
+of the environment is written, so no secret is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from megacore.errors import DataError, OutputError
+
+Tables = Mapping[str, Mapping[str, Any]]
+"""A run file: keys and values, by section."""
+
+
+class RunDirectory:
+    """The files of a run, in ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_file = path / "run.toml"
+        self.versions_file = path / "versions.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+
+    def check(self, tables: Tables) -> None:
+        """Refuse a directory that is another run's: nothing is overwritten, and two runs do not make one curve.
+
+        The same run may start in it again. So may one with other settings, if there is a training checkpoint that it
+        can go on from; how it is told what happens is not said here.
+
+        Raises:
+            OutputError: says how the settings differ.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"output.directory: {self.path} exists, and is not a directory")
+        if not self.run_file.is_file() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            return
+        told = [
+            f"{key} ({_told(before)} there, {_told(now)} here)"
+            for key, (before, now) in differences([self.settings(), tables]).items()
+            if not key.startswith("logging.")
+        ]
+        if told:
+            raise OutputError(
+                f"output.directory: {self.path} holds another run, which differs in {', '.join(told)}: give this one "
+                "another directory, or remove that one"
+            )
+
+    def create(self, tables: Tables, versions: Mapping[str, Any], *, iteration: int) -> None:
+        """Write the run file and the versions of a run that starts after ``iteration``.
+
+        Raises:
+            OutputError: when they cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.run_file.is_file() and self.settings() != tables:
+                self.run_file.replace(self.path / f"run-until-{iteration}.toml")
+            write_whole(self.run_file, tomli_w.dumps(tables))
+            starts = [*self.starts(), {"iteration": iteration} | dict(versions)]
+            write_whole(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"output.directory: {error.filename or self.path} cannot be written: {error.strerror}"
+            ) from error
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The run file. Raises :class:`~megacore.errors.DataError` when there is none, or it cannot be read."""
+        try:
+            return tomllib.loads(self.run_file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.path} is not the directory of a run, which has a run.toml: give the one that output.directory "
+                "names in the run file"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.run_file} cannot be read: {error}") from error
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What ran, at each start; nothing where that was never written."""
+        try:
+            return json.loads(self.versions_file.read_text(encoding="utf-8"))["starts"]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.versions_file} cannot be read: {error}") from error
+
+
+def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
+    """The keys in which run files differ, as ``section.key``, and what each says; ``None`` where it does not."""
+    keys = dict.fromkeys(f"{section}.{key}" for tables in run_files for section in tables for key in tables[section])
+    found = {}
+    for name in keys:
+        section, _, key = name.partition(".")
+        values = [tables.get(section, {}).get(key) for tables in run_files]
+        if any(value != values[0] for value in values):
+            found[name] = values
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before, whenever the process is killed."""
+    staging = path.with_name(f".{path.name}.incomplete")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def _told(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value)

@@ -1,0 +1,173 @@
+"""The report on one or several runs: their curves, how they differ, and what ran."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megacore.errors import DataError, OutputError
+from megacore.runs.chart import COLOURS, Curve, chart, told
+from megacore.runs.directory import RunDirectory, differences, write_whole
+from megacore.runs.metrics import Metrics, Series, read_metrics
+from megacore.runs.page import MARK, page, table
+from megacore.runs.thinning import thinned
+
+_CHARTS = {
+    "loss": ("loss", "nats a token"),
+    "lr": ("learning rate", ""),
+    "grad_norm": ("gradient norm", "before clipping"),
+    "tokens_per_second": ("speed", "tokens/s"),
+    "flops_per_second": ("achieved", "FLOP/s of the model"),
+    "share_of_peak": ("achieved", "share of the measured peak"),
+    "loss_scale": ("loss scale", ""),
+}
+"""Heading and unit of the values of steps that have a chart, in the order of the charts."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    settings: dict[str, dict[str, Any]]
+    starts: list[dict[str, Any]]
+    metrics: Metrics
+
+
+def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
+    """Write one self-contained HTML page on ``runs``, and return where.
+
+    Args:
+        runs: the directories that ``output.directory`` named; they may still be written to.
+        out: by default ``report.html`` in the directory of a single run. An earlier report is replaced.
+
+    Raises:
+        DataError: a run's directory is none, or cannot be read.
+        OutputError: ``out`` is something else than a report, or cannot be written.
+    """
+    paths = [Path(run) for run in ([runs] if isinstance(runs, Path | str) else runs)]
+    if not paths:
+        raise DataError("a report needs the directory of at least one run")
+    if out is None and len(paths) > 1:
+        raise OutputError("a report on several runs needs a name: give it with --out FILE.html")
+    target = Path(out) if out is not None else paths[0] / "report.html"
+    _require_replaceable(target)
+    opened = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    text = page("megacore: " + ", ".join(run.name for run in opened), _body(opened))
+    try:
+        write_whole(target, text)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror}") from error
+    return target
+
+
+def _require_replaceable(out: Path) -> None:
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"{out.absolute().parent}, which {out.name} is to be written into, is not a directory")
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory: give the report the name of a file")
+    if out.exists() and MARK.encode() not in out.open("rb").readline():
+        raise OutputError(f"{out} exists and is no report, so it is not replaced: give the report another name")
+
+
+def _opened(path: Path, name: str) -> _Run:
+    directory = RunDirectory(path)
+    return _Run(name, directory.settings(), directory.starts(), read_metrics(directory.metrics_file))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths that tell them apart."""
+    parts = [path.absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(of_one[-length:]) for of_one in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError(f"{', '.join(map(str, paths))}: a run is named twice")
+
+
+def _body(runs: Sequence[_Run]) -> Iterator[str]:
+    yield "".join(
+        f'<label class="run{number}"><input type="checkbox" checked data-run="{number}"> '
+        f'<span class="dot" style="background: {COLOURS[number % len(COLOURS)]}"></span> {escape(run.name)}</label> '
+        for number, run in enumerate(runs)
+    )
+    yield table(["", *(run.name for run in runs)], _summary(runs))
+    yield '<div class="charts">'
+    for key, (heading, unit) in _CHARTS.items():
+        yield chart(heading, unit, [_curve(number, run.metrics.steps, key) for number, run in enumerate(runs)])
+    for split, key in dict.fromkeys(
+        (split, key) for run in runs for split, series in run.metrics.evaluations.items() for key in series.values
+    ):
+        evaluated = [run.metrics.evaluations.get(split, Series()) for run in runs]
+        curves = [_curve(number, series, key) for number, series in enumerate(evaluated)]
+        yield chart(f"{split}: {key.replace('_', ' ')}", "", curves)
+    yield "</div>"
+    if len(runs) > 1:
+        yield "<h2>Where their run files differ</h2>"
+        differing = differences([run.settings for run in runs])
+        yield table(["", *(run.name for run in runs)], [(key, *map(_value, row)) for key, row in differing.items()])
+    yield "<h2>What ran</h2>"
+    ran = [_flat(run.starts[-1]) if run.starts else {} for run in runs]
+    keys = dict.fromkeys(key for one in ran for key in one)
+    yield table(["", *(run.name for run in runs)], [(key, *(one.get(key, "") for one in ran)) for key in keys])
+    for run in runs:
+        rows = [(f"{s}.{key}", _value(value)) for s, entries in run.settings.items() for key, value in entries.items()]
+        yield f"<details><summary>The run file of {escape(run.name)}</summary>{table(['', ''], rows)}</details>"
+
+
+def _curve(number: int, series: Series, key: str) -> Curve:
+    values = series.values.get(key)
+    return Curve(number, [] if values is None else thinned(series.iterations, values))
+
+
+def _summary(runs: Sequence[_Run]) -> Iterator[tuple[str, ...]]:
+    yield ("iterations", *(_iterations(run) for run in runs))
+    yield ("loss at the end", *(_last(run.metrics.steps, "loss") for run in runs))
+    for split, key in dict.fromkeys(
+        (split, key) for run in runs for split, series in run.metrics.evaluations.items() for key in series.values
+    ):
+        ends = [_last(run.metrics.evaluations.get(split, Series()), key) for run in runs]
+        yield (f"{split}: {key.replace('_', ' ')} at the end", *ends)
+    yield ("tokens", *(_total(run.metrics.steps, "tokens") for run in runs))
+    yield ("seconds in steps", *(_total(run.metrics.steps, "seconds") for run in runs))
+    yield ("last written", *(_when(run.metrics.steps) for run in runs))
+    if any(len(run.metrics.starts) > 1 for run in runs):
+        yield ("started after iteration", *(", ".join(map(str, run.metrics.starts)) for run in runs))
+    if any(run.metrics.num_damaged for run in runs):
+        yield ("damaged lines, left out", *(str(run.metrics.num_damaged) for run in runs))
+
+
+def _iterations(run: _Run) -> str:
+    done = run.metrics.steps.iterations[-1] if len(run.metrics.steps) else 0
+    return f"{done} of {run.settings.get('training', {}).get('train_iters', '?')}"
+
+
+def _last(series: Series, key: str) -> str:
+    values = series.values.get(key)
+    return f"{values[-1]:.6g}" if values else "–"
+
+
+def _total(series: Series, key: str) -> str:
+    return told(math.fsum(value for value in series.values.get(key, ()) if math.isfinite(value)))
+
+
+def _when(series: Series) -> str:
+    times = series.values.get("time")
+    return datetime.fromtimestamp(times[-1], UTC).isoformat(" ", "seconds") if times else "–"
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, str]:
+    """A start, tables within it as one line each."""
+    told_of = {key: value for key, value in entry.items() if key != "iteration"}
+    return {
+        key: ", ".join(f"{name} {what}" for name, what in value.items()) if isinstance(value, dict) else str(value)
+        for key, value in told_of.items()
+    }

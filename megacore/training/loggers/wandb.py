@@ -1,0 +1,48 @@
+"""Weights & Biases. The key is that of ``wandb login`` or of ``WANDB_API_KEY``; megacore never sees it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import wandb
+
+from megacore.runs.directory import write_whole
+from megacore.training.loggers import LoggedRun
+
+
+class WandbLogger:
+    """A run of wandb, which goes on where the run's directory says that it was begun.
+
+    ``WANDB_ENTITY``, ``WANDB_MODE`` and all other variables of wandb hold as ever.
+    """
+
+    def __init__(self, run: LoggedRun) -> None:
+        self._run = wandb.init(
+            project=run.project,
+            name=run.name,
+            id=None if run.directory is None else _id_of(run.directory),
+            resume=None if run.directory is None else "allow",
+            dir=run.directory,
+            config={section: dict(table) for section, table in run.settings.items()},
+            # The console is ours, the code is not part of a run, and an address of a repository may hold a password.
+            settings=wandb.Settings(console="off", disable_code=True, disable_git=True),
+        )
+        # wandb's own step never falls, and a run that starts again from a checkpoint does.
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def log(self, values: Mapping[str, float], *, iteration: int) -> None:
+        self._run.log({"iteration": iteration, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _id_of(directory: Path) -> str:
+    """The name that wandb knows the run by, the same whenever it starts again."""
+    file = directory / "wandb-id.txt"
+    if not file.is_file():
+        write_whole(file, secrets.token_hex(4) + "\n")
+    return file.read_text(encoding="utf-8").strip()

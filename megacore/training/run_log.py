@@ -1,0 +1,199 @@
+"""Telling how a run goes: its directory and its loggers, none of which can end it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from megacore.errors import ConfigError
+from megacore.parallel import ParallelContext
+from megacore.runs import MetricsFile, RunDirectory
+from megacore.training.loggers import LoggedRun, Logger, check_loggers, open_logger
+from megacore.training.resolved import resolved_tables
+from megacore.training.run_config import RunConfig
+from megacore.training.versions import describe_versions
+
+if TYPE_CHECKING:
+    from megacore.training.evaluation import Evaluation
+    from megacore.training.loop import Step
+
+log = logging.getLogger(__name__)
+
+Target = TypeVar("Target")
+
+_PAUSE = 60.0
+"""Seconds in which somebody who could not be told is left alone: each attempt may wait for a network."""
+
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+"""In the name of an environment variable whose value is never shown."""
+
+
+def check_run_log(run: RunConfig) -> None:
+    """Refuse what could not be told of the run, before anything is loaded.
+
+    Raises:
+        ConfigError: a logger is not there.
+        OutputError: the directory is another run's.
+    """
+    check_loggers(run.logging.loggers, directory=run.output.directory)
+    if run.output.directory is not None:
+        RunDirectory(run.output.directory).check(resolved_tables(run))
+
+
+def is_watched(run: RunConfig) -> bool:
+    """Whether anybody is told of the steps of ``run``, beside who called for it."""
+    return bool(run.logging.loggers) or run.output.directory is not None
+
+
+@contextmanager
+def opened_log(run: RunConfig, parallel: ParallelContext, *, iteration: int = 0) -> Iterator[RunLog]:
+    """The log of a run that starts after ``iteration``. For all ranks; those after the first tell nobody.
+
+    Raises:
+        OutputError: the run's directory cannot be written, or another run is writing it.
+        ConfigError: a logger could not start. In a run that goes on, that is a warning instead.
+    """
+    if not is_watched(run):
+        yield RunLog()
+        return
+    versions = describe_versions(parallel)
+    if parallel.rank > 0:
+        yield RunLog()
+        return
+    tables = resolved_tables(run)
+    told = RunLog(log_interval=run.logging.log_interval)
+    with ExitStack() as opened:
+        if run.output.directory is not None:
+            directory = RunDirectory(run.output.directory)
+            directory.create(tables, versions, iteration=iteration)
+            told.file = Guarded("metrics.jsonl", MetricsFile(directory.metrics_file))
+            opened.callback(told.file.attempt, "close", told.file.target.close)
+            told.file.target.start(iteration)
+        about = LoggedRun(
+            project=run.logging.project,
+            name=run.logging.name or (run.output.directory or run.output.checkpoint).name,
+            directory=run.output.directory,
+            settings=tables,
+            iteration=iteration,
+        )
+        for name in run.logging.loggers:
+            try:
+                logger = Guarded(name, open_logger(name, about))
+            except Exception as error:  # whatever its library raises
+                said = f"the logger {name} could not start: {_described(error)}"
+                if iteration == 0:
+                    raise ConfigError(f"{said}; take it out of logging.loggers to train without it") from error
+                log.warning("Note: %s. Training goes on without it.", said)
+                continue
+            told.loggers.append(logger)
+            opened.callback(logger.attempt, "close", logger.target.close)
+        yield told
+
+
+class Guarded(Generic[Target]):
+    """Somebody who is told of a run, and whose failures are warnings.
+
+    Attributes:
+        name: for the warning.
+        target: who it is.
+    """
+
+    def __init__(self, name: str, target: Target) -> None:
+        self.name = name
+        self.target = target
+        self._has_warned = False
+        self._left_alone_until = -math.inf
+
+    def attempt(self, what: str, tell: Callable[[], None]) -> None:
+        """Call ``tell``. After a failure, which is a warning once, no more is told for a minute.
+
+        Args:
+            what: is told, ``"iteration 7"`` for example; ``"close"`` is told all the same.
+        """
+        if what != "close" and time.monotonic() < self._left_alone_until:
+            return
+        try:
+            tell()
+        except Exception as error:  # whatever its library raises; training is worth more than its log
+            self._left_alone_until = time.monotonic() + _PAUSE
+            if not self._has_warned:
+                log.warning(
+                    "Note: %s failed at %s: %s. Training goes on; it is tried again once a minute, and not told of "
+                    "again.",
+                    self.name, what, _described(error),
+                )  # fmt: skip
+            self._has_warned = True
+
+
+class RunLog:
+    """What is told of a run, and whom.
+
+    Attributes:
+        file: the metrics of the run's directory, if it has one; of every step.
+        loggers: are told of every ``log_interval``-th step, of the first and of the last.
+    """
+
+    def __init__(self, *, log_interval: int = 1) -> None:
+        self.file: Guarded[MetricsFile] | None = None
+        self.loggers: list[Guarded[Logger]] = []
+        self._log_interval = log_interval
+
+    def step(self, step: Step) -> None:
+        """Tell of a step."""
+        values = values_of(step)
+        what = f"iteration {step.iteration}"
+        if self.file is not None:
+            self.file.attempt(what, partial(self.file.target.step, step.iteration, values))
+        if is_logged(step, self._log_interval):
+            self._tell_loggers({f"train/{name}": value for name, value in values.items()}, step.iteration)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Tell of an evaluation."""
+        iteration, split, values = evaluation.iteration, evaluation.split, evaluation.values
+        if self.file is not None:
+            tell = partial(self.file.target.evaluation, iteration, split, values)
+            self.file.attempt(f"iteration {iteration}", tell)
+        self._tell_loggers({f"{split}/{name}": value for name, value in values.items()}, iteration)
+
+    def _tell_loggers(self, values: Mapping[str, float], iteration: int) -> None:
+        for logger in self.loggers:
+            logger.attempt(f"iteration {iteration}", partial(logger.target.log, values, iteration=iteration))
+
+
+def is_logged(step: Step, log_interval: int) -> bool:
+    """Whether somebody who is told of every ``log_interval``-th step is told of this one."""
+    return step.iteration in (1, step.train_iters) or step.iteration % log_interval == 0
+
+
+def values_of(step: Step) -> dict[str, float]:
+    """What is known of a step, by the names that ``metrics.jsonl`` and the loggers have for it."""
+    values = {
+        "loss": step.loss,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "tokens": step.num_tokens,
+        "seconds": step.seconds,
+        "tokens_per_second": step.tokens_per_second,
+        "flops_per_second": step.flops_per_second,
+    }
+    if step.peak_flops_per_second is not None:
+        values["share_of_peak"] = step.flops_per_second / step.peak_flops_per_second
+    if step.loss_scale is not None:
+        values |= {"loss_scale": step.loss_scale, "num_skipped": step.num_skipped}
+    return values
+
+
+def _described(error: Exception) -> str:
+    """The first line of an error, without what the environment keeps secret."""
+    first_line = next(iter(str(error).splitlines()), "")
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= 8:
+            first_line = first_line.replace(value, f"<{name}>")
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
