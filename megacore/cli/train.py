@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -12,10 +12,25 @@ from megacore.cli.options import parallel_size_option
 
 if TYPE_CHECKING:
     from megacore.training import Step
+    from megacore.training.starting_point import Resume
 
 
 @click.command()
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="yes",
+    type=click.Choice(["yes", "auto"]),
+    help="Go on from the newest training checkpoint of the run; with auto, if there is one.",
+)
+@click.option(
+    "--load",
+    metavar="CKPT",
+    type=click.Path(path_type=Path),
+    help="Native checkpoint to start from, instead of model.checkpoint; or training checkpoint, or directory of them, "
+    "to go on from.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the run file.")
 @parallel_size_option("--tp", "Tensor-parallel size; the same as --set parallel.tensor_parallel=N.", default=None)
 @parallel_size_option("--pp", "Pipeline-parallel size; the same as --set parallel.pipeline_parallel=N.", default=None)
@@ -34,6 +49,8 @@ if TYPE_CHECKING:
 )
 def train(
     run_file: Path,
+    resume: Literal["yes", "auto"] | None,
+    load: Path | None,
     overrides: tuple[str, ...],
     tp: int | None,
     pp: int | None,
@@ -64,15 +81,25 @@ def train(
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
     given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]
     run = read_run_config(run_file, (*overrides, *given))
-    train(run, nodes=place, on_note=print_note, on_step=print_step)
-    if is_first_process(place):
+    going_on: Resume = "auto" if resume == "auto" else resume is not None
+    steps = train(run, resume=going_on, load=load, nodes=place, on_note=print_note, on_step=print_step)
+    if not is_first_process(place):
+        return
+    if steps and steps[-1].stopped_by and steps[-1].iteration < steps[-1].train_iters:
+        last = steps[-1]
+        click.echo(f"Stopped by {last.stopped_by} after iteration {last.iteration}; --resume goes on from there.")
+    else:
         click.echo(f"Saved {run.output.checkpoint}.")
 
 
 def print_step(step: Step) -> None:
-    """The line that tells of one step."""
-    scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g} | skipped {step.num_skipped}"
+    """The line that tells of one step, and notes of what happened beside it."""
+    scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g}"
+    if step.num_skipped or step.loss_scale is not None:
+        scale += f" | skipped {step.num_skipped}"
     click.echo(
         f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
         f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s{scale}"
     )
+    for note in step.notes:
+        print_note(note)

@@ -2,6 +2,7 @@
 
 from megacore.parallel.context import ParallelContext, local_device, process_group
 from megacore.parallel.cuts import (
+    Box,
     ParameterSpec,
     Rows,
     check_tensor_parallel,
@@ -9,9 +10,9 @@ from megacore.parallel.cuts import (
     describe_imbalance,
     join_parts,
 )
-from megacore.parallel.data_parallel import GradientBuckets, gathered, shard
+from megacore.parallel.data_parallel import GradientBuckets, gathered, own_boxes, shard
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
-from megacore.parallel.launch import end_process, is_first_process, launched_environment, on_ranks
+from megacore.parallel.launch import is_first_process, launched_environment, on_ranks
 from megacore.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -32,10 +33,12 @@ from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, stages_on_rank
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
+from megacore.parallel.stopping import StopRequest, end_process, stop_requests
 
 __all__ = [
     "ONE_NODE",
     "SCHEDULES",
+    "Box",
     "ColumnParallelLinear",
     "GradientBuckets",
     "Nodes",
@@ -48,6 +51,7 @@ __all__ = [
     "RowParallelLinear",
     "Rows",
     "Stage",
+    "StopRequest",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "balanced_stages",
@@ -67,6 +71,7 @@ __all__ = [
     "local_part",
     "materialize",
     "on_ranks",
+    "own_boxes",
     "own_square_norm",
     "parameter_specs",
     "process_group",
@@ -74,5 +79,6 @@ __all__ = [
     "shard",
     "stages_of",
     "stages_on_rank",
+    "stop_requests",
     "vocab_parallel_logits",
 ]

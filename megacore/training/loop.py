@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,28 @@ from megacore.parallel import (
     ParallelContext,
     ParallelSizes,
     Stage,
+    StopRequest,
     check_tensor_parallel,
     describe_imbalance,
     is_first_process,
     launched_environment,
     on_ranks,
+    stop_requests,
 )
 from megacore.plugins import get_family
-from megacore.training.agreement import require_agreement
+from megacore.training.agreement import digest_of_dataset, require_agreement
 from megacore.training.batches import batches, open_samples
+from megacore.training.checkpoints import RunCheckpoints, run_id_of
 from megacore.training.engine import HELD_IN, Engine
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.prefetch import prefetched
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig, read_run_config
-from megacore.training.saving import reserve_output, save_stages
+from megacore.training.saving import is_result_of, keep_earlier_result, reserve_output, save_stages
 from megacore.training.schedule import learning_rate
+from megacore.training.starting_point import Resume, StartingPoint, changes, offering_the_one_before
+from megacore.training.step_guard import StepGuard
 
 VERBS: dict[Split, str] = {"train": "train", "valid": "validate", "test": "test"}
 """What is done on each split."""
@@ -58,7 +64,9 @@ class Step:
         grad_norm: before clipping.
         tokens_per_second: of the whole step, all ranks together.
         loss_scale: in fp16, the factor on the loss of the next step.
-        num_skipped: steps up to this one that were not taken, since gradients overflowed in fp16.
+        num_skipped: steps up to this one that were not taken, since loss or gradient were not finite, or a spike.
+        stopped_by: the signal for which the run ends with this step.
+        notes: what happened beside the step that a person should know.
     """
 
     iteration: int
@@ -69,11 +77,15 @@ class Step:
     tokens_per_second: float
     loss_scale: float | None = None
     num_skipped: int = 0
+    stopped_by: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def train(
     run: RunConfig | Path | str,
     *,
+    resume: Resume = False,
+    load: Path | str | None = None,
     nodes: Nodes = ONE_NODE,
     on_note: Callable[[str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -82,32 +94,42 @@ def train(
 
     A script that trains on several must guard the call with ``if __name__ == "__main__":``, since each imports it.
 
+    On SIGTERM or SIGINT the step is finished, a training checkpoint saved, and the steps up to there returned; a second
+    signal ends the process.
+
     Args:
         run: a run file, or what :func:`~megacore.training.run_config.read_run_config` made of one.
+        resume: go on from the newest checkpoint of the run, ``"auto"``: if there is one.
+        load: a native checkpoint to start from instead of ``model.checkpoint``; or a training checkpoint, or a
+            directory of them, to go on from.
         nodes: those that the run is spread over; this is called on each of them, and reads and writes the same files.
         on_note: is told what a person should know at the start.
         on_step: is told of each step as it is done; a function of a module, since another process calls it.
 
     Raises:
         MegacoreError: in one of its kinds; what can be checked is checked before the model is loaded.
-        TrainingError: when the loss or the gradient is no longer finite. Nothing is saved.
+        TrainingError: when too many steps in a row were skipped. A training checkpoint is saved.
     """
     if not isinstance(run, RunConfig):
         run = read_run_config(Path(run))
-    if not run.model.checkpoint.is_dir():
+    start = StartingPoint.of(run, resume=resume, load=None if load is None else Path(load))
+    if start.path == run.model.checkpoint and not start.path.is_dir():
         raise ConfigError(
             f"model.checkpoint: {run.model.checkpoint} is not a directory (paths in a run file are relative to the "
             "directory that the command is started in)"
         )
-    checkpoint = Checkpoint(run.model.checkpoint)
+    with offering_the_one_before(start.path):
+        checkpoint = Checkpoint(start.path)
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
     specs = model_specs(config, family.build_layer)
     check_tensor_parallel(specs, run.parallel.tensor_parallel)
     sizes = parallel_sizes(run, nodes)
     check_run(run, config, specs, dp_size=sizes.dp)
-    require_absent(run.output.checkpoint)
-    told_of_data = list(_check_data(run, checkpoint))
+    told_of_start = list(_check_start(run, start, checkpoint))
+    if not (start.is_resumed and is_result_of(run.output.checkpoint, checkpoint)):
+        require_absent(run.output.checkpoint)
+    told_of_data = [*told_of_start, *_check_data(run, checkpoint)]
     if on_note and is_first_process(nodes):
         if sizes.world > 1:
             on_note(_describe_layout(run, sizes, pipeline_stages(run, config, specs)))
@@ -119,10 +141,11 @@ def train(
         _train_on_rank,
         run,
         on_step,
+        start,
         sizes=sizes,
         nodes=nodes,
         timeout=timedelta(seconds=run.parallel.timeout),
-        settings=_settings(run),
+        settings=_settings(run) | {"what the run begins with": start.told},
         on_note=on_note,
     )
 
@@ -222,25 +245,85 @@ def _describe_samples(run: RunConfig, split: Split, samples: MixedSamples) -> st
     return f"to {VERBS[split]} on: {'; '.join(told)}"
 
 
-def _train_on_rank(parallel: ParallelContext, run: RunConfig, on_step: Callable[[Step], None] | None) -> list[Step]:
-    checkpoint = Checkpoint(run.model.checkpoint)
+def _check_start(run: RunConfig, start: StartingPoint, checkpoint: Checkpoint) -> Iterator[str]:
+    """Refuse to resume a run that is over, or with other data; yield what a person should know of it."""
+    training = checkpoint.manifest.training
+    if not start.is_resumed or training is None:
+        return
+    out, train_iters = run.output.checkpoint, run.training.train_iters
+    if training.iteration > train_iters or (training.iteration == train_iters and out.exists()):
+        raise ConfigError(
+            f"{start.path} is after iteration {training.iteration}, and training.train_iters is {train_iters}: the run "
+            "is over; raise training.train_iters to go on"
+        )
+    yield f"going on after iteration {training.iteration}, from {start.path}"
+    yield from changes(run, training, {key: digest_of_dataset(prefix) for key, prefix in run.data.files().items()})
+
+
+class _StoppedEarlyError(Exception):
+    """The run was stopped before its end: its output is not to be published."""
+
+
+def _train_on_rank(
+    parallel: ParallelContext,
+    run: RunConfig,
+    on_step: Callable[[Step], None] | None,
+    start: StartingPoint | None = None,
+) -> list[Step]:
+    start = start or StartingPoint(run.model.checkpoint)
+    checkpoint = Checkpoint(start.path)
     require_agreement(checkpoint, run.data.files(), parallel)
     held = HELD_IN[run.model.dtype]
     num_bytes = sum(math.prod(spec.shape) for spec in checkpoint.manifest.specs.values()) * held.itemsize
-    with reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output:
-        engine = Engine(run, checkpoint, parallel)
-        steps = []
-        for step in _steps(engine, checkpoint, Progress()):
-            steps.append(step)
-            if on_step is not None and parallel.rank == 0:
-                on_step(step)
-        details = {"iterations": run.training.train_iters, "dtype": run.model.dtype}
-        save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
+    if start.is_resumed and parallel.rank == 0:
+        keep_earlier_result(run.output.checkpoint, checkpoint)
+    steps: list[Step] = []
+    with (
+        suppress(_StoppedEarlyError),
+        reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output,
+    ):
+        with offering_the_one_before(start.path):
+            engine = Engine(run, checkpoint, parallel)
+        guard = StepGuard(run.faults)
+        saved = RunCheckpoints(
+            engine,
+            guard,
+            checkpoint,
+            run_id=run_id_of(checkpoint if start.is_resumed else None, parallel),
+            datasets={key: digest_of_dataset(prefix) for key, prefix in run.data.files().items()},
+            output=output,
+        )
+        with saved.opened(), stop_requests(told=parallel.rank == 0) as stop:
+            progress = saved.restore(checkpoint) if start.is_resumed else Progress()
+            for step in _steps(engine, checkpoint, progress, guard, stop):
+                is_last = step.iteration == run.training.train_iters
+                if saved.is_due(step.iteration) and not is_last:
+                    saved.save(progress, waits=False)
+                steps.append(replace(step, notes=(*step.notes, *saved.notes())))
+                if on_step is not None and parallel.rank == 0:
+                    on_step(steps[-1])
+                if guard.is_over:
+                    kept = saved.save(progress, waits=True)
+                    raise TrainingError(
+                        f"iteration {step.iteration}: the loss is {step.loss} and the norm of the gradient "
+                        f"{step.grad_norm}; so {guard.num_in_a_row} steps in a row were skipped. A lower optimizer.lr "
+                        f"may help. The weights as they were before these steps are in {kept}"
+                    )
+                if step.stopped_by is not None and not is_last:
+                    saved.save(progress, waits=True)
+                    raise _StoppedEarlyError
+            details = {"iterations": run.training.train_iters, "dtype": run.model.dtype, "run_id": saved.run_id}
+            save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
+            final_error = saved.save_last(progress)
+    if final_error is not None:
+        raise final_error
     return steps
 
 
-def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterator[Step]:
-    """Take the steps of the run that ``progress`` has left, one at a time, and keep it up to date."""
+def _steps(
+    engine: Engine, checkpoint: Checkpoint, progress: Progress, guard: StepGuard, stop: StopRequest
+) -> Iterator[Step]:
+    """Take the steps of the run that ``progress`` has left, one at a time, and keep it up to date; fewer on request."""
     run, parallel = engine.run, engine.parallel
     train_iters = run.training.train_iters
     num_tokens = run.training.global_batch_size * run.data.seq_length
@@ -254,13 +337,9 @@ def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterat
     for iteration, batch in enumerate(prefetched(own_batches, run.data.prefetch), start=progress.iteration + 1):
         started = time.perf_counter()
         lr = learning_rate(iteration, optimizer=run.optimizer, train_iters=train_iters)
-        can_skip = engine.loss_scale is not None and not engine.loss_scale.is_at_minimum
-        result = engine.step(batch, lr=lr)
-        if not result.is_taken and not can_skip:
-            raise TrainingError(
-                f"iteration {iteration}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; a "
-                "lower optimizer.lr may help. Nothing was saved"
-            )
+        can_lower_scale = engine.loss_scale is not None and not engine.loss_scale.is_at_minimum
+        result = engine.step(batch, lr=lr, accepts=guard.accepts, wants_stop=lambda: stop.signal is not None)
+        guard.saw(result, lowers_scale=can_lower_scale and not result.is_finite)
         progress.iteration = iteration
         progress.num_samples += run.training.global_batch_size
         yield Step(
@@ -271,5 +350,10 @@ def _steps(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> Iterat
             result.grad_norm,
             num_tokens / (time.perf_counter() - started),
             engine.loss_scale.factor if engine.loss_scale else None,
-            engine.loss_scale.num_skipped if engine.loss_scale else 0,
+            guard.num_skipped,
+            stopped_by=_stopped_by(stop) if result.is_to_stop else None,
         )
+
+
+def _stopped_by(stop: StopRequest) -> str:
+    return "a signal to another rank" if stop.signal is None else stop.signal.name

@@ -8,17 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from megacore.data.instruction import prefixes
 from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
-
-
-class Section(BaseModel):
-    """A table of the run file. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from megacore.training.checkpoint_config import CheckpointsSection, FaultsSection
+from megacore.training.section import Section
 
 
 class ModelSection(Section):
@@ -350,6 +346,8 @@ class RunConfig(Section):
     optimizer: OptimizerSection
     loss_scale: LossScaleSection = LossScaleSection()
     training: TrainingSection
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    faults: FaultsSection = FaultsSection()
     output: OutputSection
 
     @model_validator(mode="after")
