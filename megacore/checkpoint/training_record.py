@@ -177,7 +177,7 @@ def _numbers(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int,
 
 def _places(there: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where in ``there``, which is sorted, those of ``wanted`` are that it has, and where in ``wanted`` they are."""
-    places = torch.searchsorted(there, wanted).clamp_(max=len(there) - 1)
+    places = torch.searchsorted(there, wanted.contiguous()).clamp_(max=len(there) - 1)
     is_there = there[places] == wanted
     return places[is_there], is_there.nonzero().flatten()
 
