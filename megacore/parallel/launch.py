@@ -37,9 +37,6 @@ _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
 
-_TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-"""The environment variable that says which signals torch's launcher ends the ranks for."""
-
 _LOOK_FOR_SIGNALS = 0.1
 """Seconds."""
 
@@ -98,6 +95,7 @@ def on_ranks(
                     rdzv_configs={"rank": nodes.rank, "timeout": timeout.total_seconds()},
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=directory),
+                    signals_to_handle="SIGHUP,SIGQUIT",  # the others are passed on, not taken for the end
                 )
                 try:
                     with _passing_on_signals(reports) as received, link.ending_ranks():
@@ -221,15 +219,9 @@ def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
     thread = threading.Thread(target=pass_on, daemon=True)
     thread.start()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    left_to_torch = os.environ.get(_TORCH_SIGNALS)
-    os.environ[_TORCH_SIGNALS] = "SIGHUP,SIGQUIT"
     try:
         yield received
     finally:
-        if left_to_torch is None:
-            del os.environ[_TORCH_SIGNALS]
-        else:
-            os.environ[_TORCH_SIGNALS] = left_to_torch
         is_over.set()
         thread.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -71,7 +71,7 @@ def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
             request.signal, request.received_at = signal.Signals(number), now
             if told:
                 _tell(
-                    f"Note: {request.signal.name}: stopping after this step, with a checkpoint; again to end at once.\n"
+                    f"Note: {request.signal.name}: stopping after this step, with a checkpoint; again ends at once.\n"
                 )
         elif now - request.received_at > _SAME_REQUEST:
             end_process(128 + number)

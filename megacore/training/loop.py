@@ -16,7 +16,7 @@ import torch
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
 from megacore.data import DatasetDescription, InstructionDescription, InstructionSamples, MixedSamples, Split
-from megacore.errors import ConfigError, LayoutError, TrainingError
+from megacore.errors import ConfigError, LayoutError, MegacoreError, TrainingError
 from megacore.model import model_specs, read_config
 from megacore.model.kernels import describe_kernels
 from megacore.parallel import (
@@ -278,6 +278,7 @@ def _train_on_rank(
     if start.is_resumed and parallel.rank == 0:
         keep_earlier_result(run.output.checkpoint, checkpoint)
     steps: list[Step] = []
+    final_error: MegacoreError | None = None
     with (
         suppress(_StoppedEarlyError),
         reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output,
