@@ -147,7 +147,7 @@ with stop_requests() as request:
     assert process.stderr.read() == "Note: SIGTERM: stopping after this step, with a checkpoint; again ends at once.\n"
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("delay", [0.5, 2.0])
 def test_an_interrupt_while_the_program_starts_ends_it_without_a_traceback(place, tmp_path, delay):
     process = started(command(place, tmp_path / "out", "training.train_iters=100000"))
     time.sleep(delay)

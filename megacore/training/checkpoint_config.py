@@ -15,7 +15,7 @@ class CheckpointsSection(Section):
     interval: int | None = Field(
         None,
         gt=0,
-        description="Iterations between two checkpoints; by default none is saved unless the run is stopped.",
+        description="Iterations between two checkpoints; by default one is saved only when the run is stopped.",
     )
     keep_last: int = Field(3, gt=0, description="How many of the newest are kept.")
     keep_every: int | None = Field(
@@ -46,6 +46,4 @@ class FaultsSection(Section):
         description="Skip a step whose loss or gradient norm is more than this times its median over the last steps; "
         "by default only those that are not finite.",
     )
-    spike_window: int = Field(
-        64, gt=1, description="How many of the last steps the median is of; it needs half of them."
-    )
+    spike_window: int = Field(64, gt=1, description="Of how many of the last steps the median is; half must be there.")
