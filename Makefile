@@ -59,6 +59,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/parallel.py
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/segments.py
 	$(BIN)/python benchmarks/sampling.py

@@ -20,7 +20,8 @@ from megacore.model.attention import AttentionOptions
 from megacore.model.dropout import Dropout
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.training import RunConfig
-from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.layout import parallel_sizes
+from megacore.training.loop import _train_on_rank
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,8 @@ from megacore.checkpoint import Checkpoint
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, Step
-from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.layout import parallel_sizes
+from megacore.training.loop import _train_on_rank
 from training_on_rank import whole_gradients
 
 FROZEN = ["embedding.*", "decoder.layers.[0-2].*", "*.4.mlp.linear_fc?.weight"]

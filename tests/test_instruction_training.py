@@ -25,7 +25,7 @@ from megacore.data import (
 from megacore.errors import ConfigError, DataError
 from megacore.training import RunConfig, batches, read_run_config, train
 from megacore.training.batches import open_samples
-from megacore.training.loop import parallel_sizes
+from megacore.training.layout import parallel_sizes
 from tiny_chat import write_tokenizer
 from tiny_llama import VOCAB, published_model
 from tiny_models import tied_multi_query_falcon

@@ -18,7 +18,8 @@ import megacore
 import tiny_run
 from megacore.parallel import SCHEDULES
 from megacore.training import RunConfig, Step
-from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.layout import parallel_sizes
+from megacore.training.loop import _train_on_rank
 from tiny_llama import published_model, write_dataset
 from tiny_models import tied_multi_query_falcon
 from tiny_run import weights

@@ -13,7 +13,7 @@ from megacore.checkpoint import Checkpoint
 from megacore.model import load_model
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, batches
-from megacore.training.loop import parallel_sizes
+from megacore.training.layout import parallel_sizes
 from training_on_rank import masked, masked_gradients
 
 LAYOUTS = {

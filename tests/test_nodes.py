@@ -31,7 +31,7 @@ from megacore.parallel.context import interface_towards
 from megacore.parallel.failures import Failure
 from megacore.parallel.nodes import Link, joined_nodes
 from megacore.training import read_run_config
-from megacore.training.loop import parallel_sizes
+from megacore.training.layout import parallel_sizes
 from tiny_llama import published_model, write_dataset
 
 ROOT = Path(__file__).parent.parent

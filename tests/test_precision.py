@@ -16,7 +16,8 @@ from megacore.data import IndexedDatasetWriter
 from megacore.errors import TrainingError
 from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, Step, batches
-from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.layout import parallel_sizes
+from megacore.training.loop import _train_on_rank
 from megacore.training.loss_scale import LossScale
 from megacore.training.run_config import LossScaleSection
 from tiny_run import weights
@@ -145,10 +146,11 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(place, tmp_path):
     assert [name for name, parameter in engine.parameters.items() if not torch.equal(parameter, before[name])] == []
 
 
-def test_a_run_that_overflows_at_the_smallest_scale_ends_and_saves_nothing(place, tmp_path):
-    settings = ("loss_scale.initial=1e12", "loss_scale.minimum=1e12")
+def test_a_run_that_overflows_at_the_smallest_scale_again_and_again_ends_without_a_result(place, tmp_path):
+    settings = ("loss_scale.initial=4e12", "loss_scale.minimum=1e12", "loss_scale.hysteresis=1")
+    settings += ("faults.max_skipped_in_a_row=3",)
 
-    with pytest.raises(TrainingError, match=r"iteration 1: .* norm of the gradient"):
+    with pytest.raises(TrainingError, match=r"iteration 5: .* norm of the gradient .*so 3 steps in a row"):
         megacore.train(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
     assert not (tmp_path / "out").exists()
 

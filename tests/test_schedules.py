@@ -19,7 +19,8 @@ from megacore.errors import ConfigError, LayoutError
 from megacore.parallel import ParallelSizes
 from megacore.training import Step, batches
 from megacore.training.batch_size import BatchSizes
-from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.layout import parallel_sizes
+from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer_section import OptimizerSection
 from megacore.training.progress import Progress
 from megacore.training.run_config import read_run_config
@@ -340,29 +341,24 @@ def test_a_skipped_iteration_may_be_one_that_is_not_finite(place, tmp_path):
 @pytest.mark.parametrize(
     ("override", "num_steps", "reason"),
     [
-        ("training.exit_interval=2", 2, "iteration 2: training.exit_interval is 2"),
-        (
-            "training.exit_duration_in_mins=1e-9",
-            1,
-            "iteration 1: the 1e-09 minutes of training.exit_duration_in_mins are",
-        ),
+        ("training.exit_interval=2", 2, "training.exit_interval (2)"),
+        ("training.exit_duration_in_mins=1e-9", 1, "training.exit_duration_in_mins (1e-09)"),
         ("training.exit_interval=5", 5, None),
     ],
 )
 def test_a_run_ends_early_and_says_why(place, tmp_path, override, num_steps, reason):
-    told: list[str] = []
+    steps = megacore.train(tiny_run.run_of(place, tmp_path / "out", override))
 
-    steps = megacore.train(tiny_run.run_of(place, tmp_path / "out", override), on_stop=told.append)
-
-    assert len(steps) == num_steps
-    assert [message[: len(reason or "")] for message in told] == ([] if reason is None else [reason])
-    assert Checkpoint(tmp_path / "out").manifest.history[-1]["iterations"] == num_steps
+    assert [step.stopped_by for step in steps] == [None] * (num_steps - 1) + [reason]
+    saved = tmp_path / ("out" if reason is None else f"out-checkpoints/iteration-{num_steps:07d}")
+    assert Checkpoint(saved).manifest.history[-1]["iterations"] == num_steps
+    assert (tmp_path / "out").exists() == (reason is None)
 
 
 def test_all_processes_end_when_one_finds_that_time_is_over(ranks):
     assert ranks.run(ends_after_a_minute, sizes=ParallelSizes(dp_replicate=2)) == [None, None]
     late = ranks.run(ends_after_a_minute, 1, sizes=ParallelSizes(dp_replicate=2))
-    assert late == ["the 1 minutes of training.exit_duration_in_mins are over"] * 2
+    assert late == ["training.exit_duration_in_mins (1)"] * 2
 
 
 # --- what a run file may not say

@@ -23,7 +23,7 @@ from megacore.model import ComputeOptions, Positions, apply_options, attention, 
 from megacore.model.segments import Segments
 from megacore.parallel import ParallelContext
 from megacore.training import Batch, Engine, RunConfig, batches
-from megacore.training.loop import parallel_sizes
+from megacore.training.layout import parallel_sizes
 from tiny_llama import published_model, write_dataset
 from tiny_models import falcon_with_linear_biases, tied_multi_query_falcon
 from training_on_rank import SEGMENTS, segmented, segmented_gradients

@@ -19,7 +19,8 @@ from megacore.model import read_config
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.plugins import get_family
 from megacore.training import Batch, Engine, RunConfig, batches, read_run_config
-from megacore.training.loop import _train_on_rank, parallel_sizes
+from megacore.training.layout import parallel_sizes
+from megacore.training.loop import _train_on_rank
 from megacore.training.peak import measured_peak
 from megacore.training.plan import model_specs_of
 from megacore.training.work import ModelFlops, own_work

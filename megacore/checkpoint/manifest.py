@@ -13,6 +13,7 @@ from typing import Any
 from megacore.checkpoint.json_file import read_json_object
 from megacore.checkpoint.layout import Layout
 from megacore.checkpoint.safetensors_file import DTYPES, FileRecord
+from megacore.checkpoint.training_record import TrainingRecord
 from megacore.config import MAX_SIZE
 from megacore.errors import CheckpointError, CorruptCheckpointError
 from megacore.parallel import ParameterSpec
@@ -33,6 +34,8 @@ TOKENIZER_FILES = (
 )
 """The files that a tokenizer may consist of."""
 FORMAT_VERSION = 1
+TRAINING_FORMAT_VERSION = 2
+"""Of a checkpoint with a record of its training, whose files a megacore that knows version 1 only cannot read."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Manifest:
             whatever else an export must give back.
         history: one entry a command that made this checkpoint, the oldest first.
         rotary_layout: how the rotary pairs lie in a head.
+        training: what a run needs to go on, and where the parameters are; ``None`` where there are only weights, in
+            files by ``layout``.
     """
 
     family: str
@@ -79,6 +84,7 @@ class Manifest:
     origin: dict[str, Any] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     rotary_layout: str = "half"
+    training: TrainingRecord | None = None
 
     @property
     def specs(self) -> dict[str, ParameterSpec]:
@@ -87,7 +93,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "megacore",
-            "version": FORMAT_VERSION,
+            "version": FORMAT_VERSION if self.training is None else TRAINING_FORMAT_VERSION,
             "family": self.family,
             "config": self.config,
             "rotary_layout": self.rotary_layout,
@@ -117,6 +123,7 @@ class Manifest:
             "tokenizer": self.tokenizer,
             "origin": self.origin,
             "history": list(self.history),
+            **({} if self.training is None else {"training": self.training.to_json()}),
         }
 
     @classmethod
@@ -151,6 +158,11 @@ class Manifest:
             tokenizer={_plain_file_name(name): digest for name, digest in document["tokenizer"].items()},
             origin=document["origin"],
             history=tuple(document["history"]),
+            training=(
+                TrainingRecord.from_json(document["training"], list(document["files"]))
+                if document["version"] == TRAINING_FORMAT_VERSION
+                else None
+            ),
         )
         manifest._validate()
         return manifest
@@ -170,10 +182,18 @@ class Manifest:
             if not _can_be_cut_finer(spec):
                 raise ValueError(f"parameter {name} cannot be cut in {spec.num_subunits!r} and {spec.num_shared!r}")
             self.layout.stage_of(name)
+        if self.training is not None:
+            self._validate_training(self.training)
         if strangers := self.tokenizer.keys() - set(TOKENIZER_FILES):
             raise ValueError(f"{min(strangers)} is no file of a tokenizer")
         if self.rotary_layout != "half":
             raise ValueError(f"rotary_layout {self.rotary_layout!r} is not known")
+
+    def _validate_training(self, training: TrainingRecord) -> None:
+        for name, entry in self.parameters.items():
+            stored = training.tensors[f"model.{name}"]
+            if (stored.shape, stored.dtype) != (entry.spec.shape, entry.dtype):
+                raise ValueError(f"parameter {name} is not what is stored of it")
 
 
 def _finer_cut(spec: ParameterSpec) -> dict[str, int]:
@@ -214,9 +234,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{directory} is not a megacore checkpoint: it has no {MANIFEST_NAME}{hint}")
     document = read_json_object(path)
     version, digest = document.get("version"), document.pop("sha256", None)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, TRAINING_FORMAT_VERSION):
         raise CheckpointError(
-            f"{path} has format version {version}, and this megacore reads {FORMAT_VERSION}: "
+            f"{path} has format version {version}, and this megacore reads {FORMAT_VERSION} and "
+            f"{TRAINING_FORMAT_VERSION}: "
             "install the megacore that wrote it"
         )
     if digest != _digest(document):

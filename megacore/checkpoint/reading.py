@@ -22,12 +22,13 @@ from megacore.checkpoint.matrix import (
     count,
 )
 from megacore.checkpoint.safetensors_file import DTYPES, SafetensorsFile, file_sha256
+from megacore.checkpoint.training_record import Chunk, ChunkedMatrix, read_chunk
 from megacore.errors import CheckpointError, CorruptCheckpointError
 from megacore.parallel import ParameterSpec, Rows
 
 
 class Checkpoint:
-    """A native checkpoint on disk.
+    """A native checkpoint on disk: weights, or a training checkpoint, whose weights are read in the same way.
 
     Opening it reads the manifest and checks that every file is there with its length; :meth:`check` reads them all.
 
@@ -73,6 +74,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no parameter {name}")
         entry = self.manifest.parameters[name]
         spec, tp = entry.spec, self.manifest.layout.tp
+        if self.manifest.training is not None:
+            stored = f"model.{name}"
+            return ChunkedMatrix(stored, self.manifest.training.tensors[stored], spec.row_dims, self._open)
         if spec.shard_dim is None or tp == 1:
             return self._part(name, 0, *spec.matrix_shape)
         blocks = [spec.stored_block(tp, rank) for rank in range(tp)]
@@ -143,11 +147,19 @@ class Checkpoint:
         dtype = DTYPES[entry.dtype]
         return StoredMatrix(rows, columns, dtype, lambda: self._load(file_name, name, shape, dtype))
 
-    def _load(self, file_name: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Map a tensor of a weight file, opening the file if this is the first, and compare it with the manifest."""
+    def chunk(self, name: str, chunk: Chunk) -> Tensor:
+        """A box of tensor ``name`` of a training checkpoint, mapped and not yet read."""
+        assert self.manifest.training is not None
+        return read_chunk(self._open(chunk.file), name, self.manifest.training.tensors[name], chunk)
+
+    def _open(self, file_name: str) -> SafetensorsFile:
         if file_name not in self._opened:
             self._opened[file_name] = SafetensorsFile(self.path / file_name)
-        file = self._opened[file_name]
+        return self._opened[file_name]
+
+    def _load(self, file_name: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Map a tensor of a weight file, opening the file if this is the first, and compare it with the manifest."""
+        file = self._open(file_name)
         if name not in file.names or (file.shape(name), file.dtype(name)) != (shape, dtype):
             raise CorruptCheckpointError(
                 f"{file.path} is damaged: its header does not say of {name} what the manifest does. Make it again"

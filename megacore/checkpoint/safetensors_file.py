@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,10 @@ DTYPES = {
 }
 """The names that safetensors gives to the dtypes a parameter may have."""
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORED_DTYPES = DTYPES | {"U8": torch.uint8}
+"""With what a training checkpoint holds beside parameters."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 MAX_FILE_BYTES = 5_000_000_000
 """No file is larger, unless a single tensor is."""
@@ -78,11 +81,16 @@ def split_by_size(tensors: Sequence[OutputTensor], limit: int = MAX_FILE_BYTES) 
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[OutputTensor], *, advance: Callable[[int], None] = lambda num_bytes: None
+    path: Path,
+    tensors: Sequence[OutputTensor],
+    *,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+    is_alone: bool = True,
 ) -> FileRecord:
     """Write ``tensors`` to ``path`` and flush it to the disk. ``advance`` is told of every few bytes written.
 
     Reading and converting, hashing, and writing overlap in three threads; a few chunks of 4 MiB exist at a time.
+    ``is_alone`` says that nothing else computes meanwhile: torch is then kept to one thread.
     """
     digest = hashlib.sha256()
     header = _header(tensors)
@@ -91,7 +99,7 @@ def write_safetensors(
         path.open("wb", buffering=0) as file,
         ThreadPoolExecutor(1) as hasher,
         ThreadPoolExecutor(1) as writer,
-        _one_torch_thread(),
+        _one_torch_thread() if is_alone else nullcontext(),
     ):
         file.write(header)
         pending: deque[tuple[Future[None], Future[None], int]] = deque()
@@ -159,10 +167,14 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises :class:`CheckpointError` for a dtype that no parameter has (quantized weights, for example)."""
-        found = self._file.get_slice(name).get_dtype()
+        found = self.dtype_name(name)
         if found not in DTYPES:
             raise CheckpointError(f"{self.path}: {name} has dtype {found}; parameters may be {', '.join(DTYPES)}")
         return DTYPES[found]
+
+    def dtype_name(self, name: str) -> str:
+        """As the file has it."""
+        return str(self._file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
         """Tensor ``name``, mapped and not yet read."""

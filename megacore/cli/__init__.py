@@ -41,6 +41,8 @@ class CommandGroup(click.Group):
         except MegacoreError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(128 + signal.SIGINT)
         except PermissionError as error:
             click.echo(f"Error: {error.strerror}: {error.filename}", err=True)
             ctx.exit(2)
@@ -61,16 +63,17 @@ for command in (
 
 
 def main() -> None:
-    """The ``megacore`` program. SIGTERM unwinds the stack, so that half-written output is removed."""
+    """The ``megacore`` program. SIGTERM and SIGINT unwind the stack, so that half-written output is removed."""
     received: list[int] = []
 
     def unwind(signal_number: int, frame: FrameType | None) -> None:
         received.append(signal_number)
         sys.exit(128 + signal_number)
 
-    signal.signal(signal.SIGTERM, unwind)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, unwind)
     try:
-        cli()
+        cli(obj=received)
     except BaseException as error:
         if received:  # a library that is interrupted may have turned the exit into an error of its own
             sys.exit(128 + received[0])
@@ -80,4 +83,5 @@ def main() -> None:
             end_process(int(error.code or 0))
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends

@@ -73,15 +73,19 @@ class Console:
         self._last = step
         if step.iteration in (1, step.train_iters) or step.iteration % self.log_interval == 0:
             self._tell(step_line(step, seconds_left=self._pace.seconds_left(step)))
+        for note in step.notes:
+            self._note(note)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Show an evaluation."""
         told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
         self._tell(f"{evaluation.split} at iteration {evaluation.iteration} | {told}")
 
-    def stop(self, reason: str) -> None:
-        """Say why the run ends early."""
-        self._tell(f"Stopped early after {reason}.")
+    def _note(self, note: str) -> None:
+        if self._live is None:
+            print_note(note)
+        else:
+            self._lines.append(f"Note: {note}.")
 
     def _tell(self, line: str) -> None:
         if self._live is None:
@@ -158,7 +162,8 @@ def flops_told(step: Step) -> str:
 
 
 def _scale(step: Step) -> str:
-    return "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g} | skipped {step.num_skipped}"
+    scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g}"
+    return scale + (f" | skipped {step.num_skipped}" if step.num_skipped or step.loss_scale is not None else "")
 
 
 def with_unit(number: float) -> str:

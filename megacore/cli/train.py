@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -10,9 +11,26 @@ from megacore.cli.console import Console
 from megacore.cli.notes import print_note
 from megacore.cli.options import parallel_size_option
 
+if TYPE_CHECKING:
+    from megacore.training.starting_point import Resume
+
 
 @click.command()
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="yes",
+    type=click.Choice(["yes", "auto"]),
+    help="Go on from the newest training checkpoint of the run; with auto, if there is one.",
+)
+@click.option(
+    "--load",
+    metavar="CKPT",
+    type=click.Path(path_type=Path),
+    help="Native checkpoint to start from, instead of model.checkpoint; or training checkpoint, or directory of them, "
+    "to go on from.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the run file.")
 @parallel_size_option("--tp", "Tensor-parallel size; the same as --set parallel.tensor_parallel=N.", default=None)
 @parallel_size_option("--pp", "Pipeline-parallel size; the same as --set parallel.pipeline_parallel=N.", default=None)
@@ -32,6 +50,8 @@ from megacore.cli.options import parallel_size_option
 @click.option("--plain", is_flag=True, help="Print a line a step on a terminal too, instead of the panel.")
 def train(
     run_file: Path,
+    resume: Literal["yes", "auto"] | None,
+    load: Path | None,
     overrides: tuple[str, ...],
     tp: int | None,
     pp: int | None,
@@ -59,18 +79,27 @@ def train(
     from megacore.parallel import Nodes, is_first_process
     from megacore.training import read_run_config, train
 
+    if received := click.get_current_context().obj:  # an import that is interrupted may have gone on all the same
+        click.get_current_context().exit(128 + received[0])
     place = Nodes(nodes, node_rank or 0, addr or "localhost", port)
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
     given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]
     run = read_run_config(run_file, (*overrides, *given))
+    going_on: Resume = "auto" if resume == "auto" else resume is not None
     console = Console(log_interval=run.logging.log_interval, plain=plain)
-    train(
+    steps = train(
         run,
+        resume=going_on,
+        load=load,
         nodes=place,
         on_note=print_note,
         on_step=console,
         on_evaluation=console.evaluation,
-        on_stop=console.stop,
     )
-    if is_first_process(place):
+    if not is_first_process(place):
+        return
+    if steps and steps[-1].stopped_by:
+        last = steps[-1]
+        click.echo(f"Stopped by {last.stopped_by} after iteration {last.iteration}; --resume goes on from there.")
+    else:
         click.echo(f"Saved {run.output.checkpoint}.")

@@ -2,6 +2,7 @@
 
 from megacore.parallel.context import ParallelContext, local_device, process_group
 from megacore.parallel.cuts import (
+    Box,
     ParameterSpec,
     Rows,
     check_tensor_parallel,
@@ -9,10 +10,10 @@ from megacore.parallel.cuts import (
     describe_imbalance,
     join_parts,
 )
-from megacore.parallel.data_parallel import GradientBuckets, gathered, shard
+from megacore.parallel.data_parallel import GradientBuckets, gathered, own_boxes, shard
 from megacore.parallel.forward import run_forward
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
-from megacore.parallel.launch import end_process, is_first_process, launched_environment, on_ranks
+from megacore.parallel.launch import is_first_process, launched_environment, on_ranks
 from megacore.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -33,10 +34,12 @@ from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, owners_of_stages, stages_on_rank
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
+from megacore.parallel.stopping import StopRequest, end_process, stop_requests
 
 __all__ = [
     "ONE_NODE",
     "SCHEDULES",
+    "Box",
     "ColumnParallelLinear",
     "GradientBuckets",
     "Nodes",
@@ -49,6 +52,7 @@ __all__ = [
     "RowParallelLinear",
     "Rows",
     "Stage",
+    "StopRequest",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "balanced_stages",
@@ -68,6 +72,7 @@ __all__ = [
     "local_part",
     "materialize",
     "on_ranks",
+    "own_boxes",
     "own_square_norm",
     "owners_of_stages",
     "parameter_specs",
@@ -77,6 +82,7 @@ __all__ = [
     "shard",
     "stages_of",
     "stages_on_rank",
+    "stop_requests",
     "token_scores",
     "vocab_parallel_logits",
 ]

@@ -167,7 +167,15 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
             interface = interface_towards(_SOMEWHERE_ELSE)  # the master, which takes its own name for 127.0.1.1
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts == 0:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # torchrun (torch 2.13) keeps its store when it starts the processes anew, with the addresses of those before.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"megacore/{restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
     finally:

@@ -30,6 +30,40 @@ def chunk_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A part of a tensor that is a box of another, larger one.
+
+    Attributes:
+        offsets: where it begins in the larger one.
+        sizes: along each axis.
+        part_offsets: where it begins in the part.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    part_offsets: tuple[int, ...]
+
+    def within(self, dim: int, start: int, stop: int) -> Box:
+        """What lies in the entries ``start`` to ``stop`` of the part along ``dim``, which are a part of their own."""
+        first = self.part_offsets[dim]
+        begin, end = max(first, start), min(first + self.sizes[dim], stop)
+        offset = self.offsets[dim] + begin - first
+        return Box(
+            _replaced(self.offsets, dim, offset),
+            _replaced(self.sizes, dim, max(0, end - begin)),
+            _replaced(self.part_offsets, dim, begin - start),
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return 0 in self.sizes
+
+
+def _replaced(numbers: tuple[int, ...], dim: int, number: int) -> tuple[int, ...]:
+    return (*numbers[:dim], number, *numbers[dim + 1 :])
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """The shape of a parameter of the whole model, and how tensor parallelism cuts it.
 
@@ -127,6 +161,25 @@ class ParameterSpec:
             return first * self.num_subunits, last * self.num_subunits
         size = self.num_subunits // share
         return tp_rank * size, (tp_rank + 1) * size
+
+    def boxes(self, tp_size: int, tp_rank: int) -> list[Box]:
+        """The boxes of the whole parameter that the part of rank ``tp_rank`` consists of, replicas included."""
+        zeros = (0,) * len(self.shape)
+        if self.shard_dim is None:
+            return [Box(zeros, self.shape, zeros)]
+        units, parts = self._parts(tp_size, tp_rank, with_replicas=True)
+        offsets = _replaced(zeros, self.shard_dim, units.start)
+        sizes = _replaced(self.shape, self.shard_dim, units.stop - units.start)
+        if not parts:
+            return [Box(offsets, sizes, zeros)]
+        boxes, dim, done = [], self.shard_dim + 1, 0
+        for part in parts:
+            size = part.stop - part.start
+            boxes.append(
+                Box(_replaced(offsets, dim, part.start), _replaced(sizes, dim, size), _replaced(zeros, dim, done))
+            )
+            done += size
+        return boxes
 
     def _parts(self, tp_size: int, tp_rank: int, *, with_replicas: bool) -> tuple[slice, list[slice]]:
         """The units of a rank, and the parts of each along the axis after ``shard_dim``; none where it is not cut."""

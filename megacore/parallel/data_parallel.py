@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from megacore.parallel.context import ParallelContext
-from megacore.parallel.cuts import ParameterSpec
+from megacore.parallel.cuts import Box, ParameterSpec, chunk_bounds
 from megacore.parallel.module import local_part, parameter_specs
 
 BUCKET_BYTES = 25 * 2**20
@@ -161,19 +161,37 @@ def sharded_dim(spec: ParameterSpec, local_shape: tuple[int, ...], parallel: Par
     return 0 if not even or 0 in even else max(even, key=lambda dim: local_shape[dim])
 
 
+def own_boxes(parameter: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> list[Box]:
+    """The boxes of the whole parameter that this process holds in its part; none where its shard is empty."""
+    boxes = spec.boxes(parallel.tp_size, parallel.tp_rank)
+    dim = _shard_dim(parameter, parallel)
+    if dim is not None:
+        size = spec.local_shape(parallel.tp_size, parallel.tp_rank)[dim]
+        start, stop = chunk_bounds(size, parallel.sizes.dp_shard, parallel.dp_shard_rank)
+        boxes = [box.within(dim, start, stop) for box in boxes]
+    return [box for box in boxes if not box.is_empty]
+
+
+def _shard_dim(parameter: Tensor, parallel: ParallelContext) -> int | None:
+    """The axis along which a parameter is sharded over data parallelism; ``None`` where it is not."""
+    if parallel.sizes.dp_shard == 1 or not isinstance(parameter, DTensor):
+        return None
+    names = parameter.device_mesh.mesh_dim_names
+    assert names is not None
+    placement = parameter.placements[names.index("dp_shard")]
+    assert isinstance(placement, Shard | _StridedShard)  # the latter where tensor parallelism cuts the same axis
+    return placement.dim
+
+
 def gathered(parameter: Tensor, parallel: ParallelContext) -> Tensor:
     """This process's tensor-parallel part of a parameter, whole: on the first of those that share it, for it only.
 
     A collective of the processes along ``dp_shard``; the others get an empty tensor.
     """
     local = local_part(parameter)
-    if parallel.sizes.dp_shard == 1 or not isinstance(parameter, DTensor):
+    dim = _shard_dim(parameter, parallel)
+    if dim is None:
         return local
-    names = parameter.device_mesh.mesh_dim_names
-    assert names is not None
-    placement = parameter.placements[names.index("dp_shard")]
-    assert isinstance(placement, Shard | _StridedShard)  # the latter where tensor parallelism cuts the same axis
-    dim = placement.dim
     group, rank, size = parallel.group("dp_shard"), parallel.dp_shard_rank, parallel.sizes.dp_shard
     lengths = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([local.shape[dim]], device=local.device), group=group)

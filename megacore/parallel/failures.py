@@ -64,7 +64,9 @@ def reporting(reports: Path) -> Iterator[None]:
     finds the one that died first.
     """
     rank = os.environ["RANK"]
-    _begun(reports, rank).touch()
+    begun = reports / f"{rank}.begins"
+    begun.write_text(str(os.getpid()), encoding="utf-8")
+    begun.rename(_begun(reports, rank))
     try:
         yield
     except Exception as error:
@@ -112,9 +114,32 @@ def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -
         return Failure(first["kind"], first["message"])
     told = first["traceback"].rstrip()
     if _LOST_CONNECTION.search(told):
-        message = f"rank {first['rank']}{where} waited in vain for another rank, which hangs or is gone:\n{told}"
+        # Those that can, tell of it within moments of each other.
+        begun = {int(path.name.removeprefix("begun-")) for path in reports.glob("begun-*")}
+        silent = sorted(begun - {int(report["rank"]) for report in written})
+        message = f"rank {first['rank']}{where} waited in vain for {_named(silent, where)}:\n{told}"
         return Failure("WorkerError", message, is_echo=True)
     return Failure("WorkerError", f"rank {first['rank']}{where} failed:\n{told}")
+
+
+def _named(silent: list[int], where: str) -> str:
+    """The ranks that the others may have waited for."""
+    if not silent:
+        return "another rank, which hangs or is gone"
+    if len(silent) == 1:
+        return f"rank {silent[0]}{where}, which hangs or is gone"
+    return f"ranks {', '.join(map(str, silent))}{where}, which hang or are gone"
+
+
+def started_ranks(reports: Path) -> set[int]:
+    """The process ids of the ranks that have begun."""
+    return {int(path.read_text(encoding="utf-8")) for path in reports.glob("begun-*")}
+
+
+def has_cause(reports: Path) -> bool:
+    """Whether a rank has told of a failure that is its own, and no echo of another's."""
+    reported = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")]
+    return any(report["kind"] is not None or not _LOST_CONNECTION.search(report["traceback"]) for report in reported)
 
 
 def _begun(reports: Path, rank: int | str) -> Path:

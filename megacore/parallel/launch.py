@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,16 +25,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megacore.errors import ConfigError, LayoutError
 from megacore.parallel.context import ParallelContext, local_device, process_group
-from megacore.parallel.failures import cause, reporting
+from megacore.parallel.failures import cause, has_cause, reporting, started_ranks
 from megacore.parallel.nodes import ONE_NODE, Nodes, joined_nodes
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.slurm import srun_variables
+from megacore.parallel.stopping import SIGNALS, LeaveCleanly, end_process
 
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 """The loggers of torch's launcher begin with this."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
+
+_LOOK_FOR_SIGNALS = 0.1
+"""Seconds."""
 
 HALF_AN_HOUR = timedelta(minutes=30)
 
@@ -90,12 +95,17 @@ def on_ranks(
                     rdzv_configs={"rank": nodes.rank, "timeout": timeout.total_seconds()},
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=directory),
+                    signals_to_handle="SIGHUP,SIGQUIT",  # the others are passed on, not taken for the end
                 )
                 try:
-                    with link.ending_ranks():
+                    with _passing_on_signals(reports) as received, link.ending_ranks():
                         results = elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes, timeout)
                 except ChildFailedError as failed:
-                    failure = cause(*failed.get_first_failure(), reports, where=where)
+                    rank, ended = failed.get_first_failure()
+                    if received and ended.exitcode >= 0 and not has_cause(reports):
+                        number = signal.Signals(received[0])
+                        raise SignalException(f"stopped by {number.name}", number) from None
+                    failure = cause(rank, ended, reports, where=where)
                     raise link.settle(failure).error() from None
                 return results[min(results)]
         except SignalException as stopped:
@@ -132,18 +142,6 @@ def is_first_process(nodes: Nodes = ONE_NODE) -> bool:
     return nodes.rank == 0 and launched_environment(nodes).get("RANK", "0") == "0"
 
 
-def end_process(exit_code: int) -> NoReturn:
-    """End a process that was part of a group, at once.
-
-    torch 2.13 sometimes aborts ("terminate called without an active exception") when a process that has used gloo
-    through DTensors unloads its libraries, with all work done: 3 of 24 runs of a script that did nothing but
-    ``DTensor.full_tensor``. So they are not unloaded.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
 def _on_this_rank(
     function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
 ) -> Any:
@@ -168,8 +166,12 @@ def _on_started_rank(
     reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
 ) -> Any:
     """What the launcher calls in each process that it starts."""
-    signal.signal(signal.SIGTERM, _leave_cleanly)  # the launcher's, when another rank failed
+    leave_cleanly = LeaveCleanly(reports)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started this rank passes it on
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave_cleanly)
     with reporting(reports):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
     atexit.register(end_process, 0)
     return result
@@ -182,8 +184,49 @@ def _reporting(
         return _told_to_all(parallel, function, arguments)
 
 
-def _leave_cleanly(signal_number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signal_number)
+@contextmanager
+def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
+    """Pass a SIGTERM or SIGINT on to the ranks, once, as a SIGTERM; a second one ends them, and this process, at once.
+
+    Yields the signals that came. The ranks are born with them blocked, so that none is lost while they import torch,
+    nor ends that with a traceback: a terminal sends its SIGINT to them too.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be taken
+        yield received
+        return
+    is_over = threading.Event()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            for rank in multiprocessing.active_children():
+                rank.kill()
+            raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))
+
+    def pass_on() -> None:
+        # This thread, unlike the one that starts the ranks, lets signals come. Python calls their handlers in that one.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        told: set[int] = set()
+        while not is_over.wait(_LOOK_FOR_SIGNALS):
+            if received:
+                for pid in started_ranks(reports) - told:
+                    told.add(pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+
+    handlers = {number: signal.signal(number, receive) for number in SIGNALS}
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield received
+    finally:
+        is_over.set()
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Link:
 
     @contextmanager
     def ending_ranks(self) -> Iterator[None]:
-        """Within the block, which runs the ranks here, this process gets a SIGTERM when another node has failed.
+        """Within the block, which runs the ranks here, this process gets a SIGHUP when another node has failed.
 
         torch's launcher passes it on to the ranks, and raises :class:`SignalException`.
         """
@@ -139,7 +139,7 @@ class Link:
                     self._has_heard.set()
                     with self._one_cause:  # so that it comes while the launcher still takes signals
                         if self._ranks_run:
-                            os.kill(os.getpid(), signal.SIGTERM)
+                            os.kill(os.getpid(), signal.SIGHUP)
 
     def _learn(self, failure: Failure, *, of_node: int | None = None) -> Failure:
         """Why the run failed: what was learnt first, ``failure`` or another one. Nodes that cannot know are told."""

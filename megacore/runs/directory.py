@@ -33,20 +33,19 @@ class RunDirectory:
         self.run_file = path / "run.toml"
         self.versions_file = path / "versions.json"
         self.metrics_file = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
 
-    def check(self, tables: Tables) -> None:
+    def check(self, tables: Tables, *, is_resumed: bool = False) -> None:
         """Refuse a directory that is another run's: nothing is overwritten, and two runs do not make one curve.
 
-        The same run may start in it again. So may one with other settings, if there is a training checkpoint that it
-        can go on from; how it is told what happens is not said here.
+        The same run may start in it again. So may one with other settings, if it ``is_resumed`` from a training
+        checkpoint, where its settings were looked at.
 
         Raises:
             OutputError: says how the settings differ.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"output.directory: {self.path} exists, and is not a directory")
-        if not self.run_file.is_file() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+        if is_resumed or not self.run_file.is_file():
             return
         told = [
             f"{key} ({_told(before)} there, {_told(now)} here)"

@@ -36,7 +36,7 @@ def require_agreement(checkpoint: Checkpoint, datasets: Mapping[str, Path], para
     own = {
         "megacore and torch": f"{version('megacore')}, {torch.__version__}",
         f"model.checkpoint {checkpoint.path}": _digest_of_weights(checkpoint),
-    } | {f"{key} {prefix}": _digest_of_dataset(prefix) for key, prefix in datasets.items()}
+    } | {f"{key} {prefix}": digest_of_dataset(prefix) for key, prefix in datasets.items()}
     of_all: list[dict[str, str]] = [{} for _ in range(parallel.sizes.world)]
     dist.all_gather_object(of_all, own)
     for rank, theirs in enumerate(of_all):
@@ -59,7 +59,8 @@ def _digest_of_weights(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of_dataset(prefix: Path) -> str:
+def digest_of_dataset(prefix: Path) -> str:
+    """Of the lengths of a dataset's two files, and of both their ends."""
     digest = hashlib.sha256()
     for suffix in (".idx", ".bin"):
         path = Path(f"{prefix}{suffix}")

@@ -49,12 +49,16 @@ class StepResult:
     Attributes:
         loss: mean over the tokens of the global batch, in nats, before the step.
         grad_norm: before clipping.
-        is_taken: whether the weights changed; not when the gradients overflowed in fp16.
+        is_taken: whether the weights changed; not when it was skipped or refused, or was not finite.
+        is_finite: whether loss and gradients were.
+        is_to_stop: whether some rank wants to stop.
     """
 
     loss: float
     grad_norm: float
     is_taken: bool
+    is_finite: bool = True
+    is_to_stop: bool = False
 
 
 class Engine:
@@ -113,18 +117,27 @@ class Engine:
         self.loss_scale = LossScale(run.loss_scale) if run.model.dtype == "fp16" else None
 
     def step(
-        self, batch: Batch, *, lr: float, weight_decay: float | None = None, is_skipped: bool = False
+        self,
+        batch: Batch,
+        *,
+        lr: float,
+        weight_decay: float | None = None,
+        is_skipped: bool = False,
+        accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+        wants_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """Take one optimizer step on ``batch``, which is this process's part of the global one.
 
-        A step whose gradients are not finite is not taken, nor one that ``is_skipped``, of which only the loss and the
-        gradients' norm are computed. Without ``weight_decay`` it is that of the run file.
+        A step whose gradients are not finite is not taken, nor one whose loss and gradient norm are not accepted;
+        ``accepts`` is asked on every rank, and must answer alike. Nor is one that ``is_skipped``, of which only the
+        loss and the gradients' norm are computed. ``wants_stop`` is asked when the gradients are there, and what it
+        says on any rank is the result's ``is_to_stop`` on all of them. Without ``weight_decay`` it is that of the run
+        file.
         """
         self.zero_gradients()
-        loss, norm = self.accumulate(batch)
-        if is_skipped:
-            return StepResult(loss, norm, is_taken=False)
-        is_taken = math.isfinite(norm) and math.isfinite(loss)
+        loss, norm, is_to_stop = self._accumulate(batch, wants_stop)
+        is_finite = math.isfinite(norm) and math.isfinite(loss)
+        is_taken = is_finite and not is_skipped and accepts(loss, norm)
         if is_taken:
             clip = self.run.optimizer.clip_grad
             factor = 1.0 if clip == 0 else min(1.0, clip / (norm + 1e-6))
@@ -133,9 +146,9 @@ class Engine:
                 weight_decay = self.run.optimizer.weight_decay
             set_rates(self.optimizer, lr=lr, weight_decay=weight_decay)
             self.optimizer.step()
-        if self.loss_scale is not None:
-            self.loss_scale.stepped() if is_taken else self.loss_scale.overflowed()
-        return StepResult(loss, norm, is_taken)
+        if self.loss_scale is not None and not is_skipped:
+            self.loss_scale.stepped() if is_finite else self.loss_scale.overflowed()
+        return StepResult(loss, norm, is_taken, is_finite, is_to_stop)
 
     def zero_gradients(self) -> None:
         """Forget the gradients."""
@@ -149,6 +162,10 @@ class Engine:
 
         In fp16 the gradients are those of the loss times the loss scale; the loss and the norm are not.
         """
+        loss, norm, _ = self._accumulate(batch, lambda: False)
+        return loss, norm
+
+    def _accumulate(self, batch: Batch, wants_stop: Callable[[], bool]) -> tuple[float, float, bool]:
         losses = self._forward_and_backward(batch)
         for model in self.stages:
             forget_casts(model)
@@ -160,10 +177,12 @@ class Engine:
             loss += micro_batch_loss.double().sum()
         if self.parallel.tp_rank > 0:
             loss.zero_()  # the first of them counts
-        sums = torch.stack([loss, own_square_norm(self.parameters, self.specs, self.parallel)])
+        square_norm = own_square_norm(self.parameters, self.specs, self.parallel)
+        sums = torch.stack([loss, square_norm, loss.new_tensor(float(wants_stop()))])
         if self.parallel.mesh is not None:
             dist.all_reduce(sums)
-        return sums[0].item() / self._loss_factor, math.sqrt(sums[1].item()) / self._loss_factor
+        total, square, num_wanting_stop = sums.tolist()
+        return total / self._loss_factor, math.sqrt(square) / self._loss_factor, num_wanting_stop > 0
 
     def score(self, batch: Batch) -> Tensor | None:
         """How probable the model finds each target of ``batch``; see :func:`megacore.parallel.token_scores`.
@@ -322,6 +341,10 @@ class Engine:
 
     def _all_parameters(self) -> list[nn.Parameter]:
         return [parameter for model in self.stages for parameter in model.parameters()]
+
+    def optimized_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that are trained, among them the last stage's copy of an embedding that is the head too."""
+        return [(name, parameter) for name, parameter in self._all_named_parameters() if parameter.requires_grad]
 
     def _all_named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [item for model in self.stages for item in model.named_parameters()]

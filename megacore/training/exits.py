@@ -25,12 +25,12 @@ class Exits:
         self._started = time.monotonic()
 
     def reason(self, progress: Progress) -> str | None:
-        """Why the run ends here; ``None`` if it does not. For all processes, which return the same."""
+        """What ends the run here; ``None`` if nothing does. For all processes, which return the same."""
         minutes, interval = self.settings.exit_duration_in_mins, self.settings.exit_interval
         if minutes is not None and self._on_any(time.monotonic() - self._started >= 60 * minutes):
-            return f"the {minutes:g} minutes of training.exit_duration_in_mins are over"
+            return f"training.exit_duration_in_mins ({minutes:g})"
         if interval is not None and progress.iteration % interval == 0:
-            return f"training.exit_interval is {interval}"
+            return f"training.exit_interval ({interval})"
         return None
 
     def _on_any(self, is_so: bool) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megacore.training.run_config import LossScaleSection
 
 
@@ -40,3 +42,19 @@ class LossScale:
             self._steps_since_change = 0
             self._overflows_left = self.settings.hysteresis
             self.factor *= 2
+
+    def state(self) -> dict[str, float]:
+        """JSON for :meth:`restore`."""
+        return {
+            "factor": self.factor,
+            "num_skipped": self.num_skipped,
+            "steps_since_change": self._steps_since_change,
+            "overflows_left": self._overflows_left,
+        }
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from what :meth:`state` was."""
+        self.factor = float(state["factor"])
+        self.num_skipped = int(state["num_skipped"])
+        self._steps_since_change = int(state["steps_since_change"])
+        self._overflows_left = int(state["overflows_left"])

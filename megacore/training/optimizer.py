@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megacore.parallel import ParameterSpec, local_part
 from megacore.training.run_config import OptimizerSection
@@ -83,6 +83,25 @@ class ApexAdamW:
             part.data = local_part(parameter)
             part.grad = None if parameter.grad is None else local_part(parameter.grad)
         self._fused.step()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The means of the gradients and of their squares, of this process's part, and how many steps were taken."""
+        kept = self._fused.state.get(self._parts[parameter], {})
+        if not kept:
+            return {}
+        [steps] = [group["step"] for group in self.param_groups if self._is_in(group, parameter)]
+        return {**kept, "step": torch.tensor(float(steps))}
+
+    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state_of` was."""
+        kept = {kind: local_part(value) for kind, value in state.items()}
+        for group in self.param_groups:  # apex counts the steps of a group
+            if self._is_in(group, parameter):
+                group["step"] = int(kept.pop("step"))
+        self._fused.state[self._parts[parameter]] = kept
+
+    def _is_in(self, group: dict[str, Any], parameter: nn.Parameter) -> bool:
+        return any(part is self._parts[parameter] for part in group["params"])
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from megacore.data.instruction import prefixes
 from megacore.data.splits import SPLITS, Split
 from megacore.errors import ConfigError
+from megacore.training.checkpoint_config import CheckpointsSection, FaultsSection
 from megacore.training.evaluation_section import EvaluationSection
 from megacore.training.logging_section import LoggingSection
 from megacore.training.optimizer_section import OptimizerSection
@@ -345,6 +346,8 @@ class RunConfig(Section):
     loss_scale: LossScaleSection = LossScaleSection()
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    faults: FaultsSection = FaultsSection()
     output: OutputSection
     logging: LoggingSection = LoggingSection()
 

@@ -18,11 +18,11 @@ from megacore.runs import MetricsFile, RunDirectory
 from megacore.training.loggers import LoggedRun, Logger, check_loggers, open_logger
 from megacore.training.resolved import resolved_tables
 from megacore.training.run_config import RunConfig
+from megacore.training.step import Step
 from megacore.training.versions import describe_versions
 
 if TYPE_CHECKING:
     from megacore.training.evaluation import Evaluation
-    from megacore.training.loop import Step
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 """In the name of an environment variable whose value is never shown."""
 
 
-def check_run_log(run: RunConfig) -> None:
+def check_run_log(run: RunConfig, *, is_resumed: bool = False) -> None:
     """Refuse what could not be told of the run, before anything is loaded.
 
     Raises:
@@ -44,7 +44,7 @@ def check_run_log(run: RunConfig) -> None:
     """
     check_loggers(run.logging.loggers, directory=run.output.directory)
     if run.output.directory is not None:
-        RunDirectory(run.output.directory).check(resolved_tables(run))
+        RunDirectory(run.output.directory).check(resolved_tables(run), is_resumed=is_resumed)
 
 
 def is_watched(run: RunConfig) -> bool:
@@ -186,7 +186,9 @@ def values_of(step: Step) -> dict[str, float]:
     if step.peak_flops_per_second is not None:
         values["share_of_peak"] = step.flops_per_second / step.peak_flops_per_second
     if step.loss_scale is not None:
-        values |= {"loss_scale": step.loss_scale, "num_skipped": step.num_skipped}
+        values["loss_scale"] = step.loss_scale
+    if step.num_skipped or step.loss_scale is not None:
+        values["num_skipped"] = step.num_skipped
     return values
 
 

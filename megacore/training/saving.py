@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
-from megacore.checkpoint.manifest import ParameterEntry, WeightFile, write_manifest
+from megacore.checkpoint.manifest import ParameterEntry, WeightFile, read_manifest, write_manifest
 from megacore.checkpoint.matrix import StoredMatrix, count
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
-from megacore.checkpoint.staging import reported_as_output_error, require_space, staged_directory
+from megacore.checkpoint.staging import reported_as_output_error, require_absent, require_space, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
-from megacore.errors import OutputError
+from megacore.errors import CheckpointError, OutputError
 from megacore.model import DecoderModel
 from megacore.parallel import ParallelContext, ParameterSpec, Stage, gathered, parameter_specs
 
@@ -52,7 +52,7 @@ def reserve_output(
     """
     if parallel.rank > 0:
         with reported_as_output_error(out):
-            staging = Path(_broadcast("", parallel))
+            staging = Path(told_by_rank_0("", parallel))
             if not staging.is_dir():
                 raise OutputError(
                     f"rank {parallel.rank} does not see {staging}, which rank 0 has created: the output must lie on a "
@@ -64,8 +64,27 @@ def reserve_output(
     with staged_directory(out) as staging:
         require_space(staging, num_bytes, out)
         tokenizer = copy_tokenizer(started_from.tokenizer_files(), staging)
-        yield ReservedOutput(out, Path(_broadcast(str(staging), parallel)), tokenizer)
+        yield ReservedOutput(out, Path(told_by_rank_0(str(staging), parallel)), tokenizer)
     _wait_for_all(parallel)
+
+
+def is_result_of(out: Path, checkpoint: Checkpoint) -> bool:
+    """Whether ``out`` is what the run that saved the training checkpoint has made at its end."""
+    training = checkpoint.manifest.training
+    try:
+        history = read_manifest(out).history
+    except CheckpointError:
+        return False
+    return training is not None and bool(history) and history[-1].get("run_id") == training.state["run_id"]
+
+
+def keep_earlier_result(out: Path, checkpoint: Checkpoint) -> None:
+    """Rename ``out`` where :func:`is_result_of` holds, to make room for what more iterations make."""
+    if is_result_of(out, checkpoint):
+        iterations = read_manifest(out).history[-1]["iterations"]
+        kept = out.with_name(f"{out.name}-iteration-{iterations:07d}")
+        require_absent(kept)
+        out.rename(kept)
 
 
 def save_stages(
@@ -114,9 +133,15 @@ def save_stages(
         files=dict(sorted(all_written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
         tokenizer=dict(output.tokenizer),
         origin=source.origin,
-        history=(*source.history, history_entry("train", source=str(started_from.path), **details)),
+        history=train_history(started_from, details),
     )
     write_manifest(output.staging, manifest)
+
+
+def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The history of what is trained from ``started_from``: one entry a run, however often it was resumed."""
+    earlier = [entry for entry in started_from.manifest.history if entry.get("run_id", "") != details["run_id"]]
+    return (*earlier, history_entry("train", source=str(started_from.path), **details))
 
 
 def _output_tensors(
@@ -144,7 +169,7 @@ def _output_tensors(
     return tensors
 
 
-def _broadcast(text: str, parallel: ParallelContext) -> str:
+def told_by_rank_0(text: str, parallel: ParallelContext) -> str:
     """What rank 0 says, on every rank."""
     if parallel.mesh is None:
         return text

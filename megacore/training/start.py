@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from megacore.checkpoint import Checkpoint
 from megacore.config import LinearScaling, ModelConfig
@@ -12,13 +13,17 @@ from megacore.plugins import get_family
 from megacore.training.run_config import ModelSection, RunConfig
 
 
-def open_start(run: RunConfig) -> Checkpoint:
+def open_start(run: RunConfig, path: Path | None = None) -> Checkpoint:
     """Open the checkpoint that the run starts from. What is made of it carries the changed configuration.
+
+    Args:
+        run: says what is changed.
+        path: of a checkpoint, instead of ``model.checkpoint``.
 
     Raises:
         ConfigError: when the model cannot be changed in this way.
     """
-    checkpoint = Checkpoint(run.model.checkpoint)
+    checkpoint = Checkpoint(path or run.model.checkpoint)
     config = read_config(get_family(checkpoint.manifest.family), checkpoint)
     changed = with_context(config, run.model)
     if changed != config:

@@ -1,0 +1,149 @@
+"""Where a run begins: with the weights of a checkpoint, or where an earlier run with the same directory was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megacore.checkpoint import Checkpoint
+from megacore.checkpoint.training_record import TrainingRecord
+from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from megacore.training.checkpoint_directory import CheckpointDirectory
+from megacore.training.run_config import RunConfig
+
+Resume = bool | Literal["auto"]
+"""Whether to go on from the newest checkpoint of the run; ``"auto"``: if there is one."""
+
+_FREE = ("data.prefetch", "data.prefix", "data.valid_prefix", "data.test_prefix")
+"""Keys of the data that change nothing, or are compared by what they lead to."""
+
+_ELSEWHERE = ("parallel.", "recompute.", "kernels.", "checkpoints.", "output.", "logging.", "model.checkpoint")
+"""How keys begin that say where and how a run is computed, and not what."""
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a run begins with.
+
+    Attributes:
+        path: of a checkpoint.
+        is_resumed: whether it is a training checkpoint that the run goes on from; else it begins with its weights.
+    """
+
+    path: Path
+    is_resumed: bool = False
+
+    @classmethod
+    def of(cls, run: RunConfig, *, resume: Resume = False, load: Path | None = None) -> StartingPoint:
+        """That of ``run``, as its caller and what is in its directory of checkpoints say.
+
+        A process that torchrun has started anew goes on from the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: when there is nothing to resume from, or it is broken.
+            ConfigError: when there are checkpoints that the run would neither resume from nor may overwrite.
+        """
+        own = CheckpointDirectory.of_run(run)
+        newest = own.newest()
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or resume == "auto":
+            resume = newest is not None
+        if resume and newest is not None:
+            return cls(newest, is_resumed=True)
+        if load is not None:
+            return cls._loaded(load, own)
+        if resume:
+            raise CheckpointError(
+                f"there is nothing to resume from: {own.path} holds no checkpoint. Leave --resume out to start, or "
+                "name another checkpoint with --load"
+            )
+        if newest is not None:
+            raise ConfigError(
+                f"{own.path} holds checkpoints of this run already, up to {newest.name}: go on from there with "
+                "--resume, or name another directory with checkpoints.directory"
+            )
+        return cls(run.model.checkpoint)
+
+    @classmethod
+    def _loaded(cls, load: Path, own: CheckpointDirectory) -> StartingPoint:
+        several = CheckpointDirectory(load)
+        path = (several.newest() or load).resolve() if load.is_dir() else load
+        with offering_the_one_before(path):
+            checkpoint = Checkpoint(path)
+        goes_back = checkpoint.manifest.training is not None and path.parent == own.path.resolve()
+        if own.iterations() and not goes_back:
+            raise ConfigError(
+                f"{own.path} holds checkpoints of this run already: go on from them with --resume, or name another "
+                "directory with checkpoints.directory"
+            )
+        return cls(path, is_resumed=checkpoint.manifest.training is not None)
+
+    @property
+    def told(self) -> str:
+        """For a comparison of what all nodes begin with."""
+        return f"{self.path.name} {'resumed' if self.is_resumed else 'loaded'}"
+
+
+@contextmanager
+def offering_the_one_before(path: Path) -> Iterator[None]:
+    """Where the block finds the training checkpoint in ``path`` broken, say which earlier one a run can go on from."""
+    try:
+        yield
+    except CheckpointError as error:
+        earlier = CheckpointDirectory(path.parent).before(path)
+        if earlier is None:
+            raise
+        kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
+        raise kind(f"{error}. The one before it can be opened: go on from there with --load {earlier}") from error
+
+
+def settings_of(run: RunConfig) -> dict[str, Any]:
+    """Each key of the run file, by ``section.key``; JSON."""
+    return {
+        f"{section}.{key}": value
+        for section, entries in run.model_dump(mode="json").items()
+        for key, value in entries.items()
+    }
+
+
+def changes(run: RunConfig, record: TrainingRecord, datasets: dict[str, str]) -> list[str]:
+    """What is told otherwise than the run was told that saved ``record``, one line each.
+
+    Args:
+        run: to resume with.
+        record: of the checkpoint.
+        datasets: a digest of each, by the key that names it.
+
+    Raises:
+        ConfigError: when the samples to come would not be those that were not seen yet, and ``checkpoints.may_change``
+            does not allow it.
+    """
+    now, before = settings_of(run), record.state["settings"]
+    differing = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
+    of_data = [key for key in differing if _says_which_data(key)]
+    of_data += [key for key, digest in datasets.items() if record.state["datasets"].get(key, digest) != digest]
+    if refused := [key for key in dict.fromkeys(of_data) if key not in run.checkpoints.may_change]:
+        told = ", ".join(
+            f"{key} was {differing[key][0]!r} and is {differing[key][1]!r}"
+            if key in differing
+            else f"{key} has changed"
+            for key in refused
+        )
+        allowed = json.dumps([*run.checkpoints.may_change, *refused])
+        raise ConfigError(
+            f"the run cannot go on with other data than it began with: {told}. Put that back, or allow it with "
+            f"--set 'checkpoints.may_change={allowed}'"
+        )
+    return [
+        f"{key} is {value!r} from iteration {record.iteration + 1} on, and was {old!r}"
+        for key, (old, value) in differing.items()
+        if not key.startswith(_ELSEWHERE) and key not in _FREE
+    ]
+
+
+def _says_which_data(key: str) -> bool:
+    return key.startswith("data.") and key not in _FREE

@@ -1,0 +1,41 @@
+"""What the tests of faults run on each rank; in a module of its own, so that the ranks can import it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+from megacore.checkpoint import safetensors_file
+from megacore.errors import DiskFullError
+from megacore.parallel import ParallelContext
+from megacore.training import RunConfig, Step
+from megacore.training.loop import _train_on_rank
+
+
+def train_with_little_room(parallel: ParallelContext | None, run: RunConfig, last_saved: int) -> tuple[list[str], str]:
+    """Train on a disk that is full once the checkpoint after ``last_saved`` steps is there; what is told, and the end.
+
+    Of several ranks the last one has no room.
+    """
+    parallel = parallel or ParallelContext.single()
+    told: list[str] = []
+    write_all = safetensors_file._write_all
+
+    def write_until_full(descriptor: int, chunk: memoryview) -> None:
+        path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        is_late = "iteration-" in path and int(path.split("iteration-")[1][:7]) > last_saved
+        if is_late and parallel.rank == parallel.sizes.world - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(descriptor, chunk)
+
+    def tell(step: Step) -> None:
+        told.extend(step.notes)
+
+    with patch.object(safetensors_file, "_write_all", write_until_full):
+        try:
+            _train_on_rank(parallel, run, tell)
+        except DiskFullError as error:
+            return told, str(error)
+    return told, ""
