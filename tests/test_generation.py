@@ -54,10 +54,14 @@ def one_thread():
 
 
 def enliven(published: Path) -> None:
-    """Let a saved model of random weights say something else after each token; it would soon repeat itself."""
+    """Let a saved model of random weights say something else after each token; it would soon repeat itself.
+
+    Where there are linear biases, queries and keys stay small: an attention that is sure of one token sees no biases.
+    """
     model = AutoModelForCausalLM.from_pretrained(published)
+    unchanged = ["embed", "lm_head", *(["query_key_value"] if getattr(model.config, "alibi", False) else [])]
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
+        if parameter.dim() == 2 and not any(part in name for part in unchanged):
             parameter.data *= 4
         elif name.endswith(".bias") and ("ln_" in name or "layernorm" in name):
             parameter.data *= 0
