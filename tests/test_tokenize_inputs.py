@@ -266,17 +266,15 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tokenizer, tmp_path):
             time.sleep(0.05)
 
 
-def test_a_script_that_its_own_processes_cannot_import_is_told_what_it_lacks(tokenizer, tmp_path):
+def test_a_script_need_not_guard_itself_from_its_own_processes(tokenizer, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
     script = (
         f"from megacore.data import tokenize\ntokenize('in.jsonl', tokenizer={str(tokenizer)!r}, out='o', workers=2)"
     )
     (tmp_path / "script.py").write_text(script)
     ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.stderr.splitlines()[-1] == (
-        "megacore.errors.WorkerError: a tokenizing process ended with exit code 1; a script that tokenizes must do so "
-        'under `if __name__ == "__main__":`, or with workers=1'
-    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(IndexedDataset(tmp_path / "o")) == len(TEXTS)
 
 
 def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_path):
@@ -286,7 +284,7 @@ def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_pat
     while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
         time.sleep(0.02)
     for child in children.read_text().split():
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"workers import work" in Path(f"/proc/{child}/cmdline").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -198,7 +198,7 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True) if new_tokens else known
         added = sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
         # The library counts entries where it should look for the largest id.
         if added and vocabulary[added[0]] <= max(known.values()):

@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 from megacore.data.encoding import EncodedPiece, Job, PieceEncoder
 from megacore.data.inputs import Piece
@@ -31,16 +33,10 @@ class Encoders:
 
     def __init__(self, job: Job, *, num_workers: int) -> None:
         self._job = job
-        self._workers: list[tuple[Any, Connection]] = []
-        # Not fork: the caller may have threads, torch's for example, whose locks a fork would copy in any state.
-        context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
         try:
             for _ in range(num_workers if num_workers > 1 else 0):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(job, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._workers.append((process, ours))
+                self._workers.append(_Worker.start(job))
         except BaseException:
             self._end()
             raise
@@ -63,59 +59,85 @@ class Encoders:
             for number, piece in enumerate(pieces):
                 yield piece, encoder.encode(number, piece)
             return
-        waiting: deque[tuple[Any, Connection, Piece]] = deque()
+        waiting: deque[tuple[_Worker, Piece]] = deque()
         for number, piece in enumerate(pieces):
-            process, connection = self._workers[number % len(self._workers)]
+            worker = self._workers[number % len(self._workers)]
             if len(waiting) == len(self._workers) * _PIECES_AHEAD:
-                yield _received(*waiting.popleft())
-            _send(process, connection, (number, piece))
-            waiting.append((process, connection, piece))
+                earlier, first = waiting.popleft()
+                yield first, earlier.receive()
+            worker.send((number, piece))
+            waiting.append((worker, piece))
         while waiting:
-            yield _received(*waiting.popleft())
+            earlier, first = waiting.popleft()
+            yield first, earlier.receive()
 
     def _end(self) -> None:
-        for process, connection in self._workers:
-            connection.close()
-            process.terminate()
-        for process, _ in self._workers:
-            process.join()
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.wait()
 
 
-def _send(process: Any, connection: Connection, task: tuple[int, Piece]) -> None:
-    try:
-        connection.send(task)
-    except OSError as error:
-        raise _death(process) from error
+@dataclass(frozen=True)
+class _Worker:
+    """A process, and the connection to it."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+    @classmethod
+    def start(cls, job: Job) -> _Worker:
+        # Not by a fork: the caller may have threads, torch's for example, whose locks a fork would copy in any state.
+        # Nor by multiprocessing, whose processes import the script that was started, and all that it imports.
+        ours, theirs = multiprocessing.Pipe()
+        with theirs:
+            body = f"from megacore.data.workers import work; work({theirs.fileno()})"
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", body],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        worker = cls(process, ours)
+        worker.send(job)
+        return worker
+
+    def send(self, message: Job | tuple[int, Piece]) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:
+            raise self._death() from error
+
+    def receive(self) -> EncodedPiece:
+        try:
+            result = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        if isinstance(result, MegacoreError):
+            raise result
+        return result
+
+    def _death(self) -> WorkerError:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        return WorkerError(
+            f"a tokenizing process ended with exit code {self.process.returncode}; -9 is what a process gets that "
+            "takes too much memory: try fewer with --workers"
+        )
 
 
-def _received(process: Any, connection: Connection, piece: Piece) -> tuple[Piece, EncodedPiece]:
-    try:
-        result = connection.recv()
-    except (EOFError, OSError) as error:
-        raise _death(process) from error
-    if isinstance(result, MegacoreError):
-        raise result
-    return piece, result
-
-
-def _death(process: Any) -> WorkerError:
-    process.join(timeout=5)
-    killed = "-9 is what a process gets that takes too much memory: try fewer with --workers"
-    # Each process imports the script that was started, as Python's multiprocessing has it.
-    by_itself = 'a script that tokenizes must do so under `if __name__ == "__main__":`, or with workers=1'
-    code = process.exitcode
-    return WorkerError(
-        f"a tokenizing process ended with exit code {code}; {by_itself if code is not None and code >= 0 else killed}"
-    )
-
-
-def _work(job: Job, connection: Connection) -> None:
-    """The body of a process: encodes what comes, until the other end is closed."""
+def work(descriptor: int) -> None:
+    """The body of a process: encodes what comes over a connection, until its other end is closed."""
     # Ctrl-C reaches every process of the terminal; the one that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are as many as the cores: no library need start more threads.
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    connection = Connection(descriptor)
+    try:
+        job = connection.recv()
+    except (EOFError, OSError):
+        return
     tasks: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
     # A thread takes what comes: else the two ends could both be sending, each waiting for the other to receive.
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
