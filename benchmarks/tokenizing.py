@@ -33,14 +33,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         texts = source_texts(int(arguments.megabytes * 1e6))
-        write_jsonl(directory / "texts.jsonl", texts)
+        write_jsonl(directory / "in.jsonl", texts)
         print(f"{len(os.sched_getaffinity(0))} cores, {len(texts)} documents")
         print(f"{'tokenizer':16} {'library':>9} {'megacore':>9} {'ratio':>6}  goal     {'4x':>9} {'16x':>9}")
         for tokenizer, goal in ((json_tokenizer(directory), 15), (sentencepiece_model(directory), 2.5)):
             # Interleaved, and the best of three: other work on the machine slows either down.
-            pairs = [(library_seconds(tokenizer, texts), megacore(tokenizer, directory / "texts.jsonl")) for _ in range(3)]
+            pairs = [(library_seconds(tokenizer, texts), megacore(tokenizer, directory / "in.jsonl")) for _ in range(3)]
             theirs, ours = min(pair[0] for pair in pairs), min(pair[1][0] for pair in pairs)
-            few, many = (megacore(tokenizer, directory / "texts.jsonl", times=times)[1] for times in (4, 16))
+            few, many = (megacore(tokenizer, directory / "in.jsonl", times=times)[1] for times in (4, 16))
             met = "met" if theirs / ours >= goal else "MISSED"
             flat = "flat: met" if many <= 1.1 * few else "flat: MISSED"
             print(
