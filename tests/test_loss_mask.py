@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import tiny_run
 from megacore.checkpoint import Checkpoint
 from megacore.model import load_model
 from megacore.parallel import ParallelContext
-from megacore.training import RunConfig, batches
+from megacore.training import Engine, RunConfig, batches
 from megacore.training.layout import parallel_sizes
 from training_on_rank import masked, masked_gradients
 
@@ -58,3 +59,18 @@ def test_the_loss_and_its_gradients_are_of_the_mean_over_all_tokens_to_learn_in_
         gradients = {name: gradient for _, found in reversed(results) for name, gradient in found.items()}
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_a_mean_even_where_all_targets_together_count_less_than_one(place, tmp_path):
+    run = run_of(place, tmp_path / "out")
+    checkpoint = Checkpoint(run.model.checkpoint)
+    batch = next(batches(run, checkpoint))
+    faint = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    faint.loss_mask[0, 3] = faint.loss_mask[1, 5] = 0.125
+    model = load_model(checkpoint, ParallelContext.single(), dtype=torch.float64)
+    losses = F.cross_entropy(model(batch.tokens[:, :-1]).transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    expected = (losses[0, 3] + losses[1, 5]) / 2
+
+    loss, _ = Engine(run, checkpoint, ParallelContext.single()).accumulate(faint)
+
+    assert loss == pytest.approx(expected.item(), rel=1e-12)

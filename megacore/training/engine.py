@@ -262,7 +262,9 @@ class Engine:
     def _forward_and_backward(self, batch: Batch) -> list[Tensor]:
         device = self.parallel.device
         loss_mask = batch.loss_mask.to(device, self.held_dtype)
-        token_weights = loss_mask * (self._loss_factor / self._over_data_parallelism(loss_mask.sum()).clamp(min=1.0))
+        total = self._over_data_parallelism(loss_mask.sum())
+        # Of a global batch with nothing to learn the loss is 0.
+        token_weights = loss_mask * (self._loss_factor / torch.where(total > 0, total, 1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
         num_micro_batches = len(batch.tokens) // self.run.training.micro_batch_size
         if self._buckets is not None:
