@@ -445,8 +445,8 @@ def test_a_manifest_may_be_reformatted_but_not_changed(copy):
 
 
 def test_a_newer_format_is_refused(copy):
-    rewrite(copy, lambda document: document.update(version=2), sign=True)
-    with pytest.raises(CheckpointError, match=r"format version 2.* reads 1: .*install the megacore that wrote it"):
+    rewrite(copy, lambda document: document.update(version=3), sign=True)
+    with pytest.raises(CheckpointError, match=r"format version 3.* reads 1 and 2: .*the megacore that wrote it"):
         Checkpoint(copy)
 
 

@@ -189,7 +189,7 @@ def test_under_torchrun_the_command_joins_instead_of_starting_more_and_speaks_on
     lines = completed.stdout.splitlines()
     assert [line.split("|")[0].split() for line in lines[:-1]] == [["iteration", f"{i}/3"] for i in (1, 2, 3)]
     assert lines[-1] == f"Saved {tmp_path / 'out'}."
-    assert completed.stderr.count("Note: ") == completed.stderr.count("Note: 2 processes: tp 2.") + 2 == 3
+    assert completed.stderr.count("Note: ") == completed.stderr.count("Note: 2 processes: tp 2.") + 3 == 4
     assert Checkpoint(tmp_path / "out").manifest.layout.tp == 2
 
 

@@ -280,7 +280,7 @@ def test_when_node_0_is_gone_the_ranks_of_the_other_one_are_ended_and_its_comman
     commands[0].communicate(timeout=BOUND)
 
     assert error.splitlines()[-1] == "megacore.errors.WorkerError: node 0 is gone: its command was killed"
-    assert (tmp_path / "rank-1-cleaned-up").exists()
+    assert all((tmp_path / f"rank-{rank}-cleaned-up").exists() for rank in (0, 1))
 
 
 LOST = Failure("WorkerError", "rank 0 waited in vain", is_echo=True)

@@ -251,8 +251,17 @@ RECOMPUTED_ON_RANKS = {
 }
 
 
-@pytest.mark.parametrize("granularity", ["selective", "full"])
-@pytest.mark.parametrize("layout", RECOMPUTED_ON_RANKS)
+@pytest.mark.parametrize(
+    ("layout", "granularity"),
+    [
+        ("tp 2, sequence parallel", "selective"),
+        ("pp 2", "full"),
+        ("dp 2, sharded", "full"),
+        pytest.param("tp 2, sequence parallel", "full", marks=pytest.mark.soak),
+        pytest.param("pp 2", "selective", marks=pytest.mark.soak),
+        pytest.param("dp 2, sharded", "selective", marks=pytest.mark.soak),
+    ],
+)
 def test_recomputing_gives_the_same_to_the_bit_on_several_ranks(place, ranks, tmp_path, layout, granularity):
     outcomes = []
     for chosen in ("none", granularity):

@@ -148,6 +148,7 @@ def test_a_run_goes_on_at_other_layouts_as_if_nothing_had_happened(ranks, place,
     assert_equal(*states, tolerance=1e-10)
 
 
+@pytest.mark.soak
 def test_replicas_of_a_key_value_head_are_saved_once_and_read_by_any_layout(ranks, place, tmp_path):
     base = ("model.dtype=fp64", "checkpoints.interval=3")
     more = ("parallel.tensor_parallel=4",)  # of one key-value head

@@ -174,7 +174,7 @@ def evaluated(parallel: ParallelContext, run: RunConfig, split: Split = "valid")
 def trained_and_evaluated(parallel: ParallelContext, run: RunConfig) -> tuple[list[Step], list[Evaluation]]:
     """Train as the run says; what was told on the way, on this rank if it is the first."""
     evaluations: list[Evaluation] = []
-    return _train_on_rank(parallel, run, None, evaluations.append), evaluations
+    return _train_on_rank(parallel, run, on_evaluation=evaluations.append), evaluations
 
 
 def share_of_certain(scores: TokenScores) -> Sums:

@@ -170,6 +170,8 @@ def _on_started_rank(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started this rank passes it on
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave_cleanly)
+    # When that command is killed, this rank leaves too. torch has asked for a SIGINT then.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGHUP)  # type: ignore[attr-defined]
     with reporting(reports):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
