@@ -7,7 +7,7 @@ examples=$PWD/examples
 # What a former run made is made again, but for the unpacked model.
 mkdir -p demo
 cd demo
-rm -rf language-reference.* checkpoint checkpoint-tp2 trained exported
+rm -rf language-reference.* checkpoint checkpoint-tp2 run trained exported
 
 names=() seconds=() results=()
 
@@ -34,6 +34,8 @@ step - "verify" megacore verify checkpoint --reference smollm2 --data language-r
 step demo/checkpoint-tp2 "split" megacore split checkpoint --out checkpoint-tp2 --tp 2
 step - "inspect" megacore inspect checkpoint-tp2 --check
 step demo/trained "train" megacore train "$examples/smollm2.toml"
+step demo/run/report.html "report" megacore report run
+step - "generate" megacore generate trained --chat --prompt "What is a generator in Python?" --max-new-tokens 40
 step demo/exported "export" megacore export trained --out exported
 step - "verify the export" megacore verify trained --reference exported --data language-reference --iters 2
 
