@@ -18,6 +18,7 @@ from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from megacore.training import RunConfig
 from megacore.training.layout import parallel_sizes
 from megacore.training.loop import _train_on_rank
+from megacore.training.optimizer_section import OptimizerSection
 from megacore.training.starting_point import StartingPoint
 from tiny_llama import write_dataset
 from tiny_models import tied_multi_query_falcon
@@ -388,6 +389,49 @@ def test_other_settings_are_told_and_the_same_data_may_be_elsewhere(place, begun
         "optimizer.lr is 0.02 from iteration 5 on, and was 0.01",
         "training.global_batch_size is 4 from iteration 5 on, and was 8",
     ]
+
+
+MIXTURES = {
+    "one dataset more": '[{prefix="P/data", weight=0.7}, {prefix="P/data", weight=0.3}]',
+    "another dataset in a list": '[{prefix="P/valid", weight=1}]',
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
+def test_another_mixture_is_other_data(place, begun, mixture):
+    write_dataset(begun.with_name("valid"), num_tokens=900)
+    prefix = mixture.replace("P/valid", str(begun.with_name("valid"))).replace("P", str(place))
+    with pytest.raises(ConfigError, match=r"cannot go on with other data than it began with: data\.prefix"):
+        megacore.train(again(place, begun, f"data.prefix={prefix}"), resume=True)
+
+
+def test_the_weights_of_a_mixture_are_what_the_data_are(place, tmp_path):
+    def mixture(one: float, other: float) -> str:
+        return f'data.prefix=[{{prefix="{place}/data", weight={one}}}, {{prefix="{place}/data", weight={other}}}]'
+
+    megacore.train(again(place, tmp_path / "out", mixture(0.7, 0.3), "training.exit_interval=2"))
+    with pytest.raises(ConfigError, match=r"cannot go on with other data than it began with: data\.prefix was"):
+        megacore.train(again(place, tmp_path / "out", mixture(0.3, 0.7)), resume=True)
+    assert len(megacore.train(again(place, tmp_path / "out", mixture(0.7, 0.3)), resume=True)) == 4
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "sgd"), ("sgd", "adamw")])
+def test_another_optimizer_begins_anew_with_the_weights(place, tmp_path, kinds):
+    def run(kind: str, *overrides: str) -> RunConfig:
+        section = OptimizerSection(kind=kind, lr=0.01)
+        return again(place, tmp_path / "out", *overrides).model_copy(update={"optimizer": section})
+
+    megacore.train(run(kinds[0], "training.exit_interval=2"))
+    steps = megacore.train(run(kinds[1]), resume=True)
+    assert [step.iteration for step in steps] == [3, 4, 5, 6]
+    other = {"adamw": "optimizer.exp_avg.", "sgd": "optimizer.momentum_buffer."}[kinds[0]]
+    assert not [name for name in kept(checkpoint_of(tmp_path / "out", 6)) if name.startswith(other)]
+
+
+def test_checkpoints_lie_in_the_directory_of_the_run_if_it_has_one(place, tmp_path):
+    run = again(place, tmp_path / "out", f"output.directory={tmp_path / 'runs' / 'first'}")
+    megacore.train(run)
+    assert iterations_in(tmp_path / "runs/first/checkpoints") == [2, 4, 6]
 
 
 # --- broken checkpoints

@@ -4,7 +4,7 @@ The tensors are cut as the run that saved them held them, into boxes, each of wh
 They are named
 
     model.NAME             a parameter
-    optimizer.KIND.NAME    what the optimizer keeps of it: exp_avg, exp_avg_sq, step
+    optimizer.KIND.NAME    what the optimizer keeps of it: exp_avg, exp_avg_sq, step; of SGD momentum_buffer
     random.DEVICE.RANK     the state of torch's generator of random numbers on a process
 """
 

@@ -49,10 +49,11 @@ def converse(
         asked = [*messages, {"role": "user", "content": question}]
         drawn = replace(sampling, seed=sampling.seed + turn)
         try:
-            [answer] = generator.generate([asked], limits, drawn, on_text=of_this_turn)
+            generator.prompts.read(asked)  # what fails later has begun on the other ranks too, and ends them all
         except (DataError, GenerationError) as error:
             on_refusal(str(error))
             continue
+        [answer] = generator.generate([asked], limits, drawn, on_text=of_this_turn)
         messages = [*asked, {"role": "assistant", "content": answer.text}]
         turn += 1
     return messages

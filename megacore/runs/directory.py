@@ -14,6 +14,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.run_file.is_file() and self.settings() != tables:
-                self.run_file.replace(self.path / f"run-until-{iteration}.toml")
+                names = chain([f"run-until-{iteration}.toml"], (f"run-until-{iteration}-{n}.toml" for n in count(2)))
+                self.run_file.replace(next(path for path in map(self.path.joinpath, names) if not path.exists()))
             write_whole(self.run_file, tomli_w.dumps(tables))
             starts = [*self.starts(), {"iteration": iteration} | dict(versions)]
             write_whole(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")

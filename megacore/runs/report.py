@@ -143,7 +143,8 @@ def _summary(runs: Sequence[_Run]) -> Iterator[tuple[str, ...]]:
 
 def _iterations(run: _Run) -> str:
     done = run.metrics.steps.iterations[-1] if len(run.metrics.steps) else 0
-    return f"{done} of {run.settings.get('training', {}).get('train_iters', '?')}"
+    train_iters = run.settings.get("training", {}).get("train_iters")
+    return str(done) if train_iters is None else f"{done} of {train_iters}"  # a run may be of samples or epochs
 
 
 def _last(series: Series, key: str) -> str:

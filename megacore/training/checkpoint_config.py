@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megacore.training.section import Section
 
@@ -32,6 +32,12 @@ class CheckpointsSection(Section):
     may_change: tuple[str, ...] = Field(
         (), description="Keys of this file that may have changed on resuming though the data are others then."
     )
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> CheckpointsSection:
+        if self.keep_every is not None and (self.interval is None or self.keep_every % self.interval):
+            raise ValueError(f"keep_every ({self.keep_every}) must be a multiple of interval ({self.interval})")
+        return self
 
 
 class FaultsSection(Section):

@@ -82,7 +82,7 @@ class CheckpointDirectory:
         """
         lock = self.path / ".run.lock"
         with reported_as_output_error(self.path):
-            self.path.mkdir(exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             try:

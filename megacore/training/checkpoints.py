@@ -19,7 +19,7 @@ from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, ParameterEntry, We
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES
 from megacore.checkpoint.training_record import StoredTensor, TrainingRecord
 from megacore.checkpoint.writing import copy_tokenizer
-from megacore.errors import MegacoreError
+from megacore.errors import MegacoreError, OutputError
 from megacore.parallel import ParallelContext
 from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.checkpoint_storage import SafetensorsWriter
@@ -157,6 +157,8 @@ class RunCheckpoints:
             self.save(progress, waits=True)
         except MegacoreError as error:
             return error
+        except OSError as error:
+            return OutputError(f"{self.directory.path}: the last checkpoint cannot be written: {error}")
         return None
 
     def wait(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ from megacore.training.preflight import check_and_describe, settings_to_agree_on
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig, read_run_config
 from megacore.training.run_log import RunLog, check_run_log, is_watched, opened_log
-from megacore.training.saving import keep_earlier_result, reserve_output, save_stages
+from megacore.training.saving import keep_earlier_result, reserve_output, save_stages, told_by_rank_0
 from megacore.training.schedule import learning_rate, weight_decay
 from megacore.training.span import spans_of
 from megacore.training.start import open_start
@@ -47,6 +48,8 @@ from megacore.training.starting_point import Resume, StartingPoint, offering_the
 from megacore.training.step import Step
 from megacore.training.step_guard import StepGuard
 from megacore.training.work import ModelFlops, work_of_step
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -147,7 +150,8 @@ def _train_on_rank(
         reserve_output(run.output.checkpoint, parallel, started_from=checkpoint, num_bytes=num_bytes) as output,
     ):
         peak = None
-        if run.logging.measure_peak and (on_step is not None or is_watched(run)):
+        is_told = told_by_rank_0("yes" if on_step is not None or is_watched(run) else "", parallel)
+        if run.logging.measure_peak and is_told:
             peak = measured_peak(parallel, COMPUTED_IN[run.model.dtype])
         with offering_the_one_before(start.path):
             engine = Engine(run, checkpoint, parallel)
@@ -163,17 +167,17 @@ def _train_on_rank(
         with saved.opened(), stop_requests(told=parallel.rank == 0) as stop:
             progress = saved.restore(checkpoint) if start.is_resumed else Progress()
             with ExitStack() as shown:
-                log = shown.enter_context(opened_log(run, parallel, iteration=progress.iteration))
+                run_log = shown.enter_context(opened_log(run, parallel, iteration=progress.iteration))
                 if on_step is not None and parallel.rank == 0 and isinstance(on_step, AbstractContextManager):
                     shown.enter_context(on_step)
-                evaluations = _Evaluations(Evaluator(engine, checkpoint), progress, log, on_evaluation)
+                evaluations = _Evaluations(Evaluator(engine, checkpoint), progress, run_log, on_evaluation)
                 for step in _steps(engine, checkpoint, progress, guard, stop, peak):
                     is_last = step.iteration == step.train_iters
                     stopped_by = None if is_last else step.stopped_by or exits.reason(progress)
                     if saved.is_due(step.iteration) and not is_last and stopped_by is None:
                         saved.save(progress, waits=False)
                     steps.append(replace(step, stopped_by=stopped_by, notes=(*step.notes, *saved.notes())))
-                    log.step(steps[-1])
+                    run_log.step(steps[-1])
                     if on_step is not None and parallel.rank == 0:
                         on_step(steps[-1])
                     if guard.is_over:
@@ -183,17 +187,26 @@ def _train_on_rank(
                             f"{step.grad_norm}; so {guard.num_in_a_row} steps in a row were skipped. A lower "
                             f"optimizer.lr may help. The weights as they were before these steps are in {kept}"
                         )
-                    if step.stopped_by is None:  # who sent a signal may not wait for long
+                    if stopped_by is not None:  # who stops a run may not wait for long
+                        saved.save(progress, waits=True)
+                    if is_last or step.stopped_by is None:
                         evaluations.after(step)
                     if stopped_by is not None:
-                        saved.save(progress, waits=True)
+                        _warn_of(saved)
                         raise _StoppedEarlyError
             details = {"iterations": progress.iteration, "dtype": run.model.dtype, "run_id": saved.run_id}
             save_stages(output, engine.stages, engine.all_stages, parallel, started_from=checkpoint, details=details)
             final_error = saved.save_last(progress)
+            _warn_of(saved)
     if final_error is not None:
         raise final_error
     return steps
+
+
+def _warn_of(saved: RunCheckpoints) -> None:
+    """Tell what no step comes after to tell of."""
+    for note in saved.notes():
+        log.warning("Note: %s.", note)
 
 
 class _Evaluations:

@@ -43,6 +43,8 @@ def restore_tensors(engine: Engine, checkpoint: Checkpoint, *, same_layout: bool
     wanted: dict[str, PlacedTensor] = {}
     states: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = []
     kinds = dict.fromkeys(name.split(".")[1] for name in training.tensors if name.startswith("optimizer."))
+    if training.state["settings"]["optimizer.kind"] != engine.run.optimizer.kind:
+        kinds = {}  # what one optimizer keeps is of no use to another, which begins anew
     for name, parameter in engine.optimized_parameters():
         stored = {kind: f"optimizer.{kind}.{name}" for kind in kinds if f"optimizer.{kind}.{name}" in training.tensors}
         shapes = {kind: training.tensors[full_name].shape for kind, full_name in stored.items()}

@@ -125,7 +125,12 @@ def changes(run: RunConfig, record: TrainingRecord, datasets: dict[str, str]) ->
     now, before = settings_of(run), record.state["settings"]
     differing = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     of_data = [key for key in differing if _says_which_data(key)]
-    of_data += [key for key, digest in datasets.items() if record.state["datasets"].get(key, digest) != digest]
+    # By their content: the same data may be elsewhere.
+    earlier = record.state["datasets"]
+    trained_on = {key for key in datasets.keys() | earlier.keys() if key.startswith("data.prefix")}
+    of_data += [key for key in sorted(datasets.keys() | earlier.keys()) if _differs(key, datasets, earlier, trained_on)]
+    if _weights(before.get("data.prefix")) != _weights(now["data.prefix"]):
+        of_data.append("data.prefix")
     if refused := [key for key in dict.fromkeys(of_data) if key not in run.checkpoints.may_change]:
         told = ", ".join(
             f"{key} was {differing[key][0]!r} and is {differing[key][1]!r}"
@@ -143,6 +148,18 @@ def changes(run: RunConfig, record: TrainingRecord, datasets: dict[str, str]) ->
         for key, (old, value) in differing.items()
         if not key.startswith(_ELSEWHERE) and key not in _FREE
     ]
+
+
+def _differs(key: str, datasets: dict[str, str], earlier: dict[str, str], trained_on: set[str]) -> bool:
+    """Whether a dataset is another one than before; of those to evaluate on, one that was not there before is none."""
+    if key in trained_on:
+        return datasets.get(key) != earlier.get(key)
+    return key in datasets and key in earlier and datasets[key] != earlier[key]
+
+
+def _weights(prefix: Any) -> list[float] | None:
+    """Those of a mixture, as ``data.prefix`` of :func:`settings_of` has them."""
+    return [entry["weight"] for entry in prefix] if isinstance(prefix, list) else None
 
 
 def _says_which_data(key: str) -> bool:
