@@ -262,6 +262,11 @@ def test_a_run_that_has_checkpoints_is_neither_begun_anew_nor_silently_resumed(p
         megacore.train(again(place, begun))
 
 
+def test_the_newest_checkpoint_and_another_one_at_once_are_a_mistake(place, begun):
+    with pytest.raises(ConfigError, match=r"--resume goes on from the newest .* give one of them"):
+        megacore.train(again(place, begun), resume=True, load=checkpoint_of(begun, 2))
+
+
 @pytest.mark.parametrize("resume", [True, "auto"])
 def test_a_run_is_resumed_from_its_newest_checkpoint(place, trained, begun, resume):
     steps = megacore.train(again(place, begun), resume=resume)

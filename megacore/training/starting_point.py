@@ -48,6 +48,11 @@ class StartingPoint:
             CheckpointError: when there is nothing to resume from, or it is broken.
             ConfigError: when there are checkpoints that the run would neither resume from nor may overwrite.
         """
+        if resume is True and load is not None:
+            raise ConfigError(
+                "--resume goes on from the newest checkpoint of the run, and --load from the one that it names: give "
+                "one of them"
+            )
         own = CheckpointDirectory.of_run(run)
         newest = own.newest()
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or resume == "auto":
