@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from importlib.metadata import version
-from types import FrameType
 from typing import Any
 
 import click
@@ -30,6 +29,7 @@ from megacore.cli.train import train
 from megacore.cli.translate import translate
 from megacore.cli.verify import verify
 from megacore.errors import MegacoreError
+from megacore.signals import Leave
 
 
 class CommandGroup(click.Group):
@@ -64,19 +64,14 @@ for command in (
 
 def main() -> None:
     """The ``megacore`` program. SIGTERM and SIGINT unwind the stack, so that half-written output is removed."""
-    received: list[int] = []
-
-    def unwind(signal_number: int, frame: FrameType | None) -> None:
-        received.append(signal_number)
-        sys.exit(128 + signal_number)
-
+    leave = Leave()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, unwind)
+        signal.signal(number, leave)
     try:
-        cli(obj=received)
+        cli()
     except BaseException as error:
-        if received:  # a library that is interrupted may have turned the exit into an error of its own
-            sys.exit(128 + received[0])
+        if leave.received:  # a library that is interrupted may have turned the exit into an error of its own
+            sys.exit(leave.exit_code)
         if isinstance(error, SystemExit) and "RANK" in os.environ:  # of torchrun or srun
             from megacore.parallel import end_process
 

@@ -79,8 +79,6 @@ def train(
     from megacore.parallel import Nodes, is_first_process
     from megacore.training import read_run_config, train
 
-    if received := click.get_current_context().obj:  # an import that is interrupted may have gone on all the same
-        click.get_current_context().exit(128 + received[0])
     place = Nodes(nodes, node_rank or 0, addr or "localhost", port)
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "nproc_per_node": nproc_per_node}
     given = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None]

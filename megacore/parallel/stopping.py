@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from megacore.signals import Leave
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a process to stop."""
 
@@ -61,6 +63,9 @@ def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
         yield request
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    for leave in before.values():
+        if isinstance(leave, Leave) and leave.received:  # its exit was caught by a library
+            sys.exit(leave.exit_code)
 
     def ask(number: int, frame: FrameType | None) -> None:
         leave = before[signal.Signals(number)]
