@@ -5,9 +5,14 @@ class MegacoreError(Exception):
     """A user's mistake, or work that could not be done; the command line prints it without a traceback.
 
     ``exit_code`` is 2 for a mistake in the call and 1 for work that failed or a check that did not hold.
+
+    Attributes:
+        rank: of the group that torchrun or srun has started, which one this happened to; ``None`` where it did before
+            there was one, on each of them alike.
     """
 
     exit_code = 2
+    rank: int | None = None
 
 
 class ConfigError(MegacoreError):

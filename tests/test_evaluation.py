@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,16 @@ from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.parallel.forward import forward_plan
 from megacore.parallel.loss import CHUNK_BYTES
-from megacore.training import Engine, RunConfig, batches
+from megacore.training import Engine, Evaluation, RunConfig, Step, batches
 from megacore.training.layout import parallel_sizes
 from megacore.training.metrics import TokenScores, metrics_of
 from tiny_llama import write_dataset
-from training_on_rank import evaluated, scores_of_tokens, trained_and_evaluated
+from training_on_rank import (
+    evaluated,
+    evaluated_until_rank_1_is_asked_to_stop,
+    scores_of_tokens,
+    trained_and_evaluated,
+)
 
 METRICS = 'evaluation.metrics=["perplexity", "accuracy", "count_loss_mask"]'
 
@@ -137,6 +144,63 @@ def test_nothing_is_dropped_in_evaluation(place, tmp_path):
     evaluation = evaluated(ParallelContext.single(), run_of(place, tmp_path / "out", *settings))
 
     assert dict(evaluation.values) == pytest.approx(with_transformers(place, 16), rel=1e-6)
+
+
+# --- asked to stop
+
+
+def stopping_at(*iterations: int) -> Callable[[Step | Evaluation], None]:
+    """Sends this process a SIGTERM when it is told of these iterations."""
+
+    def told(of: Step | Evaluation) -> None:
+        if of.iteration in iterations:
+            signal.raise_signal(signal.SIGTERM)
+
+    return told
+
+
+EVERY_SECOND = ("training.train_iters=4", "evaluation.interval=2", "evaluation.iters=all")
+
+
+@pytest.mark.parametrize("iteration", [2, 4], ids=["an evaluation on the way", "the last one"])
+def test_an_evaluation_that_a_signal_interrupts_is_made_when_the_run_goes_on(place, tmp_path, iteration):
+    settings = (*EVERY_SECOND, f"data.test_prefix={place / 'valid'}")
+    whole: list[Evaluation] = []
+    megacore.train(run_of(place, tmp_path / "whole", *settings), on_evaluation=whole.append)
+    run = run_of(place, tmp_path / "out", *settings)
+    before: list[Evaluation] = []
+    after: list[Evaluation] = []
+
+    steps = megacore.train(run, on_step=stopping_at(iteration), on_evaluation=before.append)
+    assert (steps[-1].iteration, steps[-1].stopped_by) == (iteration, "SIGTERM")
+    assert not (tmp_path / "out").exists()
+    steps = megacore.train(run, resume=True, on_evaluation=after.append)
+
+    assert [step.iteration for step in steps] == list(range(iteration + 1, 5))
+    assert [(told.split, told.iteration) for told in whole] == [("valid", 2), ("valid", 4), ("test", 4)]
+    assert [*before, *after] == whole
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_signal_during_an_evaluation_that_is_made_up_ends_the_program_and_leaves_it_to_be_made(place, tmp_path):
+    run = run_of(place, tmp_path / "out", *EVERY_SECOND, f"data.test_prefix={place / 'valid'}")
+    megacore.train(run, on_step=stopping_at(4))
+
+    with pytest.raises(SystemExit) as left:
+        megacore.train(run, resume=True, on_evaluation=stopping_at(4))
+
+    assert left.value.code == 128 + signal.SIGTERM
+    told: list[Evaluation] = []
+    megacore.train(run, resume=True, on_evaluation=told.append)
+    assert [of.split for of in told] == ["valid", "test"]
+
+
+def test_a_signal_to_one_rank_ends_the_evaluation_on_all(place, ranks, tmp_path):
+    run = run_of(place, tmp_path / "out", *EVERY_SECOND, "parallel.nproc_per_node=2")
+
+    evaluations = ranks.run(evaluated_until_rank_1_is_asked_to_stop, run, sizes=parallel_sizes(run))
+
+    assert evaluations == [None, None]
 
 
 # --- scores of tokens

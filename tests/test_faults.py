@@ -19,7 +19,7 @@ import megacore
 import tiny_run
 from faults_on_rank import train_with_little_room
 from megacore.checkpoint import Checkpoint
-from megacore.errors import TrainingError
+from megacore.errors import ConfigError, TrainingError
 from megacore.training import Engine, RunConfig
 from megacore.training.layout import parallel_sizes
 from tiny_run import weights
@@ -147,6 +147,28 @@ with stop_requests() as request:
     assert process.stderr.read() == "Note: SIGTERM: stopping after this step, with a checkpoint; again ends at once.\n"
 
 
+@pytest.mark.parametrize("is_within", [True, False], ids=["within it", "after it"])
+def test_a_signal_in_the_last_step_does_not_keep_a_run_from_its_result(place, tmp_path, monkeypatch, is_within):
+    accumulate = Engine._accumulate
+
+    def signalled(engine, batch, wants_stop):
+        if int(batch.sample_ids[0]) == 4 * 8:
+            signal.raise_signal(signal.SIGTERM)
+        return accumulate(engine, batch, wants_stop)
+
+    def at_the_last(step):
+        if step.iteration == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    if is_within:
+        monkeypatch.setattr(Engine, "_accumulate", signalled)
+
+    steps = megacore.train(run_of(place, tmp_path / "out"), on_step=None if is_within else at_the_last)
+
+    assert (steps[-1].iteration, steps[-1].stopped_by) == (5, None)
+    Checkpoint(tmp_path / "out").check()
+
+
 @pytest.mark.parametrize("delay", [0.5, 2.0])
 def test_an_interrupt_while_the_program_starts_ends_it_without_a_traceback(place, tmp_path, delay):
     process = started(command(place, tmp_path / "out", "training.train_iters=100000"))
@@ -180,6 +202,22 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
     losses = dict(re.findall(r"^iteration +(\d+)/60 \| loss ([\d.]+)", printed, re.MULTILINE))
     expected = megacore.train(run_of(place, tmp_path / "whole", *overrides))
     assert [f"{step.loss:.6f}" for step in expected[resumed_from:]] == list(losses.values())[-60 + resumed_from :]
+
+
+@pytest.mark.soak
+def test_a_rank_of_torchrun_that_hangs_is_named_by_the_others(place, tmp_path):
+    settings = ("training.global_batch_size=6", "training.train_iters=100000", "parallel.timeout=8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    process = started([*torchrun, "-m", *command(place, tmp_path / "out", *settings)[2:]])
+    wait_for_line(process, "iteration     2/")
+    found = subprocess.run(["pgrep", "-f", f"train {tmp_path}/out.toml"], capture_output=True, text=True, check=True)
+    [hanging] = [int(pid) for pid in found.stdout.split() if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+
+    os.kill(hanging, signal.SIGSTOP)
+    _, errors = process.communicate(timeout=BOUND)
+
+    for rank in (0, 2):
+        assert f"Error on rank {rank}: rank {rank} waited in vain for rank 1, which hangs or is gone:" in errors
 
 
 def is_rank(pid: int) -> bool:
@@ -298,6 +336,31 @@ def test_too_many_skipped_in_a_row_end_the_run_with_a_checkpoint_of_the_weights_
     expected = weights(tmp_path / "two" / "iteration-0000002")
     assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(kept).items())
     assert [step.iteration for step in megacore.train(run, resume=True)] == [5]
+
+
+def test_a_run_whose_last_steps_were_skipped_is_no_result_when_it_goes_on(place, tmp_path, monkeypatch):
+    blowing_up(monkeypatch, {4, 5})
+    run = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=2")
+    with pytest.raises(TrainingError, match="iteration 5: "):
+        megacore.train(run)
+    monkeypatch.undo()
+
+    with pytest.raises(ConfigError, match="is after the last iteration, and the 2 steps up to it were skipped"):
+        megacore.train(run, resume=True)
+
+    longer = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=2", "training.train_iters=6")
+    assert [step.iteration for step in megacore.train(longer, resume=True)] == [6]
+
+
+def test_who_resumes_after_too_many_skipped_steps_gives_the_run_as_many_again(place, tmp_path, monkeypatch):
+    blowing_up(monkeypatch, {3, 4, 5, 6, 8})
+    run = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=2", "training.train_iters=8")
+    with pytest.raises(TrainingError, match="iteration 4: "):
+        megacore.train(run)
+
+    more = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=3", "training.train_iters=8")
+
+    assert [step.iteration for step in megacore.train(more, resume=True)] == [5, 6, 7, 8]
 
 
 # --- disks that are full

@@ -325,7 +325,14 @@ def test_a_finished_run_is_extended_by_more_iterations_and_its_first_result_is_k
     assert [step.iteration for step in steps] == [7, 8]
     assert_equal(weights(tmp_path / "out-iteration-0000006"), first)
     assert Checkpoint(out).manifest.history[-1]["iterations"] == 8
-    assert [entry["command"] for entry in Checkpoint(out).manifest.history] == ["convert", "train"]
+    convert, train = Checkpoint(out).manifest.history
+    assert (convert["command"], train["command"]) == ("convert", "train")
+    assert train["source"] == str(place / "checkpoint")
+
+    megacore.train(again(place, out, "training.train_iters=9"), resume=True)
+    (tmp_path / "out-iteration-0000009").mkdir()
+    with pytest.raises(OutputError, match="out-iteration-0000009 exists already"):  # before anything is computed
+        megacore.train(again(place, out, "training.train_iters=10"), resume=True, on_step=pytest.fail)
 
 
 def test_another_output_is_not_taken_for_an_earlier_result(place, trained, begun):

@@ -347,7 +347,7 @@ def test_a_termination_that_a_library_makes_an_error_of_is_still_a_termination()
         import os, signal
         import megacore.cli
 
-        def interrupted(obj):
+        def interrupted():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             except SystemExit:  # as safetensors was seen to do

@@ -138,12 +138,31 @@ def test_the_same_run_may_start_again_and_one_with_other_settings_from_a_trainin
     directory.check(resolved_tables(told_otherwise))
     with pytest.raises(OutputError, match="another run"):
         directory.check(resolved_tables(changed))
-    directory.check(resolved_tables(changed), is_resumed=True)
+    directory.check(resolved_tables(changed), resumed_run_id="a run of which nothing is known there")
 
     directory.create(resolved_tables(changed), {"torch": "3"}, iteration=7)
     assert read_run_config(tmp_path / "run" / "run.toml") == changed
     assert read_run_config(tmp_path / "run" / "run-until-7.toml") == run
     assert directory.starts() == [{"iteration": 0, "torch": "2"}, {"iteration": 7, "torch": "3"}]
+
+
+def test_a_resumed_run_does_not_go_on_in_the_directory_of_another(place, trained, tmp_path):
+    directory, _ = trained
+    first = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}", "checkpoints.interval=3")
+    megacore.train(first)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    longer = (f"output.directory={directory}", "training.train_iters=6", f"checkpoints.directory={checkpoints}")
+    run = run_of(place, tmp_path / "out", *longer)
+
+    with pytest.raises(OutputError, match="holds another run than the one that goes on"):
+        megacore.train(run, resume=True)
+
+    own = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}", "training.train_iters=6")
+    assert [step.iteration for step in megacore.train(own, resume=True)] == [6]
+    starts = RunDirectory(tmp_path / "run").starts()
+    started_from = [place / "checkpoint", checkpoints / "iteration-0000005"]
+    assert [start["started_from"] for start in starts] == list(map(str, started_from))
+    assert starts[0]["run_id"] == starts[1]["run_id"]
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused_before_training(place, tmp_path):

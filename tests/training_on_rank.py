@@ -90,8 +90,8 @@ def gathered_gradients(parallel: ParallelContext, run: RunConfig) -> dict[str, T
     return {name: gathered(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}
 
 
-def step_that_overflows_on(parallel: ParallelContext, run: RunConfig, rank: int) -> tuple[bool, int, bool]:
-    """Whether a step is taken, how many are skipped, and whether a weight here changes, where ``rank`` overflows."""
+def step_that_overflows_on(parallel: ParallelContext, run: RunConfig, rank: int) -> tuple[bool, dict[str, float], bool]:
+    """Whether a step that overflows on ``rank`` is taken, the loss scale after it, and whether a weight changes."""
     checkpoint = Checkpoint(run.model.checkpoint)
     engine = Engine(run, checkpoint, parallel)
     before = {name: local_part(parameter).clone() for name, parameter in engine.parameters.items()}
@@ -102,7 +102,7 @@ def step_that_overflows_on(parallel: ParallelContext, run: RunConfig, rank: int)
     result = engine.step(next(own), lr=run.optimizer.lr)
     assert engine.loss_scale is not None
     has_changed = any(not torch.equal(before[name], local_part(p)) for name, p in engine.parameters.items())
-    return result.is_taken, engine.loss_scale.num_skipped, has_changed
+    return result.is_taken, engine.loss_scale.state(), has_changed
 
 
 def masked(batch: Batch) -> Batch:
@@ -168,7 +168,18 @@ def train_on_what_each_sees(parallel: ParallelContext, runs: list[RunConfig]) ->
 def evaluated(parallel: ParallelContext, run: RunConfig, split: Split = "valid") -> Evaluation:
     """What comes of the evaluation of the model that the run starts from."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    return Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(split, iteration=0)
+    evaluation = Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(split, iteration=0)
+    assert evaluation is not None
+    return evaluation
+
+
+def evaluated_until_rank_1_is_asked_to_stop(parallel: ParallelContext, run: RunConfig) -> Evaluation | None:
+    """What comes of an evaluation that goes on until its second batch."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    asked = iter([False, True])
+    return Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(
+        "valid", iteration=0, wants_stop=lambda: parallel.rank == 1 and next(asked)
+    )
 
 
 def trained_and_evaluated(parallel: ParallelContext, run: RunConfig) -> tuple[list[Step], list[Evaluation]]:

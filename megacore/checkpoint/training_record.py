@@ -67,6 +67,11 @@ class TrainingRecord:
     tensors: dict[str, StoredTensor]
     state: dict[str, Any]
 
+    @property
+    def run_id(self) -> str:
+        """Of the run that saved it."""
+        return str(self.state["run_id"])
+
     def to_json(self) -> dict[str, Any]:
         return {
             "iteration": self.iteration,

@@ -39,13 +39,21 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except MegacoreError as error:
-            click.echo(f"Error: {error}", err=True)
+            if error.rank is not None:
+                click.echo(f"Error on rank {error.rank}: {error}", err=True)
+            elif _speaks_for_its_node():
+                click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(128 + signal.SIGINT)
         except PermissionError as error:
             click.echo(f"Error: {error.strerror}: {error.filename}", err=True)
             ctx.exit(2)
+
+
+def _speaks_for_its_node() -> bool:
+    """Whether this is the first of the processes that torchrun or srun has started on this machine, or on its own."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

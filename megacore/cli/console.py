@@ -34,7 +34,7 @@ class Console:
     """Shows steps and evaluations. Where the panel is shown, it is there between entering and leaving this.
 
     Args:
-        log_interval: steps from one line to the next; the first and the last are always told.
+        log_interval: steps from one line to the next; the first here, the last, and where a run stops are told too.
         plain: lines only, on a terminal too.
     """
 
@@ -70,8 +70,8 @@ class Console:
             peak = with_unit(step.peak_flops_per_second)
             print_note(f"matrix products were measured at {peak}FLOP/s, which is what shares of the peak are of")
         self._losses.append(step.loss)
-        self._last = step
-        if step.iteration in (1, step.train_iters) or step.iteration % self.log_interval == 0:
+        is_first, self._last = self._last is None, step
+        if is_first or step.is_logged(self.log_interval):
             self._tell(step_line(step, seconds_left=self._pace.seconds_left(step)))
         for note in step.notes:
             self._note(note)
@@ -85,7 +85,7 @@ class Console:
         if self._live is None:
             print_note(note)
         else:
-            self._lines.append(f"Note: {note}.")
+            self._live.console.print(f"Note: {note}.", markup=False, highlight=False)
 
     def _tell(self, line: str) -> None:
         if self._live is None:

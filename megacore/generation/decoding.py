@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,12 +105,3 @@ def _at_first_rank(logits: Tensor, vocab_size: int, parallel: ParallelContext) -
     parts = [torch.empty_like(own) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
     dist.gather(own, parts, group=parallel.tp_group, group_dst=0)
     return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab_size]
-
-
-def told_by_first(value: Any, parallel: ParallelContext) -> Any:
-    """``value`` of the first tensor-parallel rank, on every one."""
-    if parallel.tp_mesh is None:
-        return value
-    told = [value]
-    dist.broadcast_object_list(told, group=parallel.tp_group, group_src=0, device=parallel.device)
-    return told[0]

@@ -15,12 +15,12 @@ from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.safetensors_file import DTYPES
 from megacore.data import Tokenizer
 from megacore.errors import GenerationError
-from megacore.generation.decoding import ENDED, decode, told_by_first
+from megacore.generation.decoding import ENDED, decode
 from megacore.generation.prompts import Prompt, PromptReader, end_ids, is_conversation
 from megacore.generation.sampling import Sampling
 from megacore.generation.text import TextStream
 from megacore.model import DecoderModel, load_model
-from megacore.parallel import ParallelContext, ParallelSizes, check_tensor_parallel, on_ranks
+from megacore.parallel import ParallelContext, ParallelSizes, check_tensor_parallel, on_ranks, told_by_first
 from megacore.parallel.launch import HALF_AN_HOUR
 from megacore.plugins import get_family
 
@@ -131,7 +131,7 @@ class TextGenerator:
         for first in range(0, len(texts), batch_size):
             batch = texts[first : first + batch_size]
             longest = max(min(len(text.prompt_ids) + limits.max_new_tokens, text.context) for text in batch)
-            told_by_first(([text.prompt_ids for text in batch], longest), self.parallel)
+            told_by_first(([text.prompt_ids for text in batch], longest), self.parallel, axis="tp")
             growing = list(batch)
 
             def choose(logits: Tensor) -> list[int]:
@@ -146,13 +146,13 @@ class TextGenerator:
 
     def follow(self) -> None:
         """Take part in what the first rank generates, until it calls :meth:`end`."""
-        while (told := told_by_first(None, self.parallel)) is not None:
+        while (told := told_by_first(None, self.parallel, axis="tp")) is not None:
             prompts, longest = told
             decode(self.model, prompts, longest, None)
 
     def end(self) -> None:
         """Let the other ranks return from :meth:`follow`."""
-        told_by_first(None, self.parallel)
+        told_by_first(None, self.parallel, axis="tp")
 
     def _end_ids(self, prompt: Prompt, limits: Limits) -> frozenset[int]:
         tokenizer = self.prompts.tokenizer

@@ -35,6 +35,7 @@ from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, owne
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
 from megacore.parallel.stopping import StopRequest, end_process, stop_requests
+from megacore.parallel.telling import holds_on_any, told_by_first
 
 __all__ = [
     "ONE_NODE",
@@ -63,6 +64,7 @@ __all__ = [
     "end_process",
     "forget_casts",
     "gathered",
+    "holds_on_any",
     "is_first_process",
     "join_parts",
     "launched_environment",
@@ -84,5 +86,6 @@ __all__ = [
     "stages_on_rank",
     "stop_requests",
     "token_scores",
+    "told_by_first",
     "vocab_parallel_logits",
 ]

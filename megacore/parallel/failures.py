@@ -14,16 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megacore import errors
 from megacore.errors import MegacoreError, WorkerError
+from megacore.parallel.context import ParallelContext
 
 _LET_THE_LAUNCHER_NOTICE = 2.0
 """Seconds that a rank stays after an error that may only be the echo of another rank's death."""
 
 _LOST_CONNECTION = re.compile(r"gloo/|torch\.distributed\.Dist\w+Error")
 """In the traceback of a rank that another one did not answer: gloo's errors name its source file, NCCL's have types."""
+
+
+_OWN, _ECHO = "own", "echo"
+"""Of a rank: it has failed by itself, or since another did not answer."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,54 @@ class Failure:
         if not (isinstance(kind, type) and issubclass(kind, MegacoreError)):
             kind = WorkerError
         return kind(self.message)
+
+
+@contextmanager
+def naming_the_silent(parallel: ParallelContext) -> Iterator[None]:
+    """Where the block fails on this rank of a group, tell the others; where they do not answer, say which.
+
+    For ranks that torchrun or srun has started, which no launcher of ours watches.
+
+    Raises:
+        WorkerError: when the block fails since others did not answer.
+        MegacoreError: what the block raises, with the rank that it is of.
+    """
+    try:
+        yield
+    except MegacoreError as error:
+        error.rank = parallel.rank
+        _tell_of_failure(parallel, _OWN)
+        raise
+    except Exception as error:
+        told = traceback.format_exc().rstrip()
+        if not _LOST_CONNECTION.search(told):
+            _tell_of_failure(parallel, _OWN)
+            raise
+        of_others = _tell_of_failure(parallel, _ECHO)
+        if failed := [rank for rank, kind in of_others.items() if kind == _OWN]:
+            who = f"rank {failed[0]}, which has failed"
+        else:
+            who = _named([rank for rank, kind in of_others.items() if kind is None], "")
+        failure = WorkerError(f"rank {parallel.rank} waited in vain for {who}:\n{told}")
+        failure.rank = parallel.rank
+        raise failure from error
+
+
+def _tell_of_failure(parallel: ParallelContext, kind: str) -> dict[int, str | None]:
+    """Tell the other ranks that this one has failed, by itself or as an ``_ECHO``; what they tell in a moment.
+
+    ``None`` stands for a rank that tells nothing; with nobody to ask, nothing is known of any.
+    """
+    if parallel.mesh is None:
+        return {}
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        names = {rank: f"megacore/failed/{rank}" for rank in range(parallel.sizes.world)}
+        store.set(names[parallel.rank], kind)
+        time.sleep(_LET_THE_LAUNCHER_NOTICE if kind == _ECHO else 0)
+        return {rank: store.get(name).decode() if store.check([name]) else None for rank, name in names.items()}
+    except (RuntimeError, OSError):  # the process that keeps the store is gone
+        return {}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megacore.errors import ConfigError, LayoutError
 from megacore.parallel.context import ParallelContext, local_device, process_group
-from megacore.parallel.failures import cause, has_cause, reporting, started_ranks
+from megacore.parallel.failures import cause, has_cause, naming_the_silent, reporting, started_ranks
 from megacore.parallel.nodes import ONE_NODE, Nodes, joined_nodes
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.slurm import srun_variables
@@ -73,7 +73,7 @@ def on_ranks(
     """
     if launched := launched_environment(nodes):
         os.environ.update(launched)
-        return _on_this_rank(_told_to_all, (function, arguments), sizes, timeout)
+        return _on_this_rank(_among_launched, (function, arguments), sizes, timeout)
     if sizes.world == nodes.count == 1:
         return function(ParallelContext.single(local_device()), *arguments)
     ranks_here, left_over = divmod(sizes.world, nodes.count)
@@ -160,6 +160,11 @@ def _told_to_all(parallel: ParallelContext, function: Callable[..., Any], argume
     if parallel.mesh is not None:
         dist.broadcast_object_list(result, src=0)
     return result[0]
+
+
+def _among_launched(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    with naming_the_silent(parallel):
+        return _told_to_all(parallel, function, arguments)
 
 
 def _on_started_rank(

@@ -35,18 +35,26 @@ class RunDirectory:
         self.versions_file = path / "versions.json"
         self.metrics_file = path / "metrics.jsonl"
 
-    def check(self, tables: Tables, *, is_resumed: bool = False) -> None:
+    def check(self, tables: Tables, *, resumed_run_id: str | None = None) -> None:
         """Refuse a directory that is another run's: nothing is overwritten, and two runs do not make one curve.
 
-        The same run may start in it again. So may one with other settings, if it ``is_resumed`` from a training
-        checkpoint, where its settings were looked at.
+        The same run may start in it again. One that goes on from a training checkpoint, where its settings were looked
+        at, may have other ones: it must be of the run that is there.
 
         Raises:
-            OutputError: says how the settings differ.
+            OutputError: says how the settings differ, or that another run's checkpoint is resumed.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"output.directory: {self.path} exists, and is not a directory")
-        if is_resumed or not self.run_file.is_file():
+        if not self.run_file.is_file():
+            return
+        if resumed_run_id is not None:
+            of_starts = {start["run_id"] for start in self.starts() if "run_id" in start}
+            if of_starts and resumed_run_id not in of_starts:
+                raise OutputError(
+                    f"output.directory: {self.path} holds another run than the one that goes on: give this one its own "
+                    "directory"
+                )
             return
         told = [
             f"{key} ({_told(before)} there, {_told(now)} here)"

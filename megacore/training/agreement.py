@@ -35,7 +35,7 @@ def require_agreement(checkpoint: Checkpoint, datasets: Mapping[str, Path], para
         return
     own = {
         "megacore and torch": f"{version('megacore')}, {torch.__version__}",
-        f"model.checkpoint {checkpoint.path}": _digest_of_weights(checkpoint),
+        f"the weights in {checkpoint.path}": _digest_of_weights(checkpoint),
     } | {f"{key} {prefix}": digest_of_dataset(prefix) for key, prefix in datasets.items()}
     of_all: list[dict[str, str]] = [{} for _ in range(parallel.sizes.world)]
     dist.all_gather_object(of_all, own)

@@ -20,7 +20,7 @@ from megacore.checkpoint.safetensors_file import DTYPE_NAMES
 from megacore.checkpoint.training_record import StoredTensor, TrainingRecord
 from megacore.checkpoint.writing import copy_tokenizer
 from megacore.errors import MegacoreError, OutputError
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, told_by_first
 from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.checkpoint_storage import SafetensorsWriter
 from megacore.training.engine import Engine
@@ -28,7 +28,7 @@ from megacore.training.placed_tensors import PlacedTensor
 from megacore.training.plan import model_specs_of
 from megacore.training.progress import Progress
 from megacore.training.run_state import restore_tensors, state_tensors, write_tensors
-from megacore.training.saving import ReservedOutput, told_by_rank_0, train_history
+from megacore.training.saving import ReservedOutput, train_history
 from megacore.training.starting_point import settings_of
 from megacore.training.step_guard import StepGuard
 
@@ -105,13 +105,17 @@ class RunCheckpoints:
         if self._engine.loss_scale is not None and training.state["loss_scale"] is not None:
             self._engine.loss_scale.restore(training.state["loss_scale"])
         self._guard.restore(training.state["guard"])
-        if self._parallel.rank == 0 and checkpoint.path.parent == self.directory.path.resolve():
-            self._take_directory()
-            for path in self.directory.set_aside_after(training.iteration):
-                self._notes.append(f"a checkpoint after iteration {training.iteration} is kept as {path}")
         if checkpoint.path.parent.resolve() == self.directory.path.resolve():
             self._saved_iteration = training.iteration
-        return Progress(iteration=training.iteration, num_samples=training.num_samples)
+            if self._parallel.rank == 0:
+                self._take_directory()
+                for path in self.directory.set_aside_after(training.iteration):
+                    self._notes.append(f"a checkpoint after iteration {training.iteration} is kept as {path}")
+        return Progress(
+            iteration=training.iteration,
+            num_samples=training.num_samples,
+            evaluated_after=training.state["evaluated_after"],
+        )
 
     def is_due(self, iteration: int) -> bool:
         """Whether the run file asks for a checkpoint after ``iteration``."""
@@ -128,7 +132,7 @@ class RunCheckpoints:
         if self._saved_iteration == progress.iteration:
             return out
         self._take_directory()
-        record = TrainingRecord(progress.iteration, progress.num_samples, {}, self._state())
+        record = TrainingRecord(progress.iteration, progress.num_samples, {}, self._state(progress))
         writes_beside = self._settings.asynchronous and not waits
         tensors = state_tensors(self._engine)
         if writes_beside:
@@ -189,7 +193,7 @@ class RunCheckpoints:
             f"failed: {error}. Training goes on, and the earlier ones are as they were"
         )
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, progress: Progress) -> dict[str, Any]:
         engine = self._engine
         return {
             "run_id": self.run_id,
@@ -198,6 +202,7 @@ class RunCheckpoints:
             "sizes": asdict(self._parallel.sizes),
             "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state(),
             "guard": self._guard.state(),
+            "evaluated_after": progress.evaluated_after,
         }
 
     def _copied(self, tensors: dict[str, PlacedTensor]) -> dict[str, PlacedTensor]:
@@ -247,11 +252,11 @@ class RunCheckpoints:
             self._notes.append(f"an old checkpoint could not be removed: {error.strerror} ({error.filename})")
 
 
-def run_id_of(resumed: Checkpoint | None, parallel: ParallelContext) -> str:
-    """What tells the run apart that ``resumed`` is of, or a new one."""
-    if resumed is not None and resumed.manifest.training is not None:
-        return str(resumed.manifest.training.state["run_id"])
-    return told_by_rank_0(uuid.uuid4().hex, parallel)
+def run_id_of(resumed: TrainingRecord | None, parallel: ParallelContext) -> str:
+    """What tells the run apart that goes on with ``resumed``, or a new one. For all ranks."""
+    if resumed is not None:
+        return resumed.run_id
+    return told_by_first(uuid.uuid4().hex, parallel)
 
 
 class _Background(threading.Thread):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megacore.checkpoint import Checkpoint
 from megacore.data import MixedSamples, Split
+from megacore.parallel import holds_on_any
 from megacore.training.batches import Batch, batch_of, open_samples
 from megacore.training.engine import Engine
 from megacore.training.metrics import LOSS, TokenScores, metrics_of
@@ -62,8 +63,12 @@ class Evaluator:
         self._metrics = {"loss": LOSS} | metrics
         self._opened: dict[Split, tuple[MixedSamples, MixedSamples | None]] = {}
 
-    def evaluate(self, split: Split, *, iteration: int) -> Evaluation:
+    def evaluate(
+        self, split: Split, *, iteration: int, wants_stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
         """Evaluate the model as it is after ``iteration`` steps. For all processes, which return the same.
+
+        ``wants_stop`` is asked between batches; where it says so on any process, nothing comes of the evaluation.
 
         Raises:
             DataError: when a token id is beyond the vocabulary.
@@ -71,6 +76,8 @@ class Evaluator:
         parallel = self.engine.parallel
         sums = torch.zeros(len(self._metrics), 2, dtype=torch.float64, device=parallel.device)
         for scored in prefetched(self._batches(split), self.run.data.prefetch):
+            if holds_on_any(wants_stop(), parallel):
+                return None
             scores = self.engine.score(scored.batch)
             if scores is not None and parallel.tp_rank == 0 and scored.num_samples:  # the first of them counts
                 sums += self._sums(scores[: scored.num_samples], scored)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import time
 
-import torch
-import torch.distributed as dist
-
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, holds_on_any
 from megacore.training.progress import Progress
 from megacore.training.training_section import TrainingSection
 
@@ -27,15 +24,8 @@ class Exits:
     def reason(self, progress: Progress) -> str | None:
         """What ends the run here; ``None`` if nothing does. For all processes, which return the same."""
         minutes, interval = self.settings.exit_duration_in_mins, self.settings.exit_interval
-        if minutes is not None and self._on_any(time.monotonic() - self._started >= 60 * minutes):
+        if minutes is not None and holds_on_any(time.monotonic() - self._started >= 60 * minutes, self.parallel):
             return f"training.exit_duration_in_mins ({minutes:g})"
         if interval is not None and progress.iteration % interval == 0:
             return f"training.exit_interval ({interval})"
         return None
-
-    def _on_any(self, is_so: bool) -> bool:
-        if self.parallel.mesh is None:
-            return is_so
-        of_any = torch.tensor(is_so, dtype=torch.int32, device=self.parallel.device)
-        dist.all_reduce(of_any, op=dist.ReduceOp.MAX)
-        return bool(of_any)

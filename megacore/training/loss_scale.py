@@ -12,13 +12,11 @@ class LossScale:
 
     Attributes:
         factor: on the loss of the next step.
-        num_skipped: steps that overflowed, and were not taken.
     """
 
     def __init__(self, settings: LossScaleSection) -> None:
         self.settings = settings
         self.factor = settings.initial
-        self.num_skipped = 0
         self._steps_since_change = 0
         self._overflows_left = settings.hysteresis
 
@@ -29,7 +27,6 @@ class LossScale:
 
     def overflowed(self) -> None:
         """A step was not taken, since its gradients were not finite."""
-        self.num_skipped += 1
         self._steps_since_change = 0
         self._overflows_left -= 1
         if self._overflows_left <= 0:
@@ -47,7 +44,6 @@ class LossScale:
         """JSON for :meth:`restore`."""
         return {
             "factor": self.factor,
-            "num_skipped": self.num_skipped,
             "steps_since_change": self._steps_since_change,
             "overflows_left": self._overflows_left,
         }
@@ -55,6 +51,5 @@ class LossScale:
     def restore(self, state: Mapping[str, float]) -> None:
         """Go on from what :meth:`state` was."""
         self.factor = float(state["factor"])
-        self.num_skipped = int(state["num_skipped"])
         self._steps_since_change = int(state["steps_since_change"])
         self._overflows_left = int(state["overflows_left"])

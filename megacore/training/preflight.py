@@ -8,6 +8,7 @@ from typing import Any
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.staging import require_absent
+from megacore.checkpoint.training_record import TrainingRecord
 from megacore.data import DatasetDescription, InstructionDescription, InstructionSamples, MixedSamples, Split
 from megacore.errors import ConfigError
 from megacore.model.kernels import describe_kernels
@@ -17,7 +18,7 @@ from megacore.training.batches import open_samples
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig
-from megacore.training.saving import is_result_of
+from megacore.training.saving import is_result_of, kept_as
 from megacore.training.span import spans_of
 from megacore.training.starting_point import StartingPoint, changes
 
@@ -39,15 +40,15 @@ def check_and_describe(run: RunConfig, start: StartingPoint, checkpoint: Checkpo
         OutputError: the output exists.
     """
     samples = {split: open_samples(run, checkpoint, split) for split in run.data.splits}
-    progress, training = Progress(), checkpoint.manifest.training
-    if start.is_resumed and training is not None:
-        progress = Progress(iteration=training.iteration, num_samples=training.num_samples)
+    progress, resumed = Progress(), start.resumed(checkpoint)
+    if resumed is not None:
+        progress = Progress(iteration=resumed.iteration, num_samples=resumed.num_samples)
     train_iters = spans_of(run, samples["train"].samples_per_epoch, progress).train_iters
     told: list[str] = []
-    if start.is_resumed:
-        told += _going_on(run, start, checkpoint, train_iters)
-    if not (start.is_resumed and is_result_of(run.output.checkpoint, checkpoint)):
-        require_absent(run.output.checkpoint)
+    if resumed is not None:
+        told += _going_on(run, start, resumed, train_iters)
+    out = run.output.checkpoint
+    require_absent(kept_as(out) if resumed is not None and is_result_of(out, checkpoint) else out)
     told += _notes(run, checkpoint)
     told += _describe_data(run, samples, train_iters)
     return told
@@ -63,14 +64,19 @@ def settings_to_agree_on(run: RunConfig, start: StartingPoint) -> dict[str, Any]
     return settings | {"what the run begins with": start.told}
 
 
-def _going_on(run: RunConfig, start: StartingPoint, checkpoint: Checkpoint, train_iters: int) -> Iterator[str]:
+def _going_on(run: RunConfig, start: StartingPoint, training: TrainingRecord, train_iters: int) -> Iterator[str]:
     """Refuse to resume a run that is over, or with other data; what has changed."""
-    training, out = checkpoint.manifest.training, run.output.checkpoint
-    assert training is not None
+    out = run.output.checkpoint
     if training.iteration > train_iters or (training.iteration == train_iters and out.exists()):
         raise ConfigError(
             f"{start.path} is after iteration {training.iteration}, and the run is of {train_iters} iterations: it is "
             "over; make it longer to go on, with training.train_iters for example"
+        )
+    if training.iteration == train_iters and training.state["guard"]["is_over"]:
+        raise ConfigError(
+            f"{start.path} is after the last iteration, and the {training.state['guard']['num_in_a_row']} steps up to "
+            "it were skipped: there is nothing to go on with. `megacore export` writes the weights as they were before "
+            "these steps; or make the run longer, with training.train_iters for example"
         )
     yield f"going on after iteration {training.iteration}, from {start.path}"
     yield from changes(run, training, {key: digest_of_dataset(prefix) for key, prefix in run.data.files().items()})

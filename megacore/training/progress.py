@@ -12,7 +12,9 @@ class Progress:
     Attributes:
         iteration: steps done, those that were skipped included.
         num_samples: samples seen; the next step begins with the sample of this number.
+        evaluated_after: the iteration of the last evaluation that was completed.
     """
 
     iteration: int = 0
     num_samples: int = 0
+    evaluated_after: int = 0

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
@@ -19,7 +19,7 @@ from megacore.training.loggers import LoggedRun, Logger, check_loggers, open_log
 from megacore.training.resolved import resolved_tables
 from megacore.training.run_config import RunConfig
 from megacore.training.step import Step
-from megacore.training.versions import describe_versions
+from megacore.training.versions import describe_versions, devices_of_all
 
 if TYPE_CHECKING:
     from megacore.training.evaluation import Evaluation
@@ -35,8 +35,12 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 """In the name of an environment variable whose value is never shown."""
 
 
-def check_run_log(run: RunConfig, *, is_resumed: bool = False) -> None:
+def check_run_log(run: RunConfig, *, resumed_run_id: str | None = None) -> None:
     """Refuse what could not be told of the run, before anything is loaded.
+
+    Args:
+        run: to be told of.
+        resumed_run_id: of the run that it goes on with, if it does.
 
     Raises:
         ConfigError: a logger is not there.
@@ -44,7 +48,7 @@ def check_run_log(run: RunConfig, *, is_resumed: bool = False) -> None:
     """
     check_loggers(run.logging.loggers, directory=run.output.directory)
     if run.output.directory is not None:
-        RunDirectory(run.output.directory).check(resolved_tables(run), is_resumed=is_resumed)
+        RunDirectory(run.output.directory).check(resolved_tables(run), resumed_run_id=resumed_run_id)
 
 
 def is_watched(run: RunConfig) -> bool:
@@ -53,8 +57,12 @@ def is_watched(run: RunConfig) -> bool:
 
 
 @contextmanager
-def opened_log(run: RunConfig, parallel: ParallelContext, *, iteration: int = 0) -> Iterator[RunLog]:
+def opened_log(
+    run: RunConfig, parallel: ParallelContext, *, iteration: int = 0, about_start: Mapping[str, Any] | None = None
+) -> Iterator[RunLog]:
     """The log of a run that starts after ``iteration``. For all ranks; those after the first tell nobody.
+
+    ``about_start`` is kept in the run's directory, beside the versions.
 
     Raises:
         OutputError: the run's directory cannot be written, or another run is writing it.
@@ -63,7 +71,7 @@ def opened_log(run: RunConfig, parallel: ParallelContext, *, iteration: int = 0)
     if not is_watched(run):
         yield RunLog()
         return
-    versions = describe_versions(parallel)
+    devices = devices_of_all(parallel)
     if parallel.rank > 0:
         yield RunLog()
         return
@@ -72,7 +80,8 @@ def opened_log(run: RunConfig, parallel: ParallelContext, *, iteration: int = 0)
     with ExitStack() as opened:
         if run.output.directory is not None:
             directory = RunDirectory(run.output.directory)
-            directory.create(tables, versions, iteration=iteration)
+            versions = describe_versions() | {"layout": str(parallel.sizes), "devices": devices}
+            directory.create(tables, versions | dict(about_start or {}), iteration=iteration)
             told.file = Guarded("metrics.jsonl", MetricsFile(directory.metrics_file))
             opened.callback(told.file.attempt, "close", told.file.target.close)
             told.file.target.start(iteration)
@@ -137,7 +146,7 @@ class RunLog:
 
     Attributes:
         file: the metrics of the run's directory, if it has one; of every step.
-        loggers: are told of every ``log_interval``-th step, of the first and of the last.
+        loggers: are told of every ``log_interval``-th step; see :meth:`Step.is_logged`.
     """
 
     def __init__(self, *, log_interval: int = 1) -> None:
@@ -151,7 +160,7 @@ class RunLog:
         what = f"iteration {step.iteration}"
         if self.file is not None:
             self.file.attempt(what, partial(self.file.target.step, step.iteration, values))
-        if is_logged(step, self._log_interval):
+        if step.is_logged(self._log_interval):
             self._tell_loggers({f"train/{name}": value for name, value in values.items()}, step.iteration)
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -165,11 +174,6 @@ class RunLog:
     def _tell_loggers(self, values: Mapping[str, float], iteration: int) -> None:
         for logger in self.loggers:
             logger.attempt(f"iteration {iteration}", partial(logger.target.log, values, iteration=iteration))
-
-
-def is_logged(step: Step, log_interval: int) -> bool:
-    """Whether somebody who is told of every ``log_interval``-th step is told of this one."""
-    return step.iteration in (1, step.train_iters) or step.iteration % log_interval == 0
 
 
 def values_of(step: Step) -> dict[str, float]:

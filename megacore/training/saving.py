@@ -20,7 +20,7 @@ from megacore.checkpoint.staging import reported_as_output_error, require_absent
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
 from megacore.errors import CheckpointError, OutputError
 from megacore.model import DecoderModel
-from megacore.parallel import ParallelContext, ParameterSpec, Stage, gathered, parameter_specs
+from megacore.parallel import ParallelContext, ParameterSpec, Stage, gathered, parameter_specs, told_by_first
 
 Entry = TypeVar("Entry")
 
@@ -52,7 +52,7 @@ def reserve_output(
     """
     if parallel.rank > 0:
         with reported_as_output_error(out):
-            staging = Path(told_by_rank_0("", parallel))
+            staging = Path(told_by_first("", parallel))
             if not staging.is_dir():
                 raise OutputError(
                     f"rank {parallel.rank} does not see {staging}, which rank 0 has created: the output must lie on a "
@@ -64,7 +64,7 @@ def reserve_output(
     with staged_directory(out) as staging:
         require_space(staging, num_bytes, out)
         tokenizer = copy_tokenizer(started_from.tokenizer_files(), staging)
-        yield ReservedOutput(out, Path(told_by_rank_0(str(staging), parallel)), tokenizer)
+        yield ReservedOutput(out, Path(told_by_first(str(staging), parallel)), tokenizer)
     _wait_for_all(parallel)
 
 
@@ -75,16 +75,24 @@ def is_result_of(out: Path, checkpoint: Checkpoint) -> bool:
         history = read_manifest(out).history
     except CheckpointError:
         return False
-    return training is not None and bool(history) and history[-1].get("run_id") == training.state["run_id"]
+    return training is not None and bool(history) and history[-1].get("run_id") == training.run_id
 
 
 def keep_earlier_result(out: Path, checkpoint: Checkpoint) -> None:
-    """Rename ``out`` where :func:`is_result_of` holds, to make room for what more iterations make."""
+    """Rename ``out`` where :func:`is_result_of` holds, to make room for what more iterations make.
+
+    Raises:
+        OutputError: when there is something of that name.
+    """
     if is_result_of(out, checkpoint):
-        iterations = read_manifest(out).history[-1]["iterations"]
-        kept = out.with_name(f"{out.name}-iteration-{iterations:07d}")
+        kept = kept_as(out)
         require_absent(kept)
         out.rename(kept)
+
+
+def kept_as(out: Path) -> Path:
+    """The name that the result ``out`` is given when its run goes on."""
+    return out.with_name(f"{out.name}-iteration-{read_manifest(out).history[-1]['iterations']:07d}")
 
 
 def save_stages(
@@ -139,9 +147,14 @@ def save_stages(
 
 
 def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The history of what is trained from ``started_from``: one entry a run, however often it was resumed."""
-    earlier = [entry for entry in started_from.manifest.history if entry.get("run_id", "") != details["run_id"]]
-    return (*earlier, history_entry("train", source=str(started_from.path), **details))
+    """The history of what is trained from ``started_from``: one entry a run, however often it was resumed.
+
+    Its source is what the run began with.
+    """
+    history = started_from.manifest.history
+    own = next((entry for entry in history if entry.get("run_id") == details["run_id"]), None)
+    source = str(started_from.path) if own is None else own["source"]
+    return (*(entry for entry in history if entry is not own), history_entry("train", source=source, **details))
 
 
 def _output_tensors(
@@ -167,15 +180,6 @@ def _output_tensors(
         shape = specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)
         tensors.append(OutputTensor(name, shape, parameter.dtype, matrix))
     return tensors
-
-
-def told_by_rank_0(text: str, parallel: ParallelContext) -> str:
-    """What rank 0 says, on every rank."""
-    if parallel.mesh is None:
-        return text
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _gather(own: dict[str, Entry], parallel: ParallelContext) -> dict[str, Entry]:

@@ -87,6 +87,10 @@ class StartingPoint:
             )
         return cls(path, is_resumed=checkpoint.manifest.training is not None)
 
+    def resumed(self, checkpoint: Checkpoint) -> TrainingRecord | None:
+        """What the run goes on with, of the ``checkpoint`` in ``path``; ``None`` where it begins with its weights."""
+        return checkpoint.manifest.training if self.is_resumed else None
+
     @property
     def told(self) -> str:
         """For a comparison of what all nodes begin with."""

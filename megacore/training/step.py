@@ -18,7 +18,8 @@ class Step:
         tokens_per_second: that were computed, padding among them, all ranks together, in the whole step, which begins
             with waiting for its batch.
         loss_scale: in fp16, the factor on the loss of the next step.
-        num_skipped: steps up to this one that were not taken, since loss or gradient were not finite, or a spike.
+        num_skipped: steps up to this one that were not taken, since loss or gradient were not finite, or a spike;
+            those of ``training.skip_iters`` do not count.
         batch_size: samples of the global batch.
         is_taken: whether the weights changed; not in ``training.skip_iters``, nor where the step was skipped.
         num_tokens: that were computed.
@@ -45,3 +46,9 @@ class Step:
     peak_flops_per_second: float | None = None
     stopped_by: str | None = None
     notes: tuple[str, ...] = ()
+
+    def is_logged(self, log_interval: int) -> bool:
+        """Whether it is told to who is told of every ``log_interval``-th, the first, the last and where a run stops."""
+        return (
+            self.iteration in (1, self.train_iters) or self.iteration % log_interval == 0 or self.stopped_by is not None
+        )

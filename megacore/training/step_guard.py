@@ -56,6 +56,7 @@ class StepGuard:
         return {
             "num_skipped": self.num_skipped,
             "num_in_a_row": self.num_in_a_row,
+            "is_over": self.is_over,
             "losses": list(self._losses),
             "norms": list(self._norms),
         }
@@ -63,8 +64,6 @@ class StepGuard:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` was; who resumes a run that had skipped too many gives it as many again."""
         self.num_skipped = int(state["num_skipped"])
-        self.num_in_a_row = int(state["num_in_a_row"])
-        if self.is_over:
-            self.num_in_a_row = 0
+        self.num_in_a_row = 0 if state["is_over"] else int(state["num_in_a_row"])
         self._losses.extend(state["losses"])
         self._norms.extend(state["norms"])

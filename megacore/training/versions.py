@@ -18,15 +18,20 @@ from megacore.parallel import ParallelContext
 from megacore.plugins import default_registry
 
 
-def describe_versions(parallel: ParallelContext) -> dict[str, Any]:
-    """What runs here, as JSON. For all ranks.
+def devices_of_all(parallel: ParallelContext) -> dict[str, int]:
+    """How many processes compute on which device. For all ranks."""
+    names = [_device_name(parallel.device)] * parallel.sizes.world
+    if parallel.mesh is not None:
+        dist.all_gather_object(names, _device_name(parallel.device))
+    return dict(Counter(names))
+
+
+def describe_versions() -> dict[str, Any]:
+    """What runs here, as JSON.
 
     Nothing is taken from the environment, and of a git repository nothing but the revision, since the address of a
     remote may hold a password.
     """
-    names = [_device_name(parallel.device)] * parallel.sizes.world
-    if parallel.mesh is not None:
-        dist.all_gather_object(names, _device_name(parallel.device))
     package = Path(__file__).parents[1]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,8 +41,6 @@ def describe_versions(parallel: ParallelContext) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "plugins": {record.distribution: record.version for record in default_registry().plugins if record.hooks},
-        "devices": dict(Counter(names)),
-        "layout": str(parallel.sizes),
         "git": {
             # Installed within somebody's repository it is no part of that.
             "megacore": _revision(package) if _git(package, "ls-files", "--error-unmatch", "__init__.py") else None,
