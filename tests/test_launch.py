@@ -120,7 +120,10 @@ def test_a_rank_that_leaves_in_the_middle_of_its_work_is_named_with_how(number, 
         on_ranks(exiting_on, 1, number, sizes=ParallelSizes(tp=2))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.soak), pytest.param(signal.SIGINT, id="SIGINT")],
+)
 def test_a_signal_to_the_launching_process_ends_the_ranks_which_clean_up(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "launched", "sleep", tmp_path / "rank"], cwd=TESTS, stderr=subprocess.PIPE

@@ -179,6 +179,7 @@ def test_the_script_trains_on_two_processes_of_one_machine(place, tmp_path):
     assert_trained_as_by_one_process(place, tmp_path / "out")
 
 
+@pytest.mark.soak
 def test_the_script_started_twice_on_one_machine_trains_on_two_nodes(place, tmp_path):
     options = ("--tp", "2", "--nodes", "2", "--addr", "localhost", "--port", str(free_port()))
 

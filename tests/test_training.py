@@ -615,13 +615,16 @@ def elsewhere(place, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("sizes", [ParallelSizes(dp_replicate=2), ParallelSizes(tp=2)], ids=["dp 2", "tp 2"])
-@pytest.mark.parametrize(("key", "name"), [("data.prefix", "data"), ("model.checkpoint", "checkpoint")])
+@pytest.mark.parametrize(
+    ("key", "name", "told"),
+    [("data.prefix", "data", r"data\.prefix "), ("model.checkpoint", "checkpoint", "the weights in ")],
+)
 def test_processes_that_see_other_weights_or_data_under_the_same_name_do_not_train(
-    ranks, place, elsewhere, tmp_path, key, name, sizes
+    ranks, place, elsewhere, tmp_path, key, name, told, sizes
 ):
     runs = [run_of(place, tmp_path / "out"), run_of(place, tmp_path / "out", f"{key}={elsewhere / name}")]
 
-    with pytest.raises(RankError, match=rf"ConfigError: rank 1 does not see the same as rank 0 in {key} "):
+    with pytest.raises(RankError, match=rf"ConfigError: rank 1 does not see the same as rank 0 in {told}"):
         ranks.run(train_on_what_each_sees, runs, sizes=sizes)
     assert not (tmp_path / "out").exists()
 
