@@ -150,6 +150,21 @@ def test_merge_keeps_the_sequences_of_documents(tmp_path):
     assert IndexedDataset(tmp_path / "all").document_indices.tolist() == [0, 2, 3, 4]
 
 
+def test_merge_takes_what_follows_the_last_boundary_for_a_document_and_copies_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacore.data.indexed_dataset._COPIED_AT_ONCE", 4)
+    with IndexedDatasetWriter(tmp_path / "d", "uint16") as writer:
+        writer.add_document([1, 2], [3])
+        writer.add_document([4, 5, 6], [7, 8, 9])
+    unmarked = (tmp_path / "d.idx").read_bytes()
+    (tmp_path / "d.idx").write_bytes(unmarked[:26] + (2).to_bytes(8, "little") + unmarked[34:-8])
+
+    call("merge", tmp_path / "d", tmp_path / "d", "--out", tmp_path / "all")
+
+    merged = IndexedDataset(tmp_path / "all")
+    assert [ids.tolist() for ids in merged] == [[1, 2], [3], [4, 5, 6], [7, 8, 9]] * 2
+    assert merged.document_indices.tolist() == [0, 2, 4, 6, 8]
+
+
 def test_merge_describes_what_it_wrote_where_all_were_described(tmp_path):
     one, two = tokenized(tmp_path, "one", "one two"), tokenized(tmp_path, "two", "three")
     call("merge", one, two, "--out", tmp_path / "all")

@@ -68,6 +68,15 @@ def test_many_documents_at_once_are_written_as_one_after_the_other(prefix):
     assert Path(f"{prefix}.bin").read_bytes() == TOKENS
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_sequence_beyond_what_the_format_can_say_is_refused(prefix, monkeypatch, at_once):
+    monkeypatch.setattr("megacore.data.indexed_dataset._LONGEST_SEQUENCE", 3)
+
+    beyond = pytest.raises(DataError, match="a sequence of 4 ids; the format ends at 3")
+    with beyond, IndexedDatasetWriter(prefix, "uint16") as writer:
+        writer.add_documents(np.arange(7), np.array([3, 4])) if at_once else writer.add_document([5, 6, 7, 8])
+
+
 def test_the_pointers_that_are_written_above_2_gib_do_not_wrap_around(prefix):
     # Without the tokens, which would take the room.
     writer, file, size = IndexedDatasetWriter(prefix, "uint16"), io.BytesIO(), 3 * 2**28

@@ -218,6 +218,7 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
     monkeypatch.setattr(engine, "encode", wrong_for(engine, "wrong here"))
     notes: list[str] = []
     advanced: list[int] = []
+    documents: list[int] = []
     summary = tokenize(
         source,
         tokenizer=tokenizer,
@@ -226,6 +227,7 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
         workers=1,
         report=notes.append,
         advance=advanced.append,
+        advance_documents=documents.append,
     )
     expected = sentencepiece_ids(tokenizer, texts) if kind == "mistral" else json_ids(tokenizer, texts)
     assert documents_of(tmp_path / "out") == expected
@@ -235,6 +237,7 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
     assert "different ids; all is tokenized again with" in note
     assert summary.engine == load_tokenizer(tokenizer).library
     assert sum(advanced) == source.stat().st_size
+    assert sum(documents) == len(texts)
 
 
 def test_a_disagreement_is_told_with_its_line_also_after_blank_ones(smollm2, tmp_path, monkeypatch):

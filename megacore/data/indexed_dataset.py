@@ -23,7 +23,7 @@ import struct
 import uuid
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _LONGEST_SEQUENCE = 2**31 - 1
 _CHECKED_AT_ONCE = 1 << 20
+_COPIED_AT_ONCE = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -116,6 +117,18 @@ class IndexedDatasetWriter:
         first = len(self._sizes)
         self._sizes.frombytes(lengths.astype(np.int32).tobytes())
         self._document_indices.frombytes(np.arange(first + 1, len(self._sizes) + 1, dtype=np.int64).tobytes())
+
+    def add_dataset(self, dataset: IndexedDataset, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Append all documents of another dataset; ``advance`` is told of every few bytes of its ids."""
+        for start in range(0, dataset.num_tokens, _COPIED_AT_ONCE):
+            ids = dataset.tokens(start, min(start + _COPIED_AT_ONCE, dataset.num_tokens))
+            stored = self._stored(ids)
+            with _output_errors(self.prefix):
+                self._bin.write(stored.data)
+            advance(ids.nbytes)
+        first = len(self._sizes)
+        self._sizes.frombytes(dataset.sizes.astype(np.int32).tobytes())
+        self._document_indices.frombytes((dataset.document_boundaries()[1:] + first).astype(np.int64).tobytes())
 
     def describe(self, text: str) -> None:
         """Have ``PREFIX.json`` written with this text; it is in place before the dataset is."""
@@ -268,11 +281,14 @@ class IndexedDataset:
     def document_lengths(self) -> NDArray[np.int64]:
         """The ids in each document, ``[num_documents]``."""
         starts = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
+        return np.diff(starts[self.document_boundaries()])
+
+    def document_boundaries(self) -> NDArray[np.int64]:
+        """Document ``d`` is the sequences from the ``d``-th of these up to the next: ``[num_documents + 1]``."""
         if len(self.document_indices) == 1:
-            return np.diff(starts)
+            return np.arange(len(self) + 1)
         is_whole = self.document_indices[-1] == len(self)
-        boundaries = self.document_indices if is_whole else np.append(self.document_indices, len(self))
-        return np.diff(starts[boundaries])
+        return self.document_indices if is_whole else np.append(self.document_indices, len(self))
 
     def documents(self) -> Iterator[list[NDArray[Any]]]:
         """The sequences of each document."""
