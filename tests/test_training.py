@@ -349,7 +349,8 @@ def test_all_mistakes_of_a_run_file_are_told_at_once(place, tmp_path):
         ("optimizer.lr.x=1", r"--set takes section\.key=value"),
         ("optimizer.=1", r"--set takes section\.key=value"),
         ("optimizer.learning_rate=1", r"optimizer\.learning_rate is unknown"),
-        ("optimiser.lr=1", r"optimiser is unknown; did you mean optimizer\?"),
+        ("optimiser.lr=1", r"optimiser is unknown; did you mean optimizer\? \(given beside the file\)$"),
+        ("optimizer.lrr=1", r"optimizer\.lrr is unknown; did you mean lr\? \(given beside the file\)$"),
         ("optimizer.lr=fast", r"optimizer\.lr: .*, not 'fast'"),
     ],
 )

@@ -397,16 +397,22 @@ def read_run_config(file: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"the run file {file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
-    for override in overrides:
-        _apply(document, override)
+    overridden = {_apply(document, override) for override in overrides}
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
-        problems = "\n".join(f"  {_describe(dict(problem))}" for problem in error.errors())
-        raise ConfigError(f"{file} is not a valid run file:\n{problems}") from error
+        problems = []
+        for problem in error.errors():
+            section = str(problem["loc"][0]) if len(problem["loc"]) == 1 else None
+            is_overridden = ".".join(map(str, problem["loc"][:2])) in overridden or (
+                problem["type"] == "extra_forbidden" and section in {path.partition(".")[0] for path in overridden}
+            )
+            problems.append(f"  {_describe(dict(problem))}{' (given beside the file)' if is_overridden else ''}")
+        raise ConfigError("\n".join([f"{file} is not a valid run file:", *problems])) from error
 
 
-def _apply(document: dict[str, Any], override: str) -> None:
+def _apply(document: dict[str, Any], override: str) -> str:
+    """Put an override into ``document``; return its ``section.key``."""
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not equals or not dot or not key or "." in key:
@@ -419,6 +425,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not isinstance(table, dict):
         raise ConfigError(f"--set {override}: {section} is {table!r} in the run file, and must be a table")
     table[key] = value
+    return f"{section}.{key}"
 
 
 def _describe(problem: dict[str, Any]) -> str:
