@@ -173,7 +173,7 @@ def test_a_step_begins_with_waiting_for_its_batch_and_ends_before_what_is_done_b
             advance(3.0)
             yield batch
 
-    monkeypatch.setattr("megacore.training.loop.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("megacore.training.stepping.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("megacore.training.loop.batches", slow_batches)
     run = chat_run(chats, tmp_path / "out", "data.prefetch=0", "logging.measure_peak=false")
 
