@@ -65,9 +65,26 @@ def test_the_time_left_follows_from_the_steps_so_far_not_the_first(capsys, monke
     assert third.endswith("| 49 min 51 s left")  # 997 of 3
 
 
-def test_every_nth_step_is_told_and_the_first_and_the_last(capsys):
-    lines = shown(capsys, Console(log_interval=3), *map(a_step, (1, 2, 3, 4, 5, 6, 1000)))
-    assert [int(re.match(r"iteration +(\d+)", line)[1]) for line in lines] == [1, 3, 6, 1000]
+@pytest.mark.parametrize("first", [1, 11], ids=["begun", "resumed"])
+def test_every_nth_step_is_told_and_the_first_and_the_last_and_where_the_run_stops(capsys, first):
+    steps = [a_step(number) for number in (first, 12, 13, 14, 15, 16, 1000)]
+    steps[2] = a_step(13, stopped_by="SIGTERM")
+
+    lines = shown(capsys, Console(log_interval=3), *steps)
+
+    assert [int(re.match(r"iteration +(\d+)", line)[1]) for line in lines] == [first, 12, 13, 15, 1000]
+
+
+def test_a_note_is_whole_however_narrow_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    note = "NO CHECKPOINT was saved after iteration 7: there is no room for [3 MB] in /a/long/path/of/directories"
+    with Console() as console:
+        console(a_step(7, notes=(note,)))
+        for number in range(8, 30):
+            console(a_step(number))
+
+    assert f"Note: {note}." in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_evaluation_is_a_line(capsys):
