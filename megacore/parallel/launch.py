@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -29,7 +30,7 @@ from megacore.parallel.failures import cause, has_cause, naming_the_silent, repo
 from megacore.parallel.nodes import ONE_NODE, Nodes, joined_nodes
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.slurm import srun_variables
-from megacore.parallel.stopping import SIGNALS, LeaveCleanly, end_process
+from megacore.parallel.stopping import SAME_REQUEST, SIGNALS, LeaveCleanly, end_process
 
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 """The loggers of torch's launcher begin with this."""
@@ -193,7 +194,7 @@ def _reporting(
 
 @contextmanager
 def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
-    """Pass a SIGTERM or SIGINT on to the ranks, once, as a SIGTERM; a second one ends them, and this process, at once.
+    """Pass a SIGTERM or SIGINT on to the ranks, once, as a SIGTERM; a later one ends them, and this process, at once.
 
     Yields the signals that came. The ranks are born with them blocked, so that none is lost while they import torch,
     nor ends that with a traceback: a terminal sends its SIGINT to them too.
@@ -202,11 +203,15 @@ def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be taken
         yield received
         return
+    received_at = 0.0
     is_over = threading.Event()
 
     def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal received_at
         received.append(number)
-        if len(received) > 1:
+        if len(received) == 1:
+            received_at = time.monotonic()
+        elif time.monotonic() - received_at > SAME_REQUEST:
             for rank in multiprocessing.active_children():
                 rank.kill()
             raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))

@@ -18,7 +18,7 @@ from megacore.signals import Leave
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a process to stop."""
 
-_SAME_REQUEST = 1.0
+SAME_REQUEST = 1.0
 """Seconds in which a signal that comes again is the same request: a batch system's goes to launcher and ranks alike."""
 
 
@@ -78,7 +78,7 @@ def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
                 _tell(
                     f"Note: {request.signal.name}: stopping after this step, with a checkpoint; again ends at once.\n"
                 )
-        elif now - request.received_at > _SAME_REQUEST:
+        elif now - request.received_at > SAME_REQUEST:
             end_process(128 + number)
 
     taken = [number for number in SIGNALS if before[number] != signal.SIG_IGN]  # a started rank leaves SIGINT to others
