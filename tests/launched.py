@@ -47,7 +47,7 @@ def exiting_on(parallel: ParallelContext, rank: int, signal_number: int | None) 
     dist.barrier()
     if parallel.tp_rank == rank:
         if signal_number is None:
-            sys.exit(3)
+            sys.exit(255)
         os.kill(os.getpid(), signal_number)
     dist.barrier()
 

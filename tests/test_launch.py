@@ -114,7 +114,7 @@ def test_the_groups_of_the_axes_have_the_timeout_too(ranks):
     assert all(1 <= seconds < 4 for seconds in waited[::2])
 
 
-@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, "SIGTERM"), (None, "exit code 3")])
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, "SIGTERM"), (None, "exit code 255")])
 def test_a_rank_that_leaves_in_the_middle_of_its_work_is_named_with_how(number, how):
     with pytest.raises(WorkerError, match=rf"^rank 1 was ended by {how} in the middle of its work$"):
         on_ranks(exiting_on, 1, number, sizes=ParallelSizes(tp=2))

@@ -154,7 +154,8 @@ def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -
             # NCCL's watchdog aborts a process whose peer is gone.
             return Failure("WorkerError", f"rank {rank}{where} was killed by {name}{hint}", is_echo=name == "SIGABRT")
         if _begun(reports, rank).exists():
-            how = signal.Signals(ended.exitcode - 128).name if ended.exitcode > 128 else f"exit code {ended.exitcode}"
+            by_signals = {128 + number: number.name for number in signal.Signals}
+            how = by_signals.get(ended.exitcode, f"exit code {ended.exitcode}")
             return Failure("WorkerError", f"rank {rank}{where} was ended by {how} in the middle of its work")
         said = f": {ended.message['message']}" if isinstance(ended.message, dict) else ""
         return Failure(
