@@ -7,6 +7,7 @@ import os
 import pickle
 import pty
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def test_a_line_tells_the_share_of_the_measured_peak_and_of_the_loss_scale(capsy
         "iteration     1/1000 | loss 2.500000 | lr 1.000e-04 | grad norm 1.2500 | 12,346 tokens/s | "
         "2.5 TFLOP/s, 25.0% of peak | loss scale 1024 | skipped 3"
     )
+
+
+def test_an_output_that_cannot_be_written_is_given_up_with_a_note_and_the_work_goes_on():
+    script = """
+import click
+from megacore.cli.notes import printing
+for line in ("one", "two"):
+    with printing():
+        click.echo(line)
+"""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
+
+    told = "Note: nothing more is printed, since the output cannot be written (No space left on device).\n"
+    assert (ended.returncode, ended.stderr) == (0, told)
 
 
 def test_without_a_measured_peak_no_share_is_told(capsys):

@@ -102,6 +102,19 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
     assert step.iteration == stopped + 1
 
 
+def test_a_signal_that_ends_who_reads_the_output_too_saves_a_checkpoint_all_the_same(place, tmp_path):
+    arguments = command(place, tmp_path / "out", "training.train_iters=100000")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_line(process, "iteration     2/")
+
+    assert process.stdout is not None
+    process.stdout.close()  # as Ctrl-C ends `tee` in `megacore train run.toml 2>&1 | tee log`
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(timeout=BOUND) == 0
+    assert len(steps_in(tmp_path / "out-checkpoints")) == 1
+
+
 def test_a_second_signal_ends_a_run_at_once_whose_step_does_not_end(place, tmp_path):
     process = started(command(place, tmp_path / "out", *TWO, "training.train_iters=100000"))
     wait_for_line(process, "iteration     1/")

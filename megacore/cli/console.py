@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megacore.cli.notes import print_note
+from megacore.cli.notes import print_note, printing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,7 +60,8 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with printing():
+                self._live.stop()
             self._live = None
 
     def __call__(self, step: Step) -> None:
@@ -85,11 +86,13 @@ class Console:
         if self._live is None:
             print_note(note)
         else:
-            self._live.console.print(f"Note: {note}.", markup=False, highlight=False)
+            with printing():
+                self._live.console.print(f"Note: {note}.", markup=False, highlight=False)
 
     def _tell(self, line: str) -> None:
         if self._live is None:
-            click.echo(line)
+            with printing():
+                click.echo(line)
         else:
             self._lines.append(line)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from megacore.cli.console import Console
-from megacore.cli.notes import print_note
+from megacore.cli.notes import print_note, printing
 from megacore.cli.options import parallel_size_option
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def train(
     )
     if not is_first_process(place):
         return
+    told = f"Saved {run.output.checkpoint}."
     if steps and steps[-1].stopped_by:
         last = steps[-1]
-        click.echo(f"Stopped by {last.stopped_by} after iteration {last.iteration}; --resume goes on from there.")
-    else:
-        click.echo(f"Saved {run.output.checkpoint}.")
+        told = f"Stopped by {last.stopped_by} after iteration {last.iteration}; --resume goes on from there."
+    with printing():
+        click.echo(told)

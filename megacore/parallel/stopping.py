@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -104,4 +104,5 @@ def end_process(exit_code: int) -> NoReturn:
 
 
 def _tell(line: str) -> None:
-    os.write(2, line.encode())  # a handler may interrupt a print
+    with suppress(OSError):  # who read it may be gone: a terminal's SIGINT ends a pipe's reader first
+        os.write(2, line.encode())  # a handler may interrupt a print
