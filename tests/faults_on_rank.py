@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from pathlib import Path
 from unittest.mock import patch
 
 from megacore.checkpoint import safetensors_file
-from megacore.errors import DiskFullError
+from megacore.errors import DataError, DiskFullError
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, Step
 from megacore.training.loop import _train_on_rank
+
+_fails = threading.Event()
 
 
 def train_with_little_room(parallel: ParallelContext | None, run: RunConfig, last_saved: int) -> tuple[list[str], str]:
@@ -39,3 +43,20 @@ def train_with_little_room(parallel: ParallelContext | None, run: RunConfig, las
         except DiskFullError as error:
             return told, str(error)
     return told, ""
+
+
+def fail_while_the_second_is_saved(step: Step) -> None:
+    """Fail after 3 steps, in a process that writes no checkpoint before, and then slowly."""
+    write_all = safetensors_file._write_all
+
+    def write_late(descriptor: int, chunk: memoryview) -> None:
+        _fails.wait()
+        time.sleep(0.02)
+        write_all(descriptor, chunk)
+
+    if step.iteration == 1:
+        _fails.clear()
+        safetensors_file._write_all = write_late
+    if step.iteration == 3:
+        _fails.set()
+        raise DataError("after iteration 3")

@@ -17,9 +17,9 @@ import torch
 
 import megacore
 import tiny_run
-from faults_on_rank import train_with_little_room
-from megacore.checkpoint import Checkpoint
-from megacore.errors import ConfigError, TrainingError
+from faults_on_rank import fail_while_the_second_is_saved, train_with_little_room
+from megacore.checkpoint import Checkpoint, safetensors_file
+from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError
 from megacore.training import Engine, RunConfig
 from megacore.training.layout import parallel_sizes
 from tiny_run import weights
@@ -280,6 +280,21 @@ def test_a_run_whose_ranks_are_killed_at_random_ends_with_the_weights_of_one_tha
     assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(out).items())
 
 
+# --- what fails beside the training
+
+
+@pytest.mark.parametrize("layout", [(), pytest.param(TWO, marks=pytest.mark.soak)], ids=["one process", "two ranks"])
+def test_a_checkpoint_that_is_being_written_when_a_run_fails_is_completed(place, tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(safetensors_file, "_write_all", safetensors_file._write_all)  # is put back at the end
+    run = run_of(place, tmp_path / "out", *layout, "checkpoints.interval=2")
+
+    with pytest.raises(DataError, match="after iteration 3"):
+        megacore.train(run, on_step=fail_while_the_second_is_saved)
+
+    assert steps_in(tmp_path / "out-checkpoints") == [2]
+    Checkpoint(tmp_path / "out-checkpoints" / "latest").check()
+
+
 # --- steps that blow up
 
 
@@ -352,6 +367,17 @@ def test_too_many_skipped_in_a_row_end_the_run_with_a_checkpoint_of_the_weights_
     expected = weights(tmp_path / "two" / "iteration-0000002")
     assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(kept).items())
     assert [step.iteration for step in megacore.train(run, resume=True)] == [5]
+
+
+def test_too_many_skipped_in_a_row_are_told_of_where_no_checkpoint_can_be_saved(place, tmp_path, monkeypatch):
+    def save(self, progress, *, waits):
+        raise DiskFullError("there is no room")
+
+    blowing_up(monkeypatch, {1, 2})
+    monkeypatch.setattr("megacore.training.checkpoints.RunCheckpoints.save", save)
+
+    with pytest.raises(TrainingError, match=r"so 2 steps in a row .* could not be saved: there is no room"):
+        megacore.train(run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=2"))
 
 
 def test_a_run_whose_last_steps_were_skipped_is_no_result_when_it_goes_on(place, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from megacore.parallel.cuts import (
     join_parts,
 )
 from megacore.parallel.data_parallel import GradientBuckets, gathered, own_boxes, shard
+from megacore.parallel.failures import is_lost_connection
 from megacore.parallel.forward import run_forward
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
 from megacore.parallel.launch import is_first_process, launched_environment, on_ranks
@@ -66,6 +67,7 @@ __all__ = [
     "gathered",
     "holds_on_any",
     "is_first_process",
+    "is_lost_connection",
     "join_parts",
     "launched_environment",
     "linear_cross_entropy",

@@ -92,6 +92,11 @@ def naming_the_silent(parallel: ParallelContext) -> Iterator[None]:
         raise failure from error
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether all that ``error`` says is that another rank did not answer."""
+    return _LOST_CONNECTION.search("".join(traceback.format_exception(error))) is not None
+
+
 def _tell_of_failure(parallel: ParallelContext, kind: str) -> dict[int, str | None]:
     """Tell the other ranks that this one has failed, by itself or as an ``_ECHO``; what they tell in a moment.
 

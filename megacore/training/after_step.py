@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megacore.data import Split
-from megacore.errors import TrainingError
+from megacore.errors import MegacoreError, TrainingError
 from megacore.parallel import StopRequest
 from megacore.training.checkpoints import RunCheckpoints
 from megacore.training.evaluation import Evaluation, Evaluator
@@ -110,12 +110,16 @@ class AfterStep:
         if self.on_step is not None:
             self.on_step(step)
         if self.guard.is_over:
-            kept = self.saved.save(self.progress, waits=True)
-            raise TrainingError(
+            told = (
                 f"iteration {step.iteration}: the loss is {step.loss} and the norm of the gradient {step.grad_norm}; "
                 f"so {self.guard.num_in_a_row} steps in a row were skipped. A lower optimizer.lr may help. The weights "
-                f"as they were before these steps are in {kept}"
+                "as they were before these steps"
             )
+            try:
+                kept = self.saved.save(self.progress, waits=True)
+            except MegacoreError as error:
+                raise TrainingError(f"{told} could not be saved: {error}") from error
+            raise TrainingError(f"{told} are in {kept}")
         if stopped_by is not None:  # who stops a run may not wait for long
             self.saved.save(self.progress, waits=True)
         is_complete = self.evaluations.make(self.progress)

@@ -20,7 +20,7 @@ from megacore.checkpoint.safetensors_file import DTYPE_NAMES
 from megacore.checkpoint.training_record import StoredTensor, TrainingRecord
 from megacore.checkpoint.writing import copy_tokenizer
 from megacore.errors import MegacoreError, OutputError
-from megacore.parallel import ParallelContext, told_by_first
+from megacore.parallel import ParallelContext, is_lost_connection, told_by_first
 from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.checkpoint_storage import SafetensorsWriter
 from megacore.training.engine import Engine
@@ -89,7 +89,13 @@ class RunCheckpoints:
         with self._open:
             if self._settings.interval is not None:
                 self._take_directory()
-            yield
+            try:
+                yield
+            except Exception as error:
+                # What fails the run is no reason to lose the steps before it. Ranks that wait for this one write too.
+                if self._under_way is not None and not is_lost_connection(error):
+                    self._under_way.join()
+                raise
 
     def _take_directory(self) -> None:
         if self._parallel.rank == 0 and not self._is_taken:
@@ -260,7 +266,7 @@ def run_id_of(resumed: TrainingRecord | None, parallel: ParallelContext) -> str:
 
 
 class _Background(threading.Thread):
-    """Writes one checkpoint. A daemon, so that a process that fails does not wait for ranks that are gone."""
+    """Writes one checkpoint. A daemon, so that a process does not wait for ranks that are gone."""
 
     def __init__(self, tensors: dict[str, PlacedTensor], writer: SafetensorsWriter, *rest: Any) -> None:
         super().__init__(name="checkpoint", daemon=True)
