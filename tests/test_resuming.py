@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 import megacore
 import tiny_run
 from megacore.checkpoint import Checkpoint
+from megacore.cli import cli
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, OutputError
 from megacore.training import RunConfig
 from megacore.training.layout import parallel_sizes
@@ -253,6 +255,13 @@ def begun(trained, tmp_path) -> Path:
 def again(place: Path, out: Path, *overrides: str) -> RunConfig:
     """The run of ``trained`` with another output, and on one process."""
     return run_of(place, out, "checkpoints.interval=2", *overrides)
+
+
+def test_a_run_file_after_resume_is_told_where_it_belongs():
+    refused = CliRunner().invoke(cli, ["train", "--resume", "run.toml"])
+
+    assert refused.exit_code == 2
+    assert "it is followed by auto or nothing: megacore train run.toml --resume, perhaps?" in refused.stderr
 
 
 def test_a_run_that_has_checkpoints_is_neither_begun_anew_nor_silently_resumed(place, begun):

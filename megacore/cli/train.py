@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from megacore.training.starting_point import Resume
 
 
+class _HowToResume(click.Choice[str]):
+    """``--resume`` alone, or with ``auto``; a run file that follows it would be taken for what it says."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            self.fail(f"it is followed by auto or nothing: megacore train {value} --resume, perhaps?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("run_file", metavar="RUN.toml", type=click.Path(path_type=Path))
 @click.option(
     "--resume",
     is_flag=False,
     flag_value="yes",
-    type=click.Choice(["yes", "auto"]),
+    type=_HowToResume(["yes", "auto"]),
     help="Go on from the newest training checkpoint of the run; with auto, if there is one.",
 )
 @click.option(

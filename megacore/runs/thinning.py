@@ -15,7 +15,7 @@ Point = tuple[float, float]
 def thinned(iterations: Sequence[int], values: Sequence[float], *, num_buckets: int = NUM_BUCKETS) -> list[list[Point]]:
     """The curve in unbroken pieces: of each bucket the first, the lowest, the highest and the last point, in order.
 
-    A value that is not finite breaks the curve, and is not in it.
+    A value that is not finite is not in it; a bucket without any other breaks the curve.
     """
     x, y = np.asarray(iterations, dtype=np.float64), np.asarray(values, dtype=np.float64)
     is_finite = np.isfinite(y)
@@ -28,7 +28,7 @@ def thinned(iterations: Sequence[int], values: Sequence[float], *, num_buckets: 
     is_broken = True
     for begin, end in zip(begins, [*begins[1:], len(x)], strict=True):
         inside = np.flatnonzero(is_finite[begin:end]) + begin
-        if len(inside) < end - begin and len(inside) == 0:
+        if len(inside) == 0:
             is_broken = True
             continue
         kept = sorted({inside[0], inside[np.argmin(y[inside])], inside[np.argmax(y[inside])], inside[-1]})
