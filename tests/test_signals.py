@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megacore.parallel import stop_requests
+from megacore.parallel.stopping import LeaveCleanly
 from megacore.signals import Leave
 
 
@@ -31,8 +33,8 @@ finally:
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGTERM, "True\n", "")
 
 
-def test_work_that_begins_after_an_exit_that_was_caught_does_not_begin():
-    leave = Leave()
+@pytest.mark.parametrize("leave", [Leave(), LeaveCleanly(Path("reports"))], ids=["of the program", "of a rank"])
+def test_work_that_begins_after_an_exit_that_was_caught_does_not_begin(leave):
     before = signal.signal(signal.SIGTERM, leave)
     try:
         with pytest.raises(SystemExit):

@@ -34,22 +34,20 @@ class StopRequest:
         self.received_at = 0.0
 
 
-class LeaveCleanly:
+class LeaveCleanly(Leave):
     """What a rank does with a SIGTERM when nothing in it knows how to stop: it leaves, and the stack is unwound.
 
     The launcher sends one too when another rank has failed, whose report is then among ``reports``.
     """
 
     def __init__(self, reports: Path) -> None:
+        super().__init__()
         self._reports = reports
 
     @property
     def is_due(self) -> bool:
         """Whether a rank has failed, so that there is nothing to go on with."""
         return any(self._reports.glob("rank-*.json"))
-
-    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + signal_number)
 
 
 @contextmanager
