@@ -241,6 +241,7 @@ def test_a_short_curve_keeps_every_point():
 def test_values_that_are_not_finite_break_a_curve_and_one_of_nothing_else_is_empty():
     nan = math.nan
     assert thinned([1, 2, 3, 4, 5], [1.0, nan, math.inf, 2.0, 3.0]) == [[(1, 1.0)], [(4, 2.0), (5, 3.0)]]
+    assert thinned([1, 2, 3, 4, 5], [1.0, 1e308, -1e308, 2.0, 3.0]) == [[(1, 1.0)], [(4, 2.0), (5, 3.0)]]
     assert thinned([1, 2], [nan, nan]) == []
     assert thinned([], []) == []
 

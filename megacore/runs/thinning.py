@@ -11,14 +11,17 @@ NUM_BUCKETS = 400
 
 Point = tuple[float, float]
 
+_BEYOND = 1e300
+"""The extent of smaller values is a number."""
+
 
 def thinned(iterations: Sequence[int], values: Sequence[float], *, num_buckets: int = NUM_BUCKETS) -> list[list[Point]]:
     """The curve in unbroken pieces: of each bucket the first, the lowest, the highest and the last point, in order.
 
-    A value that is not finite is not in it; a bucket without any other breaks the curve.
+    A value that is not finite, or too large to be drawn, is not in it; a bucket without any other breaks the curve.
     """
     x, y = np.asarray(iterations, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    is_finite = np.isfinite(y)
+    is_finite = np.abs(y) < _BEYOND
     if not is_finite.any():
         return []
     pieces: list[list[Point]] = []

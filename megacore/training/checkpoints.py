@@ -255,7 +255,7 @@ class RunCheckpoints:
             self.directory.point_to_latest()
             self.directory.keep(self._settings)
         except OSError as error:
-            self._notes.append(f"an old checkpoint could not be removed: {error.strerror} ({error.filename})")
+            self._notes.append(f"{self.directory.path} could not be put in order: {error.strerror} ({error.filename})")
 
 
 def run_id_of(resumed: TrainingRecord | None, parallel: ParallelContext) -> str:
