@@ -9,6 +9,7 @@ process knows: functions for ranks live in an installed package, or in a module 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -155,6 +156,7 @@ def _serve(connection: Connection, rank: int, directory: str) -> None:
     from megacore.parallel import ParallelContext
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported need not be looked at again and again
     with _stack_file(directory, rank).open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         while True:
@@ -162,6 +164,8 @@ def _serve(connection: Connection, rank: int, directory: str) -> None:
                 function, arguments, sizes, store = connection.recv()
                 if dist.is_initialized():  # only now is it sure that all are done with the last run
                     dist.destroy_process_group()
+                    # The groups of a sharded model are in cycles, and gloo wakes 100 times a second for each.
+                    gc.collect()
                 dist.init_process_group(
                     "gloo", store=dist.FileStore(store, sizes.world), rank=rank, world_size=sizes.world
                 )
