@@ -94,7 +94,7 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
     name = "SIGTERM" if layout else number.name  # which is what the ranks get
     [stopped] = steps_in(tmp_path / "out-checkpoints")
     assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; --resume goes on from there.")
-    assert f"Note: {name}: stopping after this step" in errors
+    assert f"Note: {name}: stopping once the last step is saved" in errors
     assert "Traceback" not in errors
     assert not out.exists()
     Checkpoint(tmp_path / "out-checkpoints" / "latest").check()
@@ -160,7 +160,7 @@ with stop_requests() as request:
 
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
     assert process.stderr is not None
-    assert process.stderr.read() == "Note: SIGTERM: stopping after this step, with a checkpoint; again ends at once.\n"
+    assert process.stderr.read() == "Note: SIGTERM: stopping once the last step is saved; again ends at once.\n"
 
 
 @pytest.mark.parametrize("is_within", [True, False], ids=["within it", "after it"])
@@ -421,6 +421,7 @@ def test_a_disk_that_is_full_keeps_the_old_checkpoint_and_training_goes_on(ranks
     told, error = results[0]
     assert "NO CHECKPOINT was saved after iteration 4, the 1st that failed: there is no room for " in told[0]
     assert all("after iteration 6, the 2nd that failed" in note for note in told[1:])  # if it is told before the end
+    assert error.startswith(f"{tmp_path / 'out'} is saved, but not the last training checkpoint, which ")
     assert "there is no room for" in error
     assert steps_in(started_from) == [2]
     Checkpoint(started_from / "latest").check()

@@ -73,9 +73,7 @@ def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
         if request.signal is None:
             request.signal, request.received_at = signal.Signals(number), now
             if told:
-                _tell(
-                    f"Note: {request.signal.name}: stopping after this step, with a checkpoint; again ends at once.\n"
-                )
+                _tell(f"Note: {request.signal.name}: stopping once the last step is saved; again ends at once.\n")
         elif now - request.received_at > SAME_REQUEST:
             end_process(128 + number)
 

@@ -210,7 +210,10 @@ def _train_on_rank(
             final_error = saved.save_last(progress)
             _warn_of(saved)
     if final_error is not None:
-        raise final_error
+        raise type(final_error)(
+            f"{run.output.checkpoint} is saved, but not the last training checkpoint, which the run could be extended "
+            f"from: {final_error}"
+        ) from final_error
     return steps
 
 
