@@ -78,8 +78,7 @@ def naming_the_silent(parallel: ParallelContext) -> Iterator[None]:
         _tell_of_failure(parallel, _OWN)
         raise
     except Exception as error:
-        told = traceback.format_exc().rstrip()
-        if not _LOST_CONNECTION.search(told):
+        if not is_lost_connection(error):
             _tell_of_failure(parallel, _OWN)
             raise
         of_others = _tell_of_failure(parallel, _ECHO)
@@ -87,7 +86,7 @@ def naming_the_silent(parallel: ParallelContext) -> Iterator[None]:
             who = f"rank {failed[0]}, which has failed"
         else:
             who = _named([rank for rank, kind in of_others.items() if kind is None], "")
-        failure = WorkerError(f"rank {parallel.rank} waited in vain for {who}:\n{told}")
+        failure = WorkerError(f"rank {parallel.rank} waited in vain for {who}:\n{traceback.format_exc().rstrip()}")
         failure.rank = parallel.rank
         raise failure from error
 

@@ -403,11 +403,8 @@ def read_run_config(file: Path, overrides: Iterable[str] = ()) -> RunConfig:
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            section = str(problem["loc"][0]) if len(problem["loc"]) == 1 else None
-            is_overridden = ".".join(map(str, problem["loc"][:2])) in overridden or (
-                problem["type"] == "extra_forbidden" and section in {path.partition(".")[0] for path in overridden}
-            )
-            problems.append(f"  {_describe(dict(problem))}{' (given beside the file)' if is_overridden else ''}")
+            beside = " (given beside the file)" if _is_overridden(dict(problem), overridden) else ""
+            problems.append(f"  {_describe(dict(problem))}{beside}")
         raise ConfigError("\n".join([f"{file} is not a valid run file:", *problems])) from error
 
 
@@ -426,6 +423,14 @@ def _apply(document: dict[str, Any], override: str) -> str:
         raise ConfigError(f"--set {override}: {section} is {table!r} in the run file, and must be a table")
     table[key] = value
     return f"{section}.{key}"
+
+
+def _is_overridden(problem: dict[str, Any], overridden: set[str]) -> bool:
+    """Whether a problem is of a key, or of an unknown section, that an override gave."""
+    where = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden" and len(where) == 1:
+        return any(path.startswith(f"{where[0]}.") for path in overridden)
+    return ".".join(where[:2]) in overridden
 
 
 def _describe(problem: dict[str, Any]) -> str:
