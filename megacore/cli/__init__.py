@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import click
@@ -57,7 +56,7 @@ def _speaks_for_its_node() -> bool:
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(version("megacore"), prog_name="megacore")
+@click.version_option(package_name="megacore", prog_name="megacore")
 def cli() -> None:
     """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -59,6 +57,9 @@ def new_plugin(name: str, out: Path | None) -> None:
 
 def render_plugin(name: str) -> dict[str, str]:
     """The files of a plugin for a family called ``name``, by their paths."""
+    from importlib.metadata import version
+    from importlib.resources import files
+
     major, minor, *_ = version("megacore").split(".")
     package = _distribution(name).replace("-", "_")
     values = {

@@ -24,6 +24,14 @@ from megacore.errors import MegacoreError, WorkerError
 _PIECES_AHEAD = 3
 """Of each process: one that it encodes and others that wait, so that it need not."""
 
+_ONE_THREAD = {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "FASTOKENS_BPE_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""The processes are as many as the cores: what threads a library would start, and let spin, are in their way."""
+
 
 class Encoders:
     """Processes that each make what :class:`PieceEncoder` makes; one worker is this process itself.
@@ -96,7 +104,7 @@ class _Worker:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", body],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **_ONE_THREAD},
             )
         worker = cls(process, ours)
         worker.send(job)
@@ -130,9 +138,6 @@ def work(descriptor: int) -> None:
     """The body of a process: encodes what comes over a connection, until its other end is closed."""
     # Ctrl-C reaches every process of the terminal; the one that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes are as many as the cores: no library need start more threads.
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     connection = Connection(descriptor)
     try:
         job = connection.recv()
