@@ -125,10 +125,10 @@ class Console:
 
 
 class Pace:
-    """How fast a run goes, evaluations and saving included: of its later steps more than of its first."""
+    """How fast a run goes, by so many steps that evaluations and saving have the part in it that they will have."""
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[int, float]] = deque(maxlen=100)
+        self._marks: deque[tuple[int, float]] = deque(maxlen=10_000)
 
     def start(self) -> None:
         """The first step begins."""

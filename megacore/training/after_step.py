@@ -112,8 +112,9 @@ class AfterStep:
         if self.guard.is_over:
             told = (
                 f"iteration {step.iteration}: the loss is {step.loss} and the norm of the gradient {step.grad_norm}; "
-                f"so {self.guard.num_in_a_row} steps in a row were skipped. A lower optimizer.lr may help. The weights "
-                "as they were before these steps"
+                f"so {self.guard.num_in_a_row} steps in a row were skipped. A lower optimizer.lr may help; so may an "
+                "earlier checkpoint (--load), if the step before had done the harm. The weights as they were before "
+                "the skipped steps"
             )
             try:
                 kept = self.saved.save(self.progress, waits=True)

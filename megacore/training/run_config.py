@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -437,14 +438,34 @@ def _describe(problem: dict[str, Any]) -> str:
     where = [str(part) for part in problem["loc"]]
     name = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        known = list(_section_at(where[:-1]).model_fields)
-        near = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        return f"{name} is unknown; {hint}"
+        return f"{name} is unknown; {_hint(where)}"
     if problem["type"] == "missing":
         return f"{name} is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    for pattern, ours in _WORDING.items():
+        message = re.sub(pattern, ours, message)
     return f"{name}: {message}, not {problem['input']!r}" if name else message
+
+
+_WORDING = {
+    "^Input should be": "must be",
+    "^(must be .*), (unable to|got a) .*": r"\1",
+    "^must be a valid boolean": "must be true or false",
+    "^must be a valid integer": "must be a whole number",
+    "^must be a valid number": "must be a number",
+}
+"""What pydantic says, and what is said of a file in its place, one after the other."""
+
+
+def _hint(unknown: list[str]) -> str:
+    """What somebody may have meant by a key that is unknown."""
+    known = list(_section_at(unknown[:-1]).model_fields)
+    if near := difflib.get_close_matches(unknown[-1], known, n=1):
+        return f"did you mean {near[0]}?"
+    sections = [name for name in RunConfig.model_fields if unknown[-1] in _section_at([name]).model_fields]
+    if sections and len(unknown) > 1:
+        return f"did you mean {sections[0]}.{unknown[-1]}?"
+    return f"known: {', '.join(known)}"
 
 
 def _section_at(where: list[str]) -> type[BaseModel]:
