@@ -621,6 +621,13 @@ def test_a_source_of_another_family_is_refused(program, damaged, room):
     assert listing(room) == []
 
 
+def test_every_family_that_reads_a_source_is_named_to_who_took_another(program, damaged, room):
+    arguments = [{"llama": "falcon"}.get(argument, argument) for argument in damaged.arguments("convert", room / "out")]
+    finished = program(*arguments)
+    assert_refused(finished, 2, r".* falcon reads .*; use --model codellama or llama or llama2")
+    assert listing(room) == []
+
+
 # --- where nothing can be written
 
 

@@ -56,7 +56,7 @@ class HuggingFaceCheckpoint(PublishedCheckpoint):
             raise ConfigError(f"{self.config_file}: architectures is {architectures!r}, not a list of names")
         if not set(architectures) & set(family.architectures):
             owners = {name for found in architectures for name in default_registry().families_for_architecture(found)}
-            hint = f"; use --model {min(owners)}" if owners else ""
+            hint = f"; use --model {' or '.join(sorted(owners))}" if owners else ""
             raise ConfigError(
                 f"{self.config_file} is of architecture {', '.join(architectures) or 'none named'}, and "
                 f"{family.name} reads {', '.join(family.architectures)}{hint}"
