@@ -85,5 +85,6 @@ def main() -> None:
             end_process(int(error.code or 0))
         raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends
+        if not leave.is_granted:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends

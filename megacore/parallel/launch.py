@@ -30,7 +30,8 @@ from megacore.parallel.failures import cause, has_cause, naming_the_silent, repo
 from megacore.parallel.nodes import ONE_NODE, Nodes, joined_nodes
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.slurm import srun_variables
-from megacore.parallel.stopping import SAME_REQUEST, SIGNALS, LeaveCleanly, end_process
+from megacore.parallel.stopping import SIGNALS, LeaveCleanly, end_process, grant
+from megacore.signals import SAME_REQUEST
 
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
 """The loggers of torch's launcher begin with this."""
@@ -237,6 +238,8 @@ def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
         is_over.set()
         thread.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if received:
+            grant(handlers.values(), received_at)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

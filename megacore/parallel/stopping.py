@@ -7,19 +7,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megacore.signals import Leave
+from megacore.signals import SAME_REQUEST, Leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a process to stop."""
-
-SAME_REQUEST = 1.0
-"""Seconds in which a signal that comes again is the same request: a batch system's goes to launcher and ranks alike."""
 
 
 class StopRequest:
@@ -48,6 +45,10 @@ class LeaveCleanly(Leave):
     def is_due(self) -> bool:
         """Whether a rank has failed, so that there is nothing to go on with."""
         return any(self._reports.glob("rank-*.json"))
+
+    @property
+    def is_granted(self) -> bool:
+        return super().is_granted and not self.is_due
 
 
 @contextmanager
@@ -83,8 +84,17 @@ def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
     try:
         yield request
     finally:
+        if request.signal is not None:
+            grant(before.values(), request.received_at)
         for number in taken:
             signal.signal(number, before[number])
+
+
+def grant(handlers: Iterable[object], received_at: float) -> None:
+    """Where ``handlers`` come back after a request was met, let them take no signal of it for another request."""
+    for handler in handlers:
+        if isinstance(handler, Leave):
+            handler.grant(received_at)
 
 
 def end_process(exit_code: int) -> NoReturn:
