@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 from megacore import ModelConfig
 from megacore.model import SelfAttention
@@ -108,6 +110,14 @@ def run_collective(
 
 def rank_and_size(parallel: ParallelContext) -> tuple[int, int]:
     return parallel.tp_rank, parallel.tp_size
+
+
+def multiply_over_a_mesh(parallel: ParallelContext, name: str) -> int:
+    """A product of tensors that are cut over a mesh of its own; return how many threads the process has then."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,))
+    matrix = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    (matrix @ matrix.T).full_tensor()
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def fail_on(parallel: ParallelContext, rank: int) -> str:

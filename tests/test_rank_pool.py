@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from layer_on_rank import fail_on, rank_and_size, wait_forever_on
+from layer_on_rank import fail_on, multiply_over_a_mesh, rank_and_size, wait_forever_on
 from megacore.testing.ranks import RankError, RankTimeoutError
 
 
@@ -29,3 +29,9 @@ def test_a_deadlock_ends_after_the_timeout_and_says_where_it_was(ranks):
 
     assert time.monotonic() - started < 10
     assert ranks.run(rank_and_size) == [(0, 2), (1, 2)]
+
+
+def test_the_groups_of_one_run_are_gone_in_the_next_with_their_threads(ranks):
+    num_threads = [ranks.run(multiply_over_a_mesh, name) for name in "abcdef"]
+
+    assert num_threads[-1] == num_threads[0]

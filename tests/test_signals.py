@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,45 @@ def test_work_that_begins_after_an_exit_that_was_caught_does_not_begin(leave):
         signal.signal(signal.SIGTERM, before)
 
     assert left.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("kind", ["of the program", "of a rank"])
+def test_a_request_that_was_met_may_come_again_for_a_second_and_then_is_another(tmp_path, kind):
+    before = signal.signal(signal.SIGTERM, Leave() if kind == "of the program" else LeaveCleanly(tmp_path))
+    try:
+        with stop_requests(told=False) as stop:
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # of the batch system, say, after that of the launcher
+        time.sleep(1.1)
+        with pytest.raises(SystemExit) as left:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert stop.signal == signal.SIGTERM
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def test_a_rank_leaves_when_another_has_failed_whatever_it_was_asked_before(tmp_path):
+    before = signal.signal(signal.SIGTERM, LeaveCleanly(tmp_path))
+    try:
+        with stop_requests(told=False):
+            signal.raise_signal(signal.SIGTERM)
+        (tmp_path / "rank-1.json").touch()
+        with pytest.raises(SystemExit) as left:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def test_who_was_not_asked_to_stop_leaves_at_the_first_signal_after():
+    before = signal.signal(signal.SIGTERM, Leave())
+    try:
+        with stop_requests():
+            pass
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -12,11 +12,13 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import pkgutil
 import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -176,17 +178,21 @@ def _serve(connection: Connection, rank: int, directory: str) -> None:
             connection.send(answer)
 
 
+_CACHES = (
+    "torch.distributed.tensor.debug:_clear_sharding_prop_cache",
+    "torch.distributed.tensor._redistribute:clear_redistribute_planner_cache",
+    "torch.distributed.tensor._redistribute:_gen_transform_infos.cache_clear",
+    "torch.distributed.tensor._collective_utils:MeshTopoInfo.build_from_mesh.cache_clear",
+)
+"""What clears those of DTensor that hold a mesh, and with it its groups; private to torch 2.13, so maybe not there."""
+
+
 def _let_go_of_groups() -> None:
-    """Free the groups of an earlier run, each of which gloo wakes 100 times a second for.
-
-    They are in cycles, and DTensor's caches of how it cuts tensors have them. torch clears those by private functions
-    only; without them, tests are slow.
-    """
-    from torch.distributed.tensor import debug
-
-    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, lambda: None)()
-    gc.collect()
+    """Free the groups of an earlier run, each of which gloo wakes 100 times a second for."""
+    for clear in _CACHES:
+        with suppress(ImportError, AttributeError):  # then tests are slow, no more
+            pkgutil.resolve_name(clear)()
+    gc.collect()  # others are in cycles
 
 
 def _stack_file(directory: str, rank: int) -> Path:
