@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -482,6 +483,20 @@ def test_a_published_checkpoint_is_not_taken_for_a_native_one(source, tmp_path):
         Checkpoint(source)
     with pytest.raises(CheckpointError, match="is not a directory"):
         Checkpoint(tmp_path / "absent")
+
+
+def test_who_names_a_directory_of_checkpoints_or_none_of_them_is_told_what_there_is(copy, tmp_path):
+    several = tmp_path / "several"
+    several.mkdir()
+    for name in ("iteration-0000004", "iteration-0000008", ".iteration-0000012.incomplete"):
+        shutil.copytree(copy, several / name)
+    (several / "latest").symlink_to("iteration-0000008")
+
+    with pytest.raises(CheckpointError, match=r"several is not a .*, but holds checkpoints: .*several/latest$"):
+        Checkpoint(several)
+    listed = f"{several} holds the checkpoints iteration-0000004, iteration-0000008, latest"
+    with pytest.raises(CheckpointError, match=f"iteration-0000006 is not a directory: {re.escape(listed)}$"):
+        Checkpoint(several / "iteration-0000006")
 
 
 # --- refusals

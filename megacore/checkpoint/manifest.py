@@ -217,6 +217,18 @@ def _is_size(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and 0 < number < MAX_SIZE
 
 
+_NUM_NAMED = 8
+"""Of the checkpoints that somebody may have meant, the last ones."""
+
+
+def _checkpoints_in(directory: Path) -> list[Path]:
+    """Those that are whole, by their names."""
+    if not directory.is_dir():
+        return []
+    names = (path for path in directory.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in names if (path / MANIFEST_NAME).is_file())
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of the checkpoint in ``directory``.
 
@@ -226,11 +238,15 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
+        beside = [path.name for path in _checkpoints_in(directory.parent)]
+        hint = f": {directory.parent} holds the checkpoints {', '.join(beside[-_NUM_NAMED:])}" if beside else ""
+        raise CheckpointError(f"{directory} is not a directory{hint}")
     if not path.is_file():
         hint = ""
         if (directory / "config.json").is_file():
             hint = ". It looks like a published checkpoint: turn it into one with `megacore convert --from`"
+        elif inside := _checkpoints_in(directory):
+            hint = f", but holds checkpoints: give one of them, for example {inside[-1]}"
         raise CheckpointError(f"{directory} is not a megacore checkpoint: it has no {MANIFEST_NAME}{hint}")
     document = read_json_object(path)
     version, digest = document.get("version"), document.pop("sha256", None)

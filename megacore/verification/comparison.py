@@ -95,10 +95,11 @@ class VerificationReport:
         """One line for a person."""
         agreement = sum(iteration.agreement for iteration in self.iterations) / len(self.iterations)
         loss_error = _worst(iteration.loss_error for iteration in self.iterations)
+        counted = "1 iteration" if len(self.iterations) == 1 else f"{len(self.iterations)} iterations"
         allowed_max = "" if math.isinf(self.tolerance.max_error) else f" (allowed {self.tolerance.max_error:g})"
         return (
             f"{'Verified' if self.passed else 'NOT VERIFIED'} in {self.dtype}, tp {self.tp}: over "
-            f"{len(self.iterations)} iterations, logit error at most {self.max_error:.3g}{allowed_max}, "
+            f"{counted}, logit error at most {self.max_error:.3g}{allowed_max}, "
             f"on average at most {self.mean_error:.3g} (allowed {self.tolerance.mean_error:g}), "
             f"loss error at most {loss_error:.3g}, same most likely token at {agreement:.2%} of positions"
         )
