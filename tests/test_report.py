@@ -208,8 +208,9 @@ def test_the_command_writes_a_report_and_refuses_what_is_no_run(tmp_path):
     done = CliRunner().invoke(cli, ["report", str(run), "--out", str(tmp_path / "r.html")])
     assert (done.exit_code, done.output) == (0, f"Wrote {tmp_path / 'r.html'}.\n")
 
-    no_run = CliRunner().invoke(cli, ["report", str(tmp_path)])
-    assert no_run.exit_code == 2 and "is not the directory of a run, which has a run.toml" in no_run.output
+    for path in (tmp_path, tmp_path / "nowhere"):
+        no_run = CliRunner().invoke(cli, ["report", str(path)])
+        assert no_run.exit_code == 2 and "is not the directory of a run, which has a run.toml" in no_run.output
     several = CliRunner().invoke(cli, ["report", str(run), str(make_run(tmp_path / "two"))])
     assert several.exit_code == 2 and "give it with --out FILE.html" in several.output
 

@@ -54,9 +54,9 @@ def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = Non
         raise DataError("a report needs the directory of at least one run")
     if out is None and len(paths) > 1:
         raise OutputError("a report on several runs needs a name: give it with --out FILE.html")
+    opened = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     target = Path(out) if out is not None else paths[0] / "report.html"
     _require_replaceable(target)
-    opened = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     text = page("megacore: " + ", ".join(run.name for run in opened), _body(opened))
     try:
         write_whole(target, text)
