@@ -6,20 +6,28 @@ import math
 import signal
 import sys
 import time
+import weakref
 from types import FrameType
 
 SAME_REQUEST = 1.0
 """Seconds in which a signal that comes again is the same request: a batch system's goes to launcher and ranks alike."""
 
 _LOOK_AGAIN = 0.05
-"""Seconds after which a program that could not leave in the middle of an import tries again."""
+"""Seconds after which a program that could not leave where it was tries again."""
+
+_LOSES_EXITS = {
+    "<frozen importlib._bootstrap>",  # libraries import what may be missing under an except that catches everything
+    weakref.WeakSet.__init__.__code__.co_filename,  # from callbacks, Python prints and drops what is raised
+    weakref.finalize.__call__.__code__.co_filename,
+}
+"""Files with code under which an exit would not get far."""
 
 
 class Leave:
     """A signal handler that ends the program by unwinding its stack, so that half-written output is removed.
 
-    It waits for the end of an import: libraries import what may be missing under an ``except`` that catches everything,
-    the exit with it. Whoever takes the signals over looks at ``received`` first, for the same reason.
+    It waits for the end of an import, of a callback of a weak reference or of a ``__del__``, where the exit would be
+    caught. Whoever takes the signals over looks at ``received`` first, for the same reason.
 
     Attributes:
         received: the first signal that came; ``None`` before.
@@ -49,16 +57,17 @@ class Leave:
             if self.is_granted:
                 return
             self.received = self.received or signal_number
-        if _imports(frame):
+        if _is_lost(frame):
             signal.signal(signal.SIGALRM, self)
             signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
             return
         sys.exit(self.exit_code)
 
 
-def _imports(frame: FrameType | None) -> bool:
+def _is_lost(frame: FrameType | None) -> bool:
+    """Whether an exit that is raised in ``frame`` would not unwind the stack."""
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        if frame.f_code.co_filename in _LOSES_EXITS or frame.f_code.co_name == "__del__":
             return True
         frame = frame.f_back
     return False

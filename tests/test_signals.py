@@ -34,6 +34,36 @@ finally:
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGTERM, "True\n", "")
 
 
+@pytest.mark.parametrize(
+    "dropping",
+    [
+        "class Dropped:\n    def __del__(self): kill()\nDropped()",
+        "class Dropped: pass\none = Dropped()\nweakref.finalize(one, kill)\ndel one",
+        # The callback of a WeakSet, which a signal reaches at its first line.
+        "class Dropped: pass\none = Dropped()\nall = weakref.WeakSet([one])\nsys.setprofile(kill_in_callback)\ndel one",
+    ],
+    ids=["__del__", "finalize", "WeakSet"],
+)
+def test_a_signal_where_python_drops_exceptions_ends_the_program_after_it(dropping):
+    script = f"""
+import os, signal, sys, time, weakref
+from megacore.signals import Leave
+signal.signal(signal.SIGTERM, Leave())
+def kill():
+    os.kill(os.getpid(), signal.SIGTERM)
+def kill_in_callback(frame, event, argument):
+    if frame.f_code.co_name == "_remove" and event == "call":
+        sys.setprofile(None)
+        kill()
+{dropping}
+time.sleep(60)
+"""
+
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 @pytest.mark.parametrize("leave", [Leave(), LeaveCleanly(Path("reports"))], ids=["of the program", "of a rank"])
 def test_work_that_begins_after_an_exit_that_was_caught_does_not_begin(leave):
     before = signal.signal(signal.SIGTERM, leave)
