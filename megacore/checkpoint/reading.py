@@ -131,9 +131,8 @@ class Checkpoint:
             if not path.is_file() or file_sha256(path, advance=advance) != digest
         ]
         if damaged:
-            # A run offers its checkpoint from before.
-            remedy = "" if self.manifest.training else ". Make the checkpoint again"
-            raise CorruptCheckpointError(f"damaged since written: {', '.join(damaged)}{remedy}")
+            remedy = "Take another checkpoint of the run" if self.manifest.training else "Make the checkpoint again"
+            raise CorruptCheckpointError(f"damaged since written: {', '.join(damaged)}. {remedy}")
 
     @cached_property
     def _file_of(self) -> dict[tuple[str, int], str]:
