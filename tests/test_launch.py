@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import megacore
 from launched import (
@@ -27,6 +28,7 @@ from launched import (
     seconds_in_vain,
 )
 from megacore.checkpoint import Checkpoint
+from megacore.cli import cli
 from megacore.errors import DataError, WorkerError
 from megacore.parallel import ParallelSizes, on_ranks
 from tiny_llama import VOCAB, published_model, write_dataset
@@ -207,8 +209,12 @@ def test_verify_under_torchrun_joins_too_and_gives_its_verdict_once(place):
     assert completed.stdout.count("Verified in float32, tp 2") == 1
 
 
-def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(place, tmp_path):
+def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(place, tmp_path, monkeypatch):
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    (tmp_path / "sitecustomize.py").write_text(
+        'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(2)  # so that the others fail first\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
     completed = command(*torchrun, "-m", "megacore", "train", run_file(place, tmp_path / "out"))
 
@@ -217,3 +223,18 @@ def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(plac
         "Error: 3 processes cannot be laid out as tp 2 × pp 1, which takes a multiple of 2. Start 2, 4, 6 …, or choose "
         "tp and pp so that tp × pp is 1 or 3; the rest is data-parallel"
     ]
+
+
+@pytest.mark.parametrize(
+    "place_of_process",
+    [{"RANK": "5", "LOCAL_RANK": "1"}, {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}],
+    ids=["torchrun", "srun"],
+)
+def test_a_mistake_that_the_first_process_does_not_find_is_told_by_another(place_of_process, tmp_path, monkeypatch):
+    monkeypatch.setattr("megacore.cli._LET_THE_FIRST_SPEAK", 0.0)
+
+    completed = CliRunner().invoke(cli, ["inspect", str(tmp_path / "nothing")], env=place_of_process)
+
+    assert completed.exit_code == 2
+    assert completed.stderr.startswith("Error on rank 5: ")
+    assert str(tmp_path / "nothing") in completed.stderr

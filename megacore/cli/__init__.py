@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import click
@@ -31,6 +32,14 @@ from megacore.errors import MegacoreError
 from megacore.signals import Leave
 
 
+_LET_THE_FIRST_SPEAK = 10.0
+"""Seconds that a mistake is kept which every process of torchrun or srun is likely to find.
+
+A launcher ends them all when one has ended, the first perhaps before it has told the mistake. Where that one has not
+found any, the others tell theirs.
+"""
+
+
 class CommandGroup(click.Group):
     """Prints a :class:`~megacore.errors.MegacoreError` as one message and exits with its code."""
 
@@ -42,6 +51,9 @@ class CommandGroup(click.Group):
                 click.echo(f"Error on rank {error.rank}: {error}", err=True)
             elif _speaks_for_its_node():
                 click.echo(f"Error: {error}", err=True)
+            else:
+                time.sleep(_LET_THE_FIRST_SPEAK)
+                click.echo(f"Error on rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(128 + signal.SIGINT)
