@@ -211,7 +211,7 @@ def test_an_attention_that_keeps_no_keys_and_values_is_refused(place):
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ([], r"the prompt \[\] has no token: there is nothing to go on from"),
+        ([], r"the prompt \[\] has no token, so there is nothing to go on from: give one with text"),
         ([5] * 32, r"the prompt \[5, 5, .*…? is 32 tokens, and the context of the model 32: .* Shorten the prompt"),
         ([5, VOCAB], r"the prompt \[5, 99\] has the token id 99, and the vocabulary of .* ends at 98"),
         ("Hello", r"came without a tokenizer, .*: convert the model from a directory that has one"),

@@ -241,6 +241,7 @@ def test_what_torch_cannot_do_on_a_gpu_is_refused():
     assert "model.dtype is fp64: set it to fp32, bf16 or fp16" in refusal("cuda", "fp64", attention="efficient")
 
 
+@pytest.mark.filterwarnings("ignore:(Flash attention kernel|Both fused kernels)")  # torch tells why beside its error
 @pytest.mark.parametrize("backend", ["flash", "efficient"])
 def test_torch_itself_refuses_on_a_cpu_what_the_table_says_it_does(backend):
     dropout = 0.1 if backend == "flash" else 0.0

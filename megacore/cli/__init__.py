@@ -31,7 +31,6 @@ from megacore.cli.verify import verify
 from megacore.errors import MegacoreError
 from megacore.signals import Leave
 
-
 _LET_THE_FIRST_SPEAK = 10.0
 """Seconds that a mistake is kept which every process of torchrun or srun is likely to find.
 

@@ -62,7 +62,9 @@ class PromptReader:
             ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
         told = _abridged(prompt)
         if not ids:
-            raise GenerationError(f"the prompt {told} has no token: there is nothing to go on from")
+            raise GenerationError(
+                f"the prompt {told} has no token, so there is nothing to go on from: give one with text"
+            )
         if unknown := [token_id for token_id in ids if not 0 <= token_id < self._vocab_size]:
             raise GenerationError(
                 f"the prompt {told} has the token id {unknown[0]}, and the vocabulary of {self._where} ends at "
