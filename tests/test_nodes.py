@@ -20,13 +20,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed import TCPStore
 
 import megacore
 from free_port import free_port
 from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.errors import ConfigError, DataError, LayoutError, MegacoreError, WorkerError
-from megacore.parallel import Nodes, ParallelSizes, on_ranks
+from megacore.parallel import ONE_NODE, Nodes, ParallelSizes, on_ranks
 from megacore.parallel.context import interface_towards
 from megacore.parallel.failures import Failure
 from megacore.parallel.nodes import Link, joined_nodes
@@ -401,6 +402,16 @@ def test_a_node_that_does_not_come_is_named_after_the_timeout():
     assert str(absent) == f"nodes 1, 2 did not come to localhost:{port} in time"
     assert isinstance(unanswered, WorkerError)
     assert str(unanswered).startswith(f"node 0 did not answer at localhost:{port} in time: ")
+
+
+def test_a_run_starts_at_a_port_that_an_earlier_one_of_this_process_had(monkeypatch):
+    port = free_port()
+    create_server = socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda address, **how: create_server((address[0], port), **how))
+    for _ in range(3):
+        with joined_nodes(ONE_NODE, {}, timeout=timedelta(seconds=30)) as link:
+            assert link.store == ("localhost", port)
+            TCPStore(*link.store, is_master=True, multi_tenant=True).set("who", "torch's rendezvous")
 
 
 @pytest.mark.parametrize(

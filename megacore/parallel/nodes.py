@@ -180,8 +180,7 @@ def joined_nodes(
     own: dict[str, Any] = json.loads(json.dumps({"--nodes": nodes.count} | dict(settings)))
     deadline = time.monotonic() + timeout.total_seconds()
     if nodes.rank == 0:
-        # torch's own rendezvous shares this store, whose port is free for certain and which listens before it is told.
-        store = TCPStore("localhost", 0, None, True, timeout, multi_tenant=True, wait_for_workers=False)
+        store = _open_store(timeout)
         address, connections = _meet_all(nodes, own, deadline, on_note or _to_nobody)
         for connection in connections.values():
             _send(connection, store_port=store.port)
@@ -198,6 +197,23 @@ def joined_nodes(
         raise
     finally:
         link.close()
+
+
+def _open_store(timeout: timedelta) -> TCPStore:
+    """A store that torch's rendezvous shares: its port is free for certain, and it listens before the others know it.
+
+    It is given its socket, since torch (2.13) does not find a store again for which it chose the port itself, where an
+    earlier store of this process had the same one: it tries to listen there once more.
+    """
+    if socket.has_dualstack_ipv6():
+        server = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    else:
+        server = socket.create_server(("", 0))
+    port = server.getsockname()[1]
+    return TCPStore(
+        "localhost", port, None, True, timeout,
+        multi_tenant=True, wait_for_workers=False, master_listen_fd=server.detach(),
+    )  # fmt: skip
 
 
 def _to_nobody(note: str) -> None:
