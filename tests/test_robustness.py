@@ -567,6 +567,16 @@ def test_a_source_file_that_may_not_be_read_is_named(program, small, open_to_all
     assert_refused(finished, 2, rf"{path} cannot be read: Permission denied")
 
 
+def test_a_checkpoint_that_is_not_there_is_told_beside_a_directory_that_may_not_be_read(program, small, open_to_all):
+    user = NOBODY if os.geteuid() == 0 else None
+    shutil.copytree(small.native, open_to_all / "native", copy_function=shutil.copyfile)
+    (open_to_all / "another's").mkdir(mode=0o000)
+
+    finished = program("inspect", open_to_all / "absent", user=user)
+
+    assert_refused(finished, 2, rf"{open_to_all}/absent is not a directory: {open_to_all} holds the checkpoints native")
+
+
 @pytest.mark.parametrize(
     "file, message",
     [

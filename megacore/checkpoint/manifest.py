@@ -222,11 +222,9 @@ _NUM_NAMED = 8
 
 
 def _checkpoints_in(directory: Path) -> list[Path]:
-    """Those that are whole, by their names."""
-    if not directory.is_dir():
-        return []
-    names = (path for path in directory.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in names if (path / MANIFEST_NAME).is_file())
+    """Those that are whole, by their names; what may not be read is passed over."""
+    found = (manifest.parent for manifest in directory.glob(f"*/{MANIFEST_NAME}"))
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def read_manifest(directory: Path) -> Manifest:
