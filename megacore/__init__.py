@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megacore.plugins import get_family as get_family
     from megacore.plugins import list_families as list_families
     from megacore.runs import report as report
+    from megacore.training import evaluate as evaluate
     from megacore.training import train as train
     from megacore.verification import verify as verify
     from megacore.weights import convert as convert
@@ -35,6 +36,7 @@ _HOME = {
     "ModelConfig": "megacore.config",
     "ModelFamily": "megacore.hookspecs",
     "convert": "megacore.weights",
+    "evaluate": "megacore.training",
     "export": "megacore.weights",
     "generate": "megacore.generation",
     "get_family": "megacore.plugins",

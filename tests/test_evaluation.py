@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tiny_llama import write_dataset
 from training_on_rank import (
     evaluated,
     evaluated_until_rank_1_is_asked_to_stop,
+    gradients_held_after_evaluation,
     scores_of_tokens,
     trained_and_evaluated,
 )
@@ -201,6 +203,67 @@ def test_a_signal_to_one_rank_ends_the_evaluation_on_all(place, ranks, tmp_path)
     evaluations = ranks.run(evaluated_until_rank_1_is_asked_to_stop, run, sizes=parallel_sizes(run))
 
     assert evaluations == [None, None]
+
+
+# --- without training
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp 2 × dp 2, sharded", "pp 2, DualPipeV", "dp 2"])
+def test_a_model_is_evaluated_by_itself_in_any_layout_and_nothing_is_written(place, tmp_path, layout):
+    settings = (METRICS, "evaluation.iters=all", f"data.test_prefix={place / 'valid'}", *LAYOUTS[layout])
+    run = run_of(place, tmp_path / "out", *settings)
+    before = sorted(tmp_path.rglob("*"))
+
+    valid, test = megacore.evaluate(run)
+
+    assert (valid.split, valid.iteration, test.split) == ("valid", 0, "test")
+    assert dict(valid.values) == pytest.approx(with_transformers(place, 20), rel=1e-6)
+    assert test.values == valid.values
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_memory_is_taken_for_gradients_where_nothing_is_trained(place, ranks, tmp_path):
+    run = run_of(place, tmp_path / "out", *LAYOUTS["dp 2"])
+
+    assert ranks.run(gradients_held_after_evaluation, run, sizes=parallel_sizes(run)) == [0, 0]
+
+
+def test_what_a_run_has_saved_is_evaluated_as_the_run_did(place, tmp_path):
+    run = run_of(place, tmp_path / "out", "training.train_iters=4", "evaluation.interval=2", "checkpoints.interval=2")
+    during: list[Evaluation] = []
+    megacore.train(run, on_evaluation=during.append)
+    saved = tmp_path / "out-checkpoints"
+
+    for load, expected in (("iteration-0000002", during[0]), ("", during[1]), ("../out", during[1])):
+        assert megacore.evaluate(run, load=saved / load) == [expected]
+
+
+def test_only_the_data_to_evaluate_on_need_be_there(place, tmp_path):
+    run = run_of(place, tmp_path / "out", f"data.prefix={place / 'elsewhere'}")
+
+    [evaluation] = megacore.evaluate(run)
+
+    assert evaluation.split == "valid"
+
+
+def test_the_command_prints_a_line_a_split_and_says_how_much_it_looks_at(place, tmp_path):
+    run_of(place, tmp_path / "out")
+    given = ["evaluate", str(tmp_path / "out.toml"), "--set", f"data.valid_prefix={place / 'valid'}"]
+    given += ["--set", "evaluation.iters=2"]
+
+    line, objects = (CliRunner().invoke(cli, words) for words in (given, [*given, "--json"]))
+
+    assert (line.exit_code, objects.exit_code) == (0, 0), line.output + objects.output
+    assert re.fullmatch(r"valid \| loss \d\.\d+ \| perplexity \d+\.?\d*\n", line.stdout)
+    assert "the first 16 of these samples are looked at" in line.stderr
+    found = json.loads(objects.stdout)
+    assert found["split"] == "valid"
+    assert found["values"]["loss"] == pytest.approx(float(line.stdout.split()[3]), rel=1e-5)
+
+
+def test_a_run_file_with_nothing_to_evaluate_on_is_refused(place, tmp_path):
+    with pytest.raises(ConfigError, match=r"there is nothing to evaluate on: name it with data\.valid_prefix or"):
+        megacore.evaluate(tiny_run.run_of(place, tmp_path / "out"))
 
 
 # --- scores of tokens

@@ -173,6 +173,14 @@ def evaluated(parallel: ParallelContext, run: RunConfig, split: Split = "valid")
     return evaluation
 
 
+def gradients_held_after_evaluation(parallel: ParallelContext, run: RunConfig) -> int:
+    """How many elements the gradients have that this rank holds, in buffers or not, after an evaluation alone."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel, trains=False)
+    Evaluator(engine, checkpoint).evaluate("valid", iteration=0)
+    return sum(0 if parameter.grad is None else parameter.grad.numel() for parameter in engine.parameters.values())
+
+
 def evaluated_until_rank_1_is_asked_to_stop(parallel: ParallelContext, run: RunConfig) -> Evaluation | None:
     """What comes of an evaluation that goes on until its second batch."""
     checkpoint = Checkpoint(run.model.checkpoint)

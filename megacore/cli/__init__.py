@@ -15,6 +15,7 @@ import click
 
 from megacore.cli.convert import convert
 from megacore.cli.data import data
+from megacore.cli.evaluate import evaluate
 from megacore.cli.export import export
 from megacore.cli.generate import generate
 from megacore.cli.inspect import inspect
@@ -73,8 +74,8 @@ def cli() -> None:
 
 
 for command in (
-    tokenize, tokenize_chat, data, convert, verify, split, train, report, generate, export, translate, permute_qkv,
-    inspect,
+    tokenize, tokenize_chat, data, convert, verify, split, train, evaluate, report, generate, export, translate,
+    permute_qkv, inspect,
     plugins, new_plugin,
 ):  # fmt: skip
     cli.add_command(command)

@@ -79,8 +79,7 @@ class Console:
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Show an evaluation."""
-        told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
-        self._tell(f"{evaluation.split} at iteration {evaluation.iteration} | {told}")
+        self._tell(evaluation_line(evaluation))
 
     def _note(self, note: str) -> None:
         if self._live is None:
@@ -154,6 +153,13 @@ def step_line(step: Step, *, seconds_left: float | None = None) -> str:
         f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s | {flops_told(step)}"
         f"{_scale(step)}{'' if step.is_taken else ' | not taken'}{left}"
     )
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """The line that tells of one evaluation."""
+    told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
+    when = f" at iteration {evaluation.iteration}" if evaluation.iteration else ""
+    return f"{evaluation.split}{when} | {told}"
 
 
 def flops_told(step: Step) -> str:

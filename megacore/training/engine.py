@@ -68,6 +68,7 @@ class Engine:
         run: says how the work is spread and how the model computes.
         checkpoint: to start from.
         parallel: the place of this process.
+        trains: whether the model is to be trained; else it takes no memory for gradients, and there are no steps.
 
     Attributes:
         stages: the pipeline stages that this process has; the whole model without pipeline parallelism.
@@ -76,14 +77,16 @@ class Engine:
         specs: how each is cut.
     """
 
-    def __init__(self, run: RunConfig, checkpoint: Checkpoint, parallel: ParallelContext) -> None:
+    def __init__(
+        self, run: RunConfig, checkpoint: Checkpoint, parallel: ParallelContext, *, trains: bool = True
+    ) -> None:
         self.run = run
         self.parallel = parallel
         self.held_dtype, self.compute_dtype = HELD_IN[run.model.dtype], COMPUTED_IN[run.model.dtype]
         narrower = self.compute_dtype if self.compute_dtype != self.held_dtype else None
         config = read_config(get_family(checkpoint.manifest.family), checkpoint)
         whole_specs = model_specs_of(checkpoint)
-        frozen = frozen_names(run.training.freeze, whole_specs)
+        frozen = frozen_names(run.training.freeze, whole_specs) if trains else set(whole_specs)
         self.all_stages = pipeline_stages(run, config, whole_specs)
         own_stages = (
             stages_on_rank(run.parallel.pipeline_schedule, self.all_stages, parallel)

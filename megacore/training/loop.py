@@ -12,19 +12,16 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from megacore.errors import ConfigError, MegacoreError
-from megacore.model import model_specs, read_config
+from megacore.errors import MegacoreError
 from megacore.parallel import (
     ONE_NODE,
     Nodes,
     ParallelContext,
-    check_tensor_parallel,
     is_first_process,
     on_ranks,
     stop_requests,
     told_by_first,
 )
-from megacore.plugins import get_family
 from megacore.training.after_step import AfterStep, Evaluations
 from megacore.training.agreement import digest_of_dataset, require_agreement
 from megacore.training.batches import batches, open_samples
@@ -32,9 +29,8 @@ from megacore.training.checkpoints import RunCheckpoints, run_id_of
 from megacore.training.engine import COMPUTED_IN, HELD_IN, Engine
 from megacore.training.evaluation import Evaluation, Evaluator
 from megacore.training.exits import Exits
-from megacore.training.layout import describe_layout, parallel_sizes
+from megacore.training.opening import open_for_run, tell_at_start
 from megacore.training.peak import measured_peak
-from megacore.training.plan import check_run, pipeline_stages
 from megacore.training.preflight import check_and_describe, settings_to_agree_on
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig, read_run_config
@@ -86,30 +82,11 @@ def train(
     if not isinstance(run, RunConfig):
         run = read_run_config(Path(run))
     start = StartingPoint.of(run, resume=resume, load=None if load is None else Path(load))
-    if start.path == run.model.checkpoint and not start.path.is_dir():
-        raise ConfigError(
-            f"model.checkpoint: {run.model.checkpoint} is not a directory (paths in a run file are relative to the "
-            "directory that the command is started in)"
-        )
-    with offering_the_one_before(start.path):
-        checkpoint = open_start(run, start.path)
-    family = get_family(checkpoint.manifest.family)
-    config = read_config(family, checkpoint)
-    specs = model_specs(config, family.build_layer)
-    check_tensor_parallel(specs, run.parallel.tensor_parallel)
-    sizes = parallel_sizes(run, nodes)
-    check_run(run, config, specs, dp_size=sizes.dp)
+    checkpoint, sizes, layout_notes = open_for_run(run, start.path, nodes)
     if is_first_process(nodes):
         resumed = start.resumed(checkpoint)
         check_run_log(run, resumed_run_id=None if resumed is None else resumed.run_id)
-    notes = check_and_describe(run, start, checkpoint)
-    if sizes.world > 1:
-        notes = [describe_layout(run, sizes, pipeline_stages(run, config, specs)), *notes]
-    if on_note and is_first_process(nodes):
-        for note in notes:
-            on_note(note)
-    if on_note and nodes.count > 1:
-        on_note(f"node {nodes.rank} of {nodes.count} meets the others at {nodes.address}:{nodes.port}")
+    tell_at_start([*layout_notes, *check_and_describe(run, start, checkpoint)], nodes, on_note)
     return on_ranks(
         _train_on_rank,
         run,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megacore.model.kernels import describe_kernels
 from megacore.parallel import describe_imbalance
 from megacore.training.agreement import digest_of_dataset
 from megacore.training.batches import open_samples
+from megacore.training.evaluation import num_samples_of
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig
@@ -49,8 +50,32 @@ def check_and_describe(run: RunConfig, start: StartingPoint, checkpoint: Checkpo
         told += _going_on(run, start, resumed, train_iters)
     out = run.output.checkpoint
     require_absent(kept_as(out) if resumed is not None and is_result_of(out, checkpoint) else out)
-    told += _notes(run, checkpoint)
+    told += _notes(run, checkpoint, run.data.splits)
     told += _describe_data(run, samples, train_iters)
+    return told
+
+
+def check_and_describe_evaluation(run: RunConfig, checkpoint: Checkpoint, splits: Sequence[Split]) -> list[str]:
+    """Refuse to evaluate on data that cannot be used; what a person should know.
+
+    Args:
+        run: says how to evaluate.
+        checkpoint: of the model.
+        splits: to evaluate on.
+
+    Raises:
+        DataError: a dataset cannot be used.
+    """
+    told = list(_notes(run, checkpoint, splits))
+    for split in splits:
+        samples = open_samples(run, checkpoint, split)
+        told.append(_describe_samples(run, split, samples))
+        num_samples = num_samples_of(run, samples)
+        if num_samples < samples.samples_per_epoch:
+            told.append(
+                f"the first {num_samples:,} of these samples are looked at, as evaluation.iters says; "
+                'evaluation.iters="all" takes them all'
+            )
     return told
 
 
@@ -82,14 +107,14 @@ def _going_on(run: RunConfig, start: StartingPoint, training: TrainingRecord, tr
     yield from changes(run, training, {key: digest_of_dataset(prefix) for key, prefix in run.data.files().items()})
 
 
-def _notes(run: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
-    """What a person should know before the run starts."""
+def _notes(run: RunConfig, checkpoint: Checkpoint, splits: Sequence[Split]) -> Iterator[str]:
+    """What a person should know before anything starts on ``splits``."""
     yield describe_kernels(run.kernels.chosen, is_compiled=run.kernels.compile)
     if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
         yield imbalance
     tokenizer = checkpoint.manifest.tokenizer
     kind = DatasetDescription if run.data.kind == "text" else InstructionDescription
-    for prefix in dict.fromkeys(run.data.prefixes().values()):
+    for prefix in dict.fromkeys(run.data.prefixes(splits).values()):
         description = kind.read(prefix)
         if description is not None and tokenizer and description.tokenizer_sha256 not in tokenizer.values():
             yield f"the dataset {prefix} was made with another tokenizer than the checkpoint carries"

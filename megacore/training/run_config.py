@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -186,22 +186,25 @@ class DataSection(Section):
         """How those datasets are cut into parts, of which ``split`` is one; ``None`` where they are taken whole."""
         return None if self._named(split) is not None else self.split
 
-    def prefixes(self) -> dict[str, Path]:
-        """The prefix of every dataset, by the key that names it."""
+    def prefixes(self, splits: Sequence[Split] = SPLITS) -> dict[str, Path]:
+        """The prefix of every dataset that any of ``splits`` is taken from, by the key that names it."""
         keys = {"prefix": self.prefix, "valid_prefix": self.valid_prefix, "test_prefix": self.test_prefix}
+        taken = {"prefix" if self._named(split) is None else f"{split}_prefix" for split in splits}
         found: dict[str, Path] = {}
         for key, named in keys.items():
+            if key not in taken:
+                continue
             if isinstance(named, Path):
                 found[f"data.{key}"] = named
             elif named is not None:
                 found |= {f"data.{key}[{number}]": entry.prefix for number, entry in enumerate(named)}
         return found
 
-    def files(self) -> dict[str, Path]:
-        """The prefix of every pair of ``.bin`` and ``.idx``; conversations are two of them each."""
+    def files(self, splits: Sequence[Split] = SPLITS) -> dict[str, Path]:
+        """Of these datasets, the prefix of every pair of ``.bin`` and ``.idx``; conversations are two of them each."""
         if self.kind == "text":
-            return self.prefixes()
-        both = {key: prefixes(prefix) for key, prefix in self.prefixes().items()}
+            return self.prefixes(splits)
+        both = {key: prefixes(prefix) for key, prefix in self.prefixes(splits).items()}
         return {f"{key}, {part}": path for key, paths in both.items() for part, path in zip(_PARTS, paths, strict=True)}
 
     def _named(self, split: str) -> Datasets | None:
