@@ -77,14 +77,17 @@ def test_what_rank_0_returns_comes_back_and_signals_loggers_and_temporary_files_
 
 @pytest.mark.parametrize("kind", [DataError, OfAPluginError], ids=["a kind of the core", "a kind of a plugin"])
 def test_a_mistake_found_on_one_rank_arrives_in_the_kind_that_the_core_knows_though_others_wait_for_that_rank(
-    kind, capfd
+    kind, tmp_path, monkeypatch, capfd
 ):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     with pytest.raises(DataError) as raised:
         on_ranks(refuse_on, 1, kind, sizes=ParallelSizes(tp=2))
 
     assert type(raised.value) is DataError
     assert str(raised.value) == "line 7: not a number.\nWrite one"
     assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_programming_error_on_one_rank_arrives_with_its_traceback_and_not_that_of_its_echo_on_another():

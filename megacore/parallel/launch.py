@@ -179,9 +179,12 @@ def _on_started_rank(
         signal.signal(number, leave_cleanly)
     # When that command is killed, this rank leaves too. torch has asked for a SIGINT then.
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGHUP)  # type: ignore[attr-defined]
-    with reporting(reports):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
+    try:
+        with reporting(reports):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
+    except Exception:
+        sys.exit(1)  # it is reported; torch would write it to one more file, which it leaves behind
     atexit.register(end_process, 0)
     return result
 
