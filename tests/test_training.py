@@ -25,7 +25,7 @@ from megacore.errors import ConfigError, CorruptCheckpointError, DataError, Trai
 from megacore.model import load_model
 from megacore.parallel import ParallelContext, ParallelSizes, parameter_specs
 from megacore.testing.ranks import RankError
-from megacore.training import RunConfig, Step, loop, preflight, read_run_config
+from megacore.training import RunConfig, Step, loop, read_run_config
 from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer import build_optimizer
 from megacore.training.run_config import OptimizerSection
@@ -572,24 +572,6 @@ def test_a_run_file_may_be_given_by_its_path(place, tmp_path):
     file.write_text(file.read_text().replace("train_iters = 10", "train_iters = 4"))
 
     assert len(megacore.train(file)) == 4
-
-
-def test_a_note_tells_of_a_dataset_made_with_another_tokenizer(place, tmp_path):
-    checkpoint = shutil.copytree(place / "untied" / "unsplit", tmp_path / "checkpoint")
-    (checkpoint / "tokenizer").mkdir(exist_ok=True)
-    (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
-    opened = Checkpoint(checkpoint)
-    object.__setattr__(opened.manifest, "tokenizer", {"tokenizer.json": "another digest"})
-    prefix = write_dataset(tmp_path / "data")
-    description = DatasetDescription(
-        tokenizer_file="tokenizer.json", tokenizer_sha256="a digest", vocab_size=VOCAB, eod_id=None, append_eod=False,
-        num_documents=20, num_tokens=1000, megacore_version="0.1.0",
-    )  # fmt: skip
-    Path(f"{prefix}.json").write_text(description.to_json())
-
-    _, *notes = preflight._notes(run_of(place, tmp_path / "out", f"data.prefix={prefix}"), opened)
-
-    assert notes == [f"the dataset {prefix} was made with another tokenizer than the checkpoint carries"]
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_its_key(place, tmp_path):

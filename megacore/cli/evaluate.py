@@ -49,4 +49,4 @@ def _print_line(evaluation: Evaluation) -> None:
 
 def _print_json(evaluation: Evaluation) -> None:
     values = {name: value if math.isfinite(value) else None for name, value in evaluation.values.items()}
-    click.echo(json.dumps(dataclasses.asdict(dataclasses.replace(evaluation, values=values))))
+    click.echo(json.dumps(dataclasses.asdict(evaluation) | {"values": values}))

@@ -194,6 +194,7 @@ def tokenize_chat(
             num_assistant_tokens=num_assistant_tokens,
             megacore_version=version("megacore"),
             new_tokens=loaded.new_tokens,
+            known_tokens_sha256=loaded.known_tokens_sha256(),
             tokenizer_directory=tokenizer_directory.name if tokenizer_directory is not None else None,
         )
         if tokenizer_directory is not None:

@@ -57,6 +57,8 @@ class InstructionDescription(Description):
     """The tokens that were added to the tokenizer, and their ids."""
     tokenizer_directory: str | None = None
     """Where the tokenizer with these tokens is, beside the dataset."""
+    known_tokens_sha256: str | None = None
+    """Of the tokens that are not new; see :func:`~megacore.data.tokenizer.digest_of_tokens`."""
 
 
 class InstructionDataset:

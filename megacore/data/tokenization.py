@@ -258,6 +258,7 @@ class _Run:
             megacore_version=version("megacore"),
             prepend_bos=self.job.prepend_bos,
             new_tokens=self.vocabulary.new_tokens,
+            known_tokens_sha256=self.vocabulary.known_tokens_sha256(),
             tokenizer_directory=self.tokenizer_directory.name if self.vocabulary.new_tokens else None,
         )
 

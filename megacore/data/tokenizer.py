@@ -72,6 +72,10 @@ class Tokenizer(ABC):
     def vocabulary(self) -> dict[str, int]:
         """All tokens, as the tokenizer's file writes them, and their ids."""
 
+    def known_tokens_sha256(self) -> str:
+        """The digest of the tokens that the file holds, without the new ones; see :func:`digest_of_tokens`."""
+        return digest_of_tokens(self.vocabulary(), min(self.new_tokens.values(), default=self.vocab_size))
+
     @abstractmethod
     def special_tokens(self) -> list[str]:
         """The tokens that stand for more than their text, as text would spell them; not those of single bytes."""
@@ -269,6 +273,19 @@ def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tok
     if path.suffix not in kinds:
         raise DataError(f"{path}: a tokenizer is a file tokenizer.json or tokenizer.model, or a directory with one")
     return kinds[path.suffix](path, new_tokens)
+
+
+def digest_of_tokens(vocabulary: Mapping[str, int], num_ids: int) -> str:
+    """A hexadecimal SHA-256 of which token each of the first ``num_ids`` ids stands for.
+
+    It is the same for every tokenizer in which these ids stand for the same tokens, whatever its other ids are, and
+    however it comes to them.
+    """
+    tokens: list[str | None] = [None] * num_ids
+    for token, number in vocabulary.items():
+        if number < num_ids:
+            tokens[number] = token
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def directory_beside(prefix: Path) -> Path:

@@ -21,7 +21,9 @@ from megacore.data import (
     check_token_ids,
     split_tokens,
 )
+from megacore.data.instruction import prefixes
 from megacore.errors import DataError
+from megacore.training.dataset_vocabulary import require_rows
 from megacore.training.instruction_batches import collated, micro_batch_lengths, open_instruction_samples
 from megacore.training.progress import Progress
 from megacore.training.run_config import RunConfig
@@ -56,16 +58,11 @@ def open_dataset(prefix: Path, checkpoint: Checkpoint) -> IndexedDataset:
     Raises:
         DataError: when it does not fit, or cannot be read.
     """
+    of_conversations, _ = prefixes(prefix)
+    if not Path(f"{prefix}.idx").is_file() and Path(f"{of_conversations}.idx").is_file():
+        raise DataError(f'{prefix}: holds conversations: set data.kind = "instruction" to train on them')
     dataset = IndexedDataset(prefix)
-    description = DatasetDescription.read(prefix)
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    if description is not None and description.vocab_size > vocab_size:
-        raise DataError(
-            f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
-            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer, and with "
-            f"--no-new-tokens or, where its new tokens are wanted, give the model rows for them: "
-            f"`megacore split {checkpoint.path} --out … --add-tokens {prefix}`"
-        )
+    require_rows(prefix, DatasetDescription.read(prefix), checkpoint)
     return dataset
 
 
@@ -127,12 +124,12 @@ def batch_of(
     Raises:
         DataError: when a token id is beyond the vocabulary.
     """
-    prefixes = [str(entry.prefix) for entry in run.data.datasets(split)]
+    named = " or ".join(str(entry.prefix) for entry in run.data.datasets(split))
     rows = [samples[number] for number in numbers]
     lengths = micro_batch_lengths(run, rows) if run.data.variable_seq_lengths else None
     tokens, loss_mask, segments = collated(rows, max(lengths) if lengths else run.data.seq_length)
     return Batch(
-        tokens=check_token_ids(tokens, checkpoint.manifest.config["vocab_size"], " or ".join(prefixes)),
+        tokens=check_token_ids(tokens, checkpoint.manifest.config["vocab_size"], named),
         loss_mask=loss_mask,
         sample_ids=torch.tensor(numbers),
         segments=segments,

@@ -12,7 +12,7 @@ import torch
 from megacore.checkpoint import Checkpoint
 from megacore.data import InstructionDataset, InstructionDescription, InstructionSamples, Sample
 from megacore.data.instruction_samples import padded
-from megacore.errors import DataError
+from megacore.training.dataset_vocabulary import require_rows
 from megacore.training.run_config import RunConfig
 
 _STEP = 16
@@ -26,15 +26,7 @@ def open_instruction_samples(prefix: Path, run: RunConfig, checkpoint: Checkpoin
         DataError: when it does not fit, cannot be read, or gives no sample.
     """
     data = run.data
-    description = InstructionDescription.read(prefix)
-    vocab_size = checkpoint.manifest.config["vocab_size"]
-    if description is not None and description.vocab_size > vocab_size:
-        raise DataError(
-            f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the "
-            f"checkpoint's vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer or, where new "
-            f"tokens are wanted, give the model rows for them: `megacore split {checkpoint.path} --out … "
-            f"--add-tokens {prefix}`"
-        )
+    require_rows(prefix, InstructionDescription.read(prefix), checkpoint)
     return InstructionSamples(
         InstructionDataset(prefix),
         data.seq_length,

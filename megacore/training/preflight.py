@@ -15,6 +15,7 @@ from megacore.model.kernels import describe_kernels
 from megacore.parallel import describe_imbalance
 from megacore.training.agreement import digest_of_dataset
 from megacore.training.batches import open_samples
+from megacore.training.dataset_vocabulary import check_vocabulary
 from megacore.training.evaluation import num_samples_of
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.progress import Progress
@@ -112,12 +113,10 @@ def _notes(run: RunConfig, checkpoint: Checkpoint, splits: Sequence[Split]) -> I
     yield describe_kernels(run.kernels.chosen, is_compiled=run.kernels.compile)
     if imbalance := describe_imbalance(checkpoint.manifest.specs, run.parallel.tensor_parallel):
         yield imbalance
-    tokenizer = checkpoint.manifest.tokenizer
     kind = DatasetDescription if run.data.kind == "text" else InstructionDescription
     for prefix in dict.fromkeys(run.data.prefixes(splits).values()):
-        description = kind.read(prefix)
-        if description is not None and tokenizer and description.tokenizer_sha256 not in tokenizer.values():
-            yield f"the dataset {prefix} was made with another tokenizer than the checkpoint carries"
+        if (description := kind.read(prefix)) is not None:
+            yield from check_vocabulary(prefix, description, checkpoint, may_differ=run.data.other_vocabulary)
     context = checkpoint.manifest.config["max_position_embeddings"]
     if run.data.seq_length > context:
         yield f"data.seq_length {run.data.seq_length} is more than the {context} positions the model was made for"

@@ -126,6 +126,11 @@ class DataSection(Section):
     eod_mask_loss: bool = Field(
         False, description="Leave the first token of a document, which comes after the end of another, out of the loss."
     )
+    other_vocabulary: bool = Field(
+        False,
+        description="Train, validate and test on datasets whose ids stand for other tokens than the checkpoint's "
+        "tokenizer says.",
+    )
     prefetch: int = Field(2, ge=0, description="Batches that are prepared ahead of time, by a thread; 0 for none.")
 
     @field_validator("prefix", "valid_prefix", "test_prefix", mode="before")

@@ -19,7 +19,7 @@ from megacore.training.run_config import RunConfig
 Resume = bool | Literal["auto"]
 """Whether to go on from the newest checkpoint of the run; ``"auto"``: if there is one."""
 
-_FREE = ("data.prefetch", "data.prefix", "data.valid_prefix", "data.test_prefix")
+_FREE = ("data.prefetch", "data.other_vocabulary", "data.prefix", "data.valid_prefix", "data.test_prefix")
 """Keys of the data that change nothing, or are compared by what they lead to."""
 
 _ELSEWHERE = ("parallel.", "recompute.", "kernels.", "checkpoints.", "output.", "logging.", "model.checkpoint")
