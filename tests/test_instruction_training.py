@@ -23,13 +23,15 @@ from megacore.data import (
     SampleOrder,
 )
 from megacore.errors import ConfigError, DataError
-from megacore.training import RunConfig, batches, read_run_config, train
+from megacore.parallel import ParallelContext
+from megacore.training import Engine, RunConfig, batches, read_run_config, train
 from megacore.training.batches import open_samples
 from megacore.training.layout import parallel_sizes
 from tiny_chat import write_tokenizer
 from tiny_llama import VOCAB, published_model
 from tiny_models import tied_multi_query_falcon
-from training_on_rank import evaluated
+from tiny_run import weights
+from training_on_rank import evaluated, whole_gradients
 
 NUM_CONVERSATIONS, SEQ_LENGTH, BATCH = 13, 40, 8
 
@@ -163,6 +165,59 @@ def test_packed_conversations_have_the_loss_and_gradients_of_each_alone(place, r
 
     for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run)):
         np.testing.assert_allclose(found, [of_batch(model, conversations, 0.0)] * 2, rtol=1e-9)
+
+
+def packed_run(place: Path, out: Path) -> RunConfig:
+    """One whose first batch is all rows, so all conversations once."""
+    num_rows = len(InstructionSamples(InstructionDataset(place / "chats"), SEQ_LENGTH, packing=True))
+    settings = ("data.packing=true", f"training.global_batch_size={num_rows}", "training.micro_batch_size=1")
+    return run_of(place, out, *settings, family="falcon")
+
+
+def test_each_gradient_of_packed_conversations_is_the_sum_of_those_of_each_alone(place, tmp_path):
+    """Those of transformers take the way of the weights: through a checkpoint that is converted."""
+    model = AutoModelForCausalLM.from_pretrained(place / "published-falcon", dtype=torch.float64)
+    expected_loss, _ = of_batch(model, write_conversations(tmp_path / "chats"), 0.0)
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    model.save_pretrained(tmp_path / "gradients")
+    megacore.convert("falcon", tmp_path / "gradients", tmp_path / "native")
+
+    loss, gradients = whole_gradients(ParallelContext.single(), packed_run(place, tmp_path / "out"))
+
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    expected = weights(tmp_path / "native")
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.reshape(expected[name].shape), expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_each_token_of_packed_conversations_has_the_loss_that_it_has_alone(place, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(place / "published-falcon", dtype=torch.float64)
+    alone: dict[tuple[int, ...], torch.Tensor] = {}
+    for conversation, _ in write_conversations(tmp_path / "chats"):
+        ids = torch.tensor(conversation[: SEQ_LENGTH + 1])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        alone[tuple(ids.tolist())] = F.cross_entropy(logits, ids[1:], reduction="none")
+    run = packed_run(place, tmp_path / "out")
+    checkpoint = Checkpoint(run.model.checkpoint)
+    batch = next(batches(run, checkpoint))
+
+    scores = Engine(run, checkpoint, ParallelContext.single()).score(batch)
+
+    found = 0
+    for row, segments in enumerate(batch.segments):
+        for segment in segments.unique():
+            places = (segments == segment).nonzero().flatten()
+            targets = batch.tokens[row, places + 1]
+            ids = (int(batch.tokens[row, places[0]]), *targets.tolist())
+            # The last target of a segment is the first token of the next one, but for one that fills the row.
+            own = next((ids[:n] for n in range(len(ids), 1, -1) if ids[:n] in alone), None)
+            if own is not None:
+                torch.testing.assert_close(scores[row, places, 0][: len(own) - 1], alone[own], rtol=1e-9, atol=1e-12)
+                found += 1
+    assert found == NUM_CONVERSATIONS
 
 
 def test_so_they_are_of_a_llama_whose_norms_transformers_computes_in_32_bit(place, expected, ranks, tmp_path):

@@ -1,12 +1,19 @@
 """Training samples and their order."""
 
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megacore.data import IndexedDataset, IndexedDatasetWriter, KeyedPermutation, SampleOrder, TokenWindows
+from megacore.data import (
+    IndexedDataset,
+    IndexedDatasetWriter,
+    KeyedPermutation,
+    SampleOrder,
+    TokenWindows,
+    WindowSamples,
+)
 from megacore.errors import DataError
 
 SIZES = [1, 2, 3, 4, 5, 6, 7, 99, 100, 101, 1000, 4096, 65537]
@@ -37,12 +44,20 @@ def test_samples_are_64_bit_ids_of_their_own(tmp_path):
     assert windows[0].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("seq_length", [1, 2, 7, 10, 98, 99])
-def test_every_token_but_the_first_is_a_target_once_up_to_an_incomplete_last_window(tmp_path, seq_length):
-    windows = TokenWindows(dataset_of(tmp_path / "data", [17, 1, 0, 50, 32]), seq_length)
-    targets = list(chain.from_iterable(window[1:].tolist() for window in windows))
-    assert targets == list(range(1, 1 + len(targets)))
-    assert 0 <= 99 - len(targets) < seq_length
+@pytest.mark.parametrize("seed", range(50))
+def test_every_token_but_the_first_is_learned_in_one_sample_and_of_the_last_no_other_is_twice(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    dataset = dataset_of(tmp_path / "data", [int(length) for length in rng.integers(0, 40, 8)])
+    first = int(rng.integers(0, dataset.num_tokens // 2))
+    part = range(first, int(rng.integers(first + 2, dataset.num_tokens + 1)))
+    samples = WindowSamples(TokenWindows(dataset, int(rng.integers(1, len(part))), tokens=part))
+
+    learned = [sample.tokens[1:][sample.loss_mask == 1] for sample in samples]
+
+    assert np.concatenate(learned).tolist() == list(part[1:])
+    assert all(sample.loss_mask.all() for sample in list(samples)[:-1])
+    for sample in samples:
+        assert np.diff(sample.tokens).tolist() == [1] * (len(sample.tokens) - 1)
 
 
 def test_iterating_ends_after_the_last_sample(tmp_path):

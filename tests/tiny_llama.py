@@ -38,8 +38,8 @@ def published_model(directory: Path, **settings: Any) -> Path:
     return directory
 
 
-def write_dataset(prefix: Path, *, num_tokens: int = 1000, vocab_size: int = VOCAB) -> Path:
-    """Random token ids in documents of 50."""
+def write_dataset(prefix: Path, *, num_tokens: int = 1009, vocab_size: int = VOCAB) -> Path:
+    """Random token ids in documents of 50; by default samples of 8 and of 12 tokens leave none over."""
     ids = np.random.default_rng(0).integers(0, vocab_size, num_tokens)
     ids[7] = vocab_size - 1
     with IndexedDatasetWriter(prefix, "uint16") as writer:

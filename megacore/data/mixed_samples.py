@@ -22,7 +22,7 @@ class SampleSource(Protocol):
 
 
 class WindowSamples:
-    """Windows over the tokens of a dataset, as :class:`~megacore.data.Sample`.
+    """Windows over the tokens of a dataset, as :class:`~megacore.data.Sample`. Each token is learned in one of them.
 
     Where documents begin is searched in the dataset's own boundaries; ids are not looked at.
 
@@ -46,6 +46,7 @@ class WindowSamples:
     def __getitem__(self, index: int) -> Sample:
         length = self.windows.seq_length
         loss_mask = np.ones(length, np.float32)
+        loss_mask[: self.windows.num_repeated(index)] = 0
         segments = None
         if self._resets_at_documents or self._eod_mask_loss:
             # Token 0 begins a segment anyway; token ``length`` is a target only.

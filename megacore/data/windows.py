@@ -17,8 +17,9 @@ class TokenWindows:
 
     Sample ``i`` is the tokens ``[i * seq_length, (i + 1) * seq_length]``, both ends included: its last token is the
     next one's first, so that as inputs ``[:-1]`` and targets ``[1:]`` every token but the very first is predicted once.
-    Up to ``seq_length - 1`` tokens at the end fill no window and are left out. These are Megatron-LM's samples before
-    it shuffles; as the tokens lie back to back in the file, finding one is a multiplication.
+    The tokens at the end that fill no window are in one more, which ends with the last of them; what that one predicts
+    again is told by :meth:`num_repeated`. But for it these are Megatron-LM's samples before it shuffles; as the tokens
+    lie back to back in the file, finding one is a multiplication.
 
     Args:
         tokens: the part of the stream to take samples from, by default all of it.
@@ -33,20 +34,24 @@ class TokenWindows:
         self.dataset = dataset
         self.seq_length = seq_length
         self.tokens = range(dataset.num_tokens) if tokens is None else tokens
-        if len(self) == 0:
+        if len(self.tokens) <= seq_length:
             raise DataError(
                 f"{dataset.prefix}: {len(self.tokens)} tokens give no sample of sequence length {seq_length}, "
                 f"which takes {seq_length + 1}; use more text or a shorter sequence"
             )
 
     def __len__(self) -> int:
-        return max(0, len(self.tokens) - 1) // self.seq_length
+        return -(-(len(self.tokens) - 1) // self.seq_length)
 
     def start(self, index: int) -> int:
         """The position in the dataset's stream of the first token of sample ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.tokens.start + index * self.seq_length
+        return min(self.tokens.start + index * self.seq_length, self.tokens.stop - 1 - self.seq_length)
+
+    def num_repeated(self, index: int) -> int:
+        """How many targets of sample ``index``, its first ones, are targets of the sample before too."""
+        return self.tokens.start + index * self.seq_length - self.start(index)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """Sample ``index``: token ids, int64, ``[seq_length + 1]``."""
