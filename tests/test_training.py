@@ -404,7 +404,7 @@ def test_a_run_file_that_does_not_exist_is_refused(tmp_path):
         ("parallel.tensor_parallel=4", r"cannot be cut over tp 4: .*tp sizes that work: 1, 2, 3$"),
         ("model.checkpoint=nowhere", r"nowhere"),
         ("data.prefix=nowhere", r"nowhere\.idx: no such file"),
-        ("data.seq_length=1000", r"1000 tokens give no sample of sequence length 1000"),
+        ("data.seq_length=1009", r"1009 tokens give no sample of sequence length 1009"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(place, tmp_path, override, message):
