@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,12 @@ def test_a_second_signal_ends_a_run_at_once_whose_step_does_not_end(place, tmp_p
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The process ids of the ranks that a command has started."""
     session = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True)
-    pids = [int(pid) for pid in session.stdout.split()]
-    return [pid for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    ranks = []
+    for pid in map(int, session.stdout.split()):
+        with suppress(FileNotFoundError):  # it has ended by now
+            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                ranks.append(pid)
+    return ranks
 
 
 def test_signals_that_come_at_once_are_one_request_and_a_later_one_ends_the_process(tmp_path):
@@ -243,7 +248,10 @@ def is_rank(pid: int) -> bool:
 @pytest.mark.soak
 @pytest.mark.parametrize("layout", ["dp 2, sharded", "tp 2"])
 def test_a_run_whose_ranks_are_killed_at_random_ends_with_the_weights_of_one_that_was_not(place, tmp_path, layout):
-    """15 kills at each of two layouts, each at a random moment, with a checkpoint every 3 steps."""
+    """15 kills at each of two layouts, each at a random moment, with a checkpoint every 3 steps.
+
+    Every fifth is at the start. The others are so many steps later, so that a busy machine gets as far as an idle one.
+    """
     how = {
         "dp 2, sharded": (*TWO, "parallel.data_parallel=sharded"),
         "tp 2": ("parallel.tensor_parallel=2",),
@@ -256,15 +264,18 @@ def test_a_run_whose_ranks_are_killed_at_random_ends_with_the_weights_of_one_tha
 
     while num_killed < 15:
         process = started(command(place, out, *overrides, options=("--resume", "auto")))
-        wait_for_line(process, "iteration ")
-        time.sleep(chance.uniform(0, 0.5))
-        ranks = ranks_of(process)
-        if ranks:
-            os.kill(chance.choice(ranks), signal.SIGKILL)
+        if num_killed % 5 == 4:
+            while len(ranks_of(process)) < 2:
+                assert process.poll() is None
+                time.sleep(0.05)
+            time.sleep(chance.uniform(0, 5))
+        else:
+            for _ in range(chance.randint(1, 9)):
+                wait_for_line(process, "iteration ")
+            time.sleep(chance.uniform(0, 0.2))
+        os.kill(chance.choice(ranks_of(process)), signal.SIGKILL)
         _, errors = process.communicate(timeout=BOUND)
-        assert process.returncode == (1 if ranks else 0), errors
-        if process.returncode == 0:
-            break
+        assert process.returncode == 1, errors
         assert re.search(r"rank \d was killed by SIGKILL", errors)
         num_killed += 1
         resumed_from += re.findall(r"going on after iteration (\d+)", errors)
@@ -274,7 +285,6 @@ def test_a_run_whose_ranks_are_killed_at_random_ends_with_the_weights_of_one_tha
     process = started(command(place, out, *overrides, options=("--resume", "auto")))
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert num_killed == 15
     assert len(set(resumed_from)) > 5
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(out).items())
