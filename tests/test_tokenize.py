@@ -152,6 +152,27 @@ def test_a_tokenizer_json_without_a_known_end_token_has_none(tmp_path, config):
     assert load_tokenizer(train_byte_level(tmp_path, config)).eod_id is None
 
 
+@pytest.mark.parametrize(
+    "config",
+    [None, {"eos_token": "s"}, {"eos_token": "s", "added_tokens_decoder": {"0": {"content": "<|end|>"}}}],
+    ids=["none", "old", "new"],
+)
+def test_special_tokens_that_only_an_older_file_names_are_those_of_transformers(tmp_path, config):
+    from transformers import AutoTokenizer
+
+    config = config and config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    train_byte_level(tmp_path, config)
+    named = {"bos_token": {"content": "<|end|>"}, "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+
+    ours = load_tokenizer(tmp_path, NewTokens(standard=True))
+
+    assert (ours.bos_id, ours.token_id("<PAD>") is None) == (theirs.bos_token_id, theirs.pad_token_id is not None)
+    # Another end of sequence than that of this tokenizer without <EOD>.
+    assert load_tokenizer(tmp_path).eod_id == theirs.eos_token_id
+
+
 def test_the_vocabulary_size_is_above_every_id_even_where_ids_have_gaps(tmp_path):
     vocabulary = {"[UNK]": 0, "a": 7, "b": 400}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))

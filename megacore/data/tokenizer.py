@@ -21,6 +21,8 @@ EOD_TOKEN = "<EOD>"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Files that say how a tokenizer is used, not what its ids are."""
 
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class Tokenizer(ABC):
     """Text to token ids and back.
@@ -166,12 +168,12 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def adds_bos(self) -> bool:
         # The file itself does not say; to the models that are published with one, a text begins so.
-        told = _tokenizer_config(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
+        told = json_object(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
         return bool(told) and self.bos_id is not None
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json``, with the names of its begin and end tokens from ``tokenizer_config.json`` beside it.
+    """A ``tokenizer.json``, with the names of its begin and end tokens from the files beside it.
 
     Text that spells one of the file's added tokens, special ones included, becomes that token's id. That is the
     tokenizers library's own rule: clean the text of such strings where they must not have that power.
@@ -186,12 +188,12 @@ class JsonTokenizer(Tokenizer):
             tokenizer = tokenizers.Tokenizer.from_str(definition.decode())
         except Exception as error:  # the library raises nothing more special
             raise DataError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        config = _tokenizer_config(file.with_name("tokenizer_config.json"))
+        names = special_token_names(file.parent)
         known = tokenizer.get_vocab(with_added_tokens=True)
         if not known:
             raise DataError(f"{file}: its vocabulary is empty")
         if new_tokens:
-            has_padding = _token_id(known, config.get("pad_token")) is not None
+            has_padding = names.get("pad_token") in known
             extend_tokenizer_json(tokenizer, new_tokens, has_padding=has_padding)
             definition = tokenizer.to_str(pretty=True).encode()
         # A file may ask for texts to be cut or filled to some length; a document is neither.
@@ -207,14 +209,15 @@ class JsonTokenizer(Tokenizer):
                 f"{vocabulary[added[0]]}, and the next ones onto ids that are taken: leave the vocabulary as it is "
                 f"(--no-new-tokens), or add the tokens to the file"
             )
+        ids = {name: vocabulary.get(token) for name, token in names.items()}
         super().__init__(
             file,
             definition=definition,
             # Not the number of entries: ids may have gaps.
             vocab_size=max(vocabulary.values()) + 1,
             new_tokens={token: vocabulary[token] for token in added},
-            bos_id=_token_id(vocabulary, config.get("bos_token")),
-            eod_id=vocabulary.get(EOD_TOKEN, _token_id(vocabulary, config.get("eos_token"))),
+            bos_id=ids.get("bos_token"),
+            eod_id=vocabulary.get(EOD_TOKEN, ids.get("eos_token")),
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -271,6 +274,36 @@ def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tok
     return kinds[path.suffix](path, new_tokens)
 
 
+def special_token_names(directory: Path) -> dict[str, str]:
+    """The special tokens that the tokenizer in ``directory`` names: the text of ``bos_token``, ``eos_token`` and so on.
+
+    They are in ``tokenizer_config.json`` or, of tokenizers whose configuration does not list the added tokens, as old
+    ones do not, in ``special_tokens_map.json`` first. That is the rule of transformers.
+    """
+    told = json_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in told:
+        told |= json_object(directory / "special_tokens_map.json")
+    texts = {name: token.get("content") if isinstance(token := told.get(name), dict) else token for name in _NAMED}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file beside a tokenizer; nothing where there is no such file.
+
+    Raises:
+        DataError: it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is not a JSON object")
+    return content
+
+
 def directory_beside(prefix: Path) -> Path:
     """Where the tokenizer of a dataset is, if tokens were added to it."""
     return prefix.with_name(f"{prefix.name}-tokenizer")
@@ -324,22 +357,3 @@ def _load_sentencepiece(definition: bytes, file: Path) -> Any:
             f"format; give their tokenizer.json instead"
         ) from error
     return processor
-
-
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json; nothing where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: is not a JSON object")
-    return config
-
-
-def _token_id(vocabulary: dict[str, int], token: str | dict[str, Any] | None) -> int | None:
-    """The id of a token that the configuration names by its text, or by an object with the text under ``content``."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return vocabulary.get(text) if isinstance(text, str) else None
