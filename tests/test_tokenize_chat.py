@@ -296,6 +296,28 @@ def test_a_tokenizer_model_that_knows_the_markup_of_megatron_llm_is_taken(tmp_pa
     assert written(tmp_path / "out") == [(turns[0] + turns[1], [1] * len(turns[0]) + [2] * len(turns[1]))]
 
 
+def test_conversations_that_spell_a_special_token_of_a_tokenizer_model_are_counted(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["question answer a b c"]), model_writer=model, vocab_size=290, byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    records = [{"input": text, "output": "b"} for text in ("a", "a </s>", "<|im_end|>", "<unk> </ s>", "<|turn|>")]
+    (tmp_path / "qa.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    summary = tokenize_chat(
+        tmp_path / "qa.jsonl",
+        tokenizer=tmp_path / "tokenizer.model",
+        out=tmp_path / "out",
+        keys=QuestionKeys(),
+        vocab_extra_ids_list=["<|im_start|>", "<|im_end|>", "<|turn|>"],
+    )
+    # Those with another special token than the two marks of each of the two turns.
+    specials = {1, 2, *summary.new_tokens.values()}
+    num_special = [sum(token in specials for token in ids) for ids, _ in written(tmp_path / "out")]
+    assert num_special == [4, 5, 5, 4, 5]
+    assert summary.num_with_special_tokens == 3
+
+
 def test_such_a_template_works_when_it_marks_the_assistants_text(tmp_path, conversations):
     template = "{{ messages | length }}" + MARKED_CHATML
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template)

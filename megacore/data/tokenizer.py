@@ -199,6 +199,8 @@ class JsonTokenizer(Tokenizer):
         # A file may ask for texts to be cut or filled to some length; a document is neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # It adds no token here, but may cut white space off what a token says of its place.
+        self._post_processor, tokenizer.post_processor = tokenizer.post_processor, None
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True) if new_tokens else known
         added = sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
@@ -224,6 +226,14 @@ class JsonTokenizer(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text, as :meth:`encode_batch` gives them, and which characters each token stands for.
+
+        The latter are ``(start, stop)``, the same where a token stands for none.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
@@ -241,8 +251,11 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def adds_bos(self) -> bool:
-        with_special, without = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
-        return self.bos_id is not None and with_special[:1] == [self.bos_id] != without[:1]
+        if self.bos_id is None or self._post_processor is None:
+            return False
+        without = self._tokenizer.encode("a")
+        with_special = self._post_processor.process(without).ids
+        return with_special[:1] == [self.bos_id] != without.ids[:1]
 
 
 def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tokenizer:  # noqa: B008 (it is frozen)
