@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from click.testing import CliRunner
 
 import megacore
 from megacore.checkpoint import Checkpoint
+from megacore.checkpoint.new_rows import AddedTokens
 from megacore.cli import cli
 from megacore.data import IndexedDataset, load_tokenizer, tokenize
 from megacore.errors import DataError, MegacoreError
@@ -118,6 +120,20 @@ def test_another_tokenizer_than_the_models_is_refused(published, tmp_path):
     byte_tokenizer(other, first="z")
     with pytest.raises(DataError, match=r"is not the model's tokenizer with tokens added.*have other ids there"):
         megacore.convert("llama", published, tmp_path / "grown", add_tokens=other)
+
+
+def test_new_tokens_never_get_the_rows_of_tokens_that_the_model_has_beside_its_tokenizer_model(tmp_path):
+    for name in ("known", "same"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "tokenizer.model").open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(["a b c", "d e f"]), model_writer=file, vocab_size=12, hard_vocab_limit=False,
+                minloglevel=2,
+            )  # fmt: skip
+    (tmp_path / "known/added_tokens.json").write_text('{"<|im_end|>": 12}')
+    known = {file.name: file for file in (tmp_path / "known").iterdir()}
+    with pytest.raises(DataError, match=r"added_tokens.json beside it adds '<\|im_end\|>' \(12\)"):
+        AddedTokens.read(tmp_path / "same", known=known)
 
 
 def test_a_dataset_without_new_tokens_has_none_to_add(published, tmp_path):

@@ -220,6 +220,65 @@ def test_of_a_directory_with_both_files_tokenizer_json_is_used(tokenizer_json, s
     assert load_tokenizer(tmp_path / "tokenizer.model").vocab_size == 347
 
 
+ADDED_BESIDE = {
+    "added_tokens.json": lambda tokens: tokens,
+    "tokenizer_config.json": lambda tokens: {
+        "added_tokens_decoder": {str(number): {"content": token, "special": True} for token, number in tokens.items()}
+    },
+}
+
+
+@pytest.mark.parametrize("name", ADDED_BESIDE)
+def test_a_tokenizer_model_that_lacks_tokens_of_a_file_beside_it_is_refused_with_what_to_do(
+    name, sentencepiece_model, tokenizer_json, tmp_path
+):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    tokens = {"<unk>": 0, "<|im_start|>": 347, "<|im_end|>": 348}
+    (tmp_path / name).write_text(json.dumps(ADDED_BESIDE[name](tokens)))
+    added = r"'<\|im_start\|>' \(347\), '<\|im_end\|>' \(348\)"
+    told = rf"tokenizer\.model: its 347 tokens .*: {name} beside it adds {added}: "
+    with pytest.raises(DataError, match=f"{told}give the model's tokenizer.json .* transformers makes one: AutoTok"):
+        load_tokenizer(tmp_path)
+
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_json / "tokenizer.json").read_bytes())
+    assert load_tokenizer(tmp_path).file.name == "tokenizer.json"
+    with pytest.raises(DataError, match=rf"{told}give .*tokenizer\.json instead, which has them"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("name", ADDED_BESIDE)
+def test_files_beside_a_tokenizer_model_may_repeat_its_own_tokens(name, sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|sep|>": 3}
+    (tmp_path / name).write_text(json.dumps(ADDED_BESIDE[name](tokens)))
+    assert load_tokenizer(tmp_path, NewTokens(named=("<|a|>",))).new_tokens == {"<|a|>": 347}
+
+
+@pytest.mark.parametrize(
+    "name, content", [("added_tokens.json", {"a": "b"}), ("tokenizer_config.json", {"added_tokens_decoder": [1]})]
+)
+def test_added_tokens_that_are_none_are_refused(name, content, sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{name}: its added tokens are not tokens with an id each"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_transformers_makes_of_a_tokenizer_model_with_tokens_beside_it_has_their_ids(
+    sentencepiece_model, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    (tmp_path / "old/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "old/added_tokens.json").write_text('{"<|im_end|>": 347}')
+    AutoTokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    tokenizer = load_tokenizer(tmp_path / "new", NewTokens(standard=True))
+    assert tokenizer.encode("<|im_end|>") == [347]
+    assert min(tokenizer.new_tokens.values()) == 348
+
+
 def test_of_a_directory_with_only_tokenizer_model_that_is_used(sentencepiece_model):
     assert load_tokenizer(sentencepiece_model.parent).file == sentencepiece_model
 

@@ -97,6 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     Text that spells a control token, such as ``</s>``, is encoded as the characters that it is; only symbols which
     the model itself calls user-defined are recognized in text. That is sentencepiece's own rule.
+
+    Raises:
+        DataError: it is no such file, or files beside it give tokens ids that it does not have.
     """
 
     def __init__(self, file: Path, new_tokens: NewTokens = NewTokens()) -> None:  # noqa: B008 (it is frozen)
@@ -106,6 +109,7 @@ class SentencePieceTokenizer(Tokenizer):
         definition = file.read_bytes()
         processor = _load_sentencepiece(definition, file)
         num_known = processor.vocab_size()
+        _refuse_tokens_beside(file, num_known)
         if new_tokens:
             known = (processor.id_to_piece(piece) for piece in range(num_known))
             definition = extend_sentencepiece(definition, new_tokens, known=known, has_padding=processor.pad_id() >= 0)
@@ -268,7 +272,8 @@ def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tok
     ``new_tokens`` are added in memory; the file stays as it is.
 
     Raises:
-        DataError: there is no such file, or it is not a tokenizer.
+        DataError: there is no such file, it is not a tokenizer, or it is a ``tokenizer.model`` that lacks tokens which
+            files beside it add.
     """
     path = Path(path)
     kinds: dict[str, type[JsonTokenizer] | type[SentencePieceTokenizer]]
@@ -356,6 +361,42 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 def _file_name(tokenizer: Tokenizer) -> str:
     return f"tokenizer{tokenizer.file.suffix}"
+
+
+def _refuse_tokens_beside(file: Path, num_known: int) -> None:
+    """Raises :class:`DataError` where a file beside a ``tokenizer.model`` has tokens that come after its own.
+
+    Many fine-tuned models were published so. The model knows these tokens: without them its text gets other ids than
+    it was trained on, and tokens that are added here get theirs. Often such a file only repeats ``<s>`` and the like.
+    """
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        beyond = {token: number for token, number in _added_by(file.with_name(name)).items() if number >= num_known}
+        if not beyond:
+            continue
+        there = file.with_name("tokenizer.json")
+        remedy = (
+            f"give {there} instead, which has them"
+            if there.is_file()
+            else "give the model's tokenizer.json instead; where there is none, transformers makes one: "
+            f"AutoTokenizer.from_pretrained({str(file.parent)!r}).save_pretrained(DIRECTORY)"
+        )
+        some = ", ".join(f"{token!r} ({number})" for token, number in list(beyond.items())[:3])
+        raise DataError(
+            f"{file}: its {num_known} tokens are not all that the model has: {name} beside it adds "
+            f"{some}{' and others' if len(beyond) > 3 else ''}: {remedy}"
+        )
+
+
+def _added_by(path: Path) -> dict[str, int]:
+    """The tokens, and their ids, of an ``added_tokens.json``, or the ``added_tokens_decoder`` of a configuration."""
+    content = json_object(path)
+    try:
+        if path.name != "added_tokens.json":
+            listed = content.get("added_tokens_decoder") or {}
+            content = {token["content"]: number for number, token in listed.items()}
+        return {token: int(number) for token, number in content.items()}
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: its added tokens are not tokens with an id each") from error
 
 
 def _load_sentencepiece(definition: bytes, file: Path) -> Any:
