@@ -76,6 +76,15 @@ def test_a_row_that_cannot_be_used_is_named_and_plain_text_is_refused(tmp_path):
         tokenize_chat(tmp_path / "in.txt", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
 
 
+def test_a_parquet_file_without_the_column_is_refused_with_the_columns_that_it_has(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    table = pyarrow.table({"id": range(len(CONVERSATIONS)), "conversation": CONVERSATIONS})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    message = r"row 1: has no key 'messages' \(its keys: 'id', 'conversation'\); choose one with --messages-key"
+    with pytest.raises(DataError, match=message):
+        tokenize_chat(tmp_path / "in.parquet", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, INST], ids=["chatml", "marked", "inst"])
 def test_the_ids_are_those_of_apply_chat_template(tmp_path, conversations, template):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template)
