@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -265,8 +267,13 @@ def test_a_disagreement_far_inside_of_a_long_document_is_found_too(smollm2, tmp_
 def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "\r\n"))
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
-    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", new_tokens=False)
+    notes: list[str] = []
+    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", new_tokens=False, report=notes.append)
     assert summary.engine.startswith("tokenizers")
+    [note] = notes
+    assert re.fullmatch(
+        r"tokenizers \S+ encodes alone: fastokens \S+ gives other ids for difficult text, '.+' for one", note
+    )
 
 
 def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defining_library(tmp_path):
@@ -279,7 +286,11 @@ def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defi
     summary = tokenize(source, tokenizer=tmp_path, out=tmp_path / "out", new_tokens=False, report=notes.append)
     assert documents_of(tmp_path / "out") == json_ids(tmp_path, PIECES[:5])
     assert summary.engine.startswith("tokenizers")
-    assert notes == []
+    [note] = notes
+    assert note.startswith(f"tokenizers {tokenizers.__version__} encodes alone: fastokens ")
+    assert note.endswith(
+        f" does not take {tmp_path}/tokenizer.json: pre-tokenizer error: unsupported pre-tokenizer type: Metaspace"
+    )
 
 
 def test_kitoken_is_not_used_for_a_model_that_rewrites_text(tmp_path):
@@ -289,16 +300,35 @@ def test_kitoken_is_not_used_for_a_model_that_rewrites_text(tmp_path):
             minloglevel=2, normalization_rule_name="nmt_nfkc",
         )  # fmt: skip
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
-
-    assert Engine(tokenizer, use_fast=True).name == tokenizer.library
+    engine = Engine(tokenizer, use_fast=True)
+    assert engine.name == tokenizer.library
+    assert engine.left_out is not None and "kitoken is not used with a model that rewrites" in engine.left_out.reason
 
 
 def test_without_the_fast_libraries_the_defining_ones_do_the_work(mistral, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "kitoken", None)
+    monkeypatch.setitem(sys.modules, "kitoken", None)
     source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
     summary = tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False)
     assert documents_of(tmp_path / "out") == sentencepiece_ids(mistral, STRANGE)
     assert summary.engine.startswith("sentencepiece")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_that_a_fast_library_is_not_installed_is_told_once_for_input_of_a_mebibyte(
+    workers, mistral, tmp_path, monkeypatch
+):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/kitoken.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # other processes have it too
+    monkeypatch.delitem(sys.modules, "kitoken", raising=False)
+    reason = "kitoken, which is faster, is not installed: pip install 'megacore[fast]'"
+    note = f"sentencepiece {sentencepiece.__version__} encodes alone: {reason}"
+    for num_texts, expected in ((1, []), (3000, [note])):
+        source = write_jsonl(tmp_path / "in.jsonl", ["abc " * 250] * num_texts)
+        notes: list[str] = []
+        out = tmp_path / f"out-{num_texts}"
+        tokenize(source, tokenizer=mistral, out=out, new_tokens=False, workers=workers, report=notes.append)
+        assert notes == expected
 
 
 def test_the_passages_that_are_compared_do_not_depend_on_chance():

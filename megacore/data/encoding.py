@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.data.engines import DisagreementError, EncodedTexts, Engine
+from megacore.data.engines import DisagreementError, EncodedTexts, Engine, LeftOut
 from megacore.data.indexed_dataset import token_dtype
 from megacore.data.inputs import Piece
 from megacore.data.new_tokens import NewTokens
@@ -51,6 +51,8 @@ class EncodedPiece(NamedTuple):
     """What has encoded, for people."""
     disagreement: int | None
     """The place of a document for which the engines give different ids: nothing is encoded then."""
+    left_out: LeftOut | None
+    """Why no faster library has encoded, where one was to."""
 
 
 @dataclass
@@ -83,7 +85,13 @@ class PieceEncoder:
         ]
         problems = [problem for problem in found if isinstance(problem, Problem)]
         encoded = EncodedPiece(
-            [], reading.num_positions, len(problems), problems[:NUM_PROBLEMS_NAMED], self._engine.name, None
+            by_key=[],
+            num_positions=reading.num_positions,
+            num_problems=len(problems),
+            problems=problems[:NUM_PROBLEMS_NAMED],
+            engine=self._engine.name,
+            disagreement=None,
+            left_out=self._engine.left_out,
         )
         if problems and not self._job.skip_erroneous:
             return encoded
