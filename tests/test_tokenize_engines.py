@@ -331,6 +331,35 @@ def test_that_a_fast_library_is_not_installed_is_told_once_for_input_of_a_mebiby
         assert notes == expected
 
 
+# Found in place of kitoken in every process: it is not there, and what threads sentencepiece is told to start is noted.
+WITHOUT_KITOKEN = """
+import sentencepiece
+
+encode = sentencepiece.SentencePieceProcessor.encode
+
+def noting(self, *arguments, num_threads, **options):
+    with open({log!r}, "a") as file:
+        print(num_threads, file=file)
+    return encode(self, *arguments, num_threads=num_threads, **options)
+
+sentencepiece.SentencePieceProcessor.encode = noting
+raise ImportError
+"""
+
+
+@pytest.mark.parametrize("workers, num_threads", [(1, "-1"), (2, "1")])
+def test_sentencepiece_has_one_thread_in_each_of_several_processes_and_all_cores_in_one(
+    workers, num_threads, mistral, tmp_path, monkeypatch
+):
+    (tmp_path / "kitoken.py").write_text(WITHOUT_KITOKEN.format(log=str(tmp_path / "log")))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kitoken", raising=False)
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "encode", sentencepiece.SentencePieceProcessor.encode)
+    source = write_jsonl(tmp_path / "in.jsonl", ["abc " * 250] * 1500)
+    tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False, workers=workers)
+    assert set((tmp_path / "log").read_text().split()) == {num_threads}
+
+
 def test_the_passages_that_are_compared_do_not_depend_on_chance():
     texts = ["x" * 5000, "y" * 10, "z" * 9000]
     for batch_number in (1, 2, 77):

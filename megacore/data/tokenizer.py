@@ -98,6 +98,9 @@ class SentencePieceTokenizer(Tokenizer):
     Text that spells a control token, such as ``</s>``, is encoded as the characters that it is; only symbols which
     the model itself calls user-defined are recognized in text. That is sentencepiece's own rule.
 
+    Attributes:
+        num_threads: that encode the texts of a batch; -1 stands for as many as there are cores.
+
     Raises:
         DataError: it is no such file, or files beside it give tokens ids that it does not have.
     """
@@ -115,6 +118,7 @@ class SentencePieceTokenizer(Tokenizer):
             definition = extend_sentencepiece(definition, new_tokens, known=known, has_padding=processor.pad_id() >= 0)
             processor = _load_sentencepiece(definition, file)
         self._processor = processor
+        self.num_threads = -1
         vocab_size = processor.vocab_size()
         added = {processor.id_to_piece(piece): piece for piece in range(num_known, vocab_size)}
         # sentencepiece says -1 where the model has no such token.
@@ -139,7 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.normalize(text).lstrip("▁") != text.replace(" ", "▁")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        threads = 1 if len(texts) == 1 else -1
+        threads = 1 if len(texts) == 1 else self.num_threads
         return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=threads)
 
     def token_id(self, token: str) -> int | None:

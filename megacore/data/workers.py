@@ -162,7 +162,7 @@ def work(descriptor: int) -> None:
     # A thread takes what comes: else the two ends could both be sending, each waiting for the other to receive.
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     # Before there is anything to do; what is wrong with the tokenizer is told when there is.
-    load_encoder = cache(partial(PieceEncoder, job))
+    load_encoder = cache(partial(PieceEncoder, job, one_thread=True))
     with suppress(Exception):
         load_encoder()
     while (task := tasks.get()) is not None:
