@@ -549,6 +549,54 @@ def test_the_command_takes_the_text_from_another_key(command, tmp_path):
     assert documents_of(tmp_path / "out") == json_ids(command.tokenizer, ["one"])
 
 
+def test_the_command_frames_documents_adds_tokens_and_makes_a_dataset_of_each_key(
+    command, sentencepiece_model, tmp_path
+):
+    texts = {"title": ["one", "a <extra_id_1>b"], "body": ["two words", "x"]}
+    records = [dict(zip(texts, of_record, strict=True)) for of_record in zip(*texts.values(), strict=True)]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    words = ["--json-key", "title", "--json-key", "body", "--prepend-bos", "--append-eod", "--vocab-extra-ids", "2"]
+    result = command("--input", tmp_path / "in.jsonl", "--tokenizer", sentencepiece_model, *words)
+    assert result.exit_code == 0, result.output
+    added = "<extra_id_0> 347, <extra_id_1> 348"
+    assert f"Note: 2 new tokens ({added}): the tokenizer that has them is {tmp_path}/out-tokenizer, " in result.stderr
+    assert result.stdout.startswith(f"{tmp_path}/out_title, {tmp_path}/out_body: 4 documents, ")
+    for key in texts:
+        ids = sentencepiece_ids(tmp_path / "out-tokenizer/tokenizer.model", texts[key])
+        assert documents_of(tmp_path / f"out_{key}") == [[1, *of_text, 2] for of_text in ids]
+    assert 348 in documents_of(tmp_path / "out_title")[1]
+
+
+def test_the_command_skips_malformed_records_on_request_and_names_and_counts_them(command, tmp_path):
+    bad = ["oops", "[1]", '{"other": 1}', '{"text": 1}', '{"text": "\\ud83d"}', "{", "null"]
+    lines = ['{"text": "one"}', *bad, '{"text": ""}', '{"text": "two"}']
+    (tmp_path / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    result = command("--input", tmp_path / "in.jsonl", "--on-error", "skip")
+    assert result.exit_code == 0, result.output
+    assert documents_of(tmp_path / "out") == json_ids(command.tokenizer, ["one", "two"])
+    assert "2 documents, " in result.stdout
+    assert "; skipped 1 empty document and 7 malformed documents; " in result.stdout
+    reasons = [
+        "is not JSON",
+        "is JSON, but not",
+        "has no key 'text'",
+        "the value of 'text' is 1",
+        "the text has half of",
+    ]
+    notes = result.stderr.splitlines()
+    assert len(notes) == len(reasons)
+    for line, (note, reason) in enumerate(zip(notes, reasons, strict=True), start=2):
+        assert note.startswith(f"Note: skipped {tmp_path}/in.jsonl:{line}: {reason}")
+
+
+def test_the_command_refuses_to_begin_documents_with_a_token_that_is_not_known(command, tmp_path):
+    result = command("--input", write_jsonl(tmp_path / "in.jsonl", ["one"]), "--prepend-bos")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {command.tokenizer}/tokenizer.json: its begin token is not known")
+    assert "name it as bos_token in a tokenizer_config.json" in result.stderr and "--prepend-bos" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_the_command_reports_a_mistake_in_the_input_without_a_traceback(command, tmp_path):
     (tmp_path / "in.jsonl").write_text("oops\n")
     result = command("--input", tmp_path / "in.jsonl")
