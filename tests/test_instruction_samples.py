@@ -84,6 +84,15 @@ def test_when_no_conversation_is_left_the_reason_is_told(tmp_path):
         InstructionSamples(dataset(tmp_path), 0, overlong="drop")
 
 
+def test_and_so_is_that_nothing_to_learn_would_remain_of_those_that_are_cut_short(tmp_path):
+    found = dataset(tmp_path, [([1, 2, 3, 4, 5], [1, 1, 1, 2, 2]), ([6, 7, 8, 9], [0, 1, 1, 2]), ([5], [2])])
+    message = (
+        r"2 have more than 3 tokens \(2 with none of the assistant's before that\), 1 less than two; raise data.seq"
+    )
+    with pytest.raises(DataError, match=message):
+        InstructionSamples(found, 2)
+
+
 def test_without_padding_samples_are_as_long_as_what_they_hold(tmp_path):
     samples = InstructionSamples(dataset(tmp_path), 6, pads=False)
     assert [len(sample.loss_mask) for sample in samples] == [4, 2, 6, 1]

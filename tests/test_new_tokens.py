@@ -6,22 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from click.testing import CliRunner
 
 import megacore
 from megacore.checkpoint import Checkpoint
+from megacore.checkpoint.new_rows import AddedTokens
 from megacore.cli import cli
 from megacore.data import IndexedDataset, load_tokenizer, tokenize
 from megacore.errors import DataError, MegacoreError
 from tiny_llama import VOCAB, published_model
 
 
-def byte_tokenizer(directory: Path, first: str = "a") -> None:
-    """99 single characters of ASCII."""
+def byte_tokenizer(directory: Path, first: str = "a", num_tokens: int = VOCAB) -> None:
+    """Single characters of ASCII."""
     characters = [first, *(chr(code) for code in range(33, 132) if chr(code) != first)]
-    vocabulary = {character: number for number, character in enumerate(characters[:VOCAB])}
+    vocabulary = {character: number for number, character in enumerate(characters[:num_tokens])}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text("{}")
 
@@ -72,6 +74,51 @@ def test_embedding_and_head_grow_by_the_mean_of_their_rows(published, dataset, t
         torch.testing.assert_close(after[VOCAB:], before.mean(0).expand(5, -1))
 
 
+@pytest.mark.parametrize("num_tokens", [90, 97])
+@pytest.mark.parametrize("command", ["convert", "split"])
+def test_rows_that_a_model_has_to_spare_are_the_mean_too_once_tokens_have_them(tmp_path, command, num_tokens):
+    published = published_model(tmp_path / "published")
+    byte_tokenizer(published, num_tokens=num_tokens)
+    (tmp_path / "in.txt").write_text("abc")
+    tokenize(tmp_path / "in.txt", tokenizer=published, out=tmp_path / "data")
+    if command == "convert":
+        megacore.convert("llama", published, tmp_path / "grown", tp=2, add_tokens=tmp_path / "data")
+    else:
+        megacore.convert("llama", published, tmp_path / "ckpt", tp=3)
+        megacore.split(tmp_path / "ckpt", tmp_path / "grown", tp=2, add_tokens=tmp_path / "data")
+    megacore.export(tmp_path / "grown", tmp_path / "exported")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        before, after = published_rows(published, name), published_rows(tmp_path / "exported", name)
+        assert len(after) == max(VOCAB, num_tokens + 5)
+        assert torch.equal(after[:num_tokens], before[:num_tokens])
+        torch.testing.assert_close(after[num_tokens : num_tokens + 5], before[:num_tokens].mean(0).expand(5, -1))
+        assert torch.equal(after[num_tokens + 5 :], before[num_tokens + 5 :])
+
+
+def test_rows_of_tokens_that_the_models_own_tokenizer_has_stay_though_the_dataset_added_them(tmp_path):
+    published = published_model(tmp_path / "published")
+    byte_tokenizer(tmp_path, num_tokens=90)
+    (tmp_path / "in.txt").write_text("abc")
+    tokenize(tmp_path / "in.txt", tokenizer=tmp_path, out=tmp_path / "data")
+    (published / "tokenizer.json").write_bytes((tmp_path / "data-tokenizer/tokenizer.json").read_bytes())
+    megacore.convert("llama", published, tmp_path / "ckpt", add_tokens=tmp_path / "data")
+    megacore.export(tmp_path / "ckpt", tmp_path / "exported")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(published_rows(tmp_path / "exported", name), published_rows(published, name))
+
+
+def test_without_a_tokenizer_of_the_model_the_dataset_says_which_token_is_the_first_new_one(tmp_path):
+    published = published_model(tmp_path / "published")
+    byte_tokenizer(tmp_path, num_tokens=97)
+    (tmp_path / "in.txt").write_text("abc")
+    tokenize(tmp_path / "in.txt", tokenizer=tmp_path, out=tmp_path / "data")
+    megacore.convert("llama", published, tmp_path / "ckpt", add_tokens=tmp_path / "data")
+    megacore.export(tmp_path / "ckpt", tmp_path / "exported")
+    name = "model.embed_tokens.weight"
+    before, after = published_rows(published, name), published_rows(tmp_path / "exported", name)
+    torch.testing.assert_close(after[97:], before[:97].mean(0).expand(5, -1))
+
+
 def test_the_grown_checkpoint_has_the_tokenizer_and_says_where_its_rows_are_from(published, dataset, tmp_path):
     megacore.convert("llama", published, tmp_path / "ckpt")
     manifest = megacore.split(tmp_path / "ckpt", tmp_path / "grown", add_tokens=dataset)
@@ -118,6 +165,20 @@ def test_another_tokenizer_than_the_models_is_refused(published, tmp_path):
     byte_tokenizer(other, first="z")
     with pytest.raises(DataError, match=r"is not the model's tokenizer with tokens added.*have other ids there"):
         megacore.convert("llama", published, tmp_path / "grown", add_tokens=other)
+
+
+def test_new_tokens_never_get_the_rows_of_tokens_that_the_model_has_beside_its_tokenizer_model(tmp_path):
+    for name in ("known", "same"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "tokenizer.model").open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(["a b c", "d e f"]), model_writer=file, vocab_size=12, hard_vocab_limit=False,
+                minloglevel=2,
+            )  # fmt: skip
+    (tmp_path / "known/added_tokens.json").write_text('{"<|im_end|>": 12}')
+    known = {file.name: file for file in (tmp_path / "known").iterdir()}
+    with pytest.raises(DataError, match=r"added_tokens.json beside it adds '<\|im_end\|>' \(12\)"):
+        AddedTokens.read(tmp_path / "same", known=known)
 
 
 def test_a_dataset_without_new_tokens_has_none_to_add(published, tmp_path):

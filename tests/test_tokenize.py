@@ -152,6 +152,27 @@ def test_a_tokenizer_json_without_a_known_end_token_has_none(tmp_path, config):
     assert load_tokenizer(train_byte_level(tmp_path, config)).eod_id is None
 
 
+@pytest.mark.parametrize(
+    "config",
+    [None, {"eos_token": "s"}, {"eos_token": "s", "added_tokens_decoder": {"0": {"content": "<|end|>"}}}],
+    ids=["none", "old", "new"],
+)
+def test_special_tokens_that_only_an_older_file_names_are_those_of_transformers(tmp_path, config):
+    from transformers import AutoTokenizer
+
+    config = config and config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    train_byte_level(tmp_path, config)
+    named = {"bos_token": {"content": "<|end|>"}, "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+
+    ours = load_tokenizer(tmp_path, NewTokens(standard=True))
+
+    assert (ours.bos_id, ours.token_id("<PAD>") is None) == (theirs.bos_token_id, theirs.pad_token_id is not None)
+    # Another end of sequence than that of this tokenizer without <EOD>.
+    assert load_tokenizer(tmp_path).eod_id == theirs.eos_token_id
+
+
 def test_the_vocabulary_size_is_above_every_id_even_where_ids_have_gaps(tmp_path):
     vocabulary = {"[UNK]": 0, "a": 7, "b": 400}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
@@ -197,6 +218,65 @@ def test_of_a_directory_with_both_files_tokenizer_json_is_used(tokenizer_json, s
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
     assert load_tokenizer(tmp_path).file == tmp_path / "tokenizer.json"
     assert load_tokenizer(tmp_path / "tokenizer.model").vocab_size == 347
+
+
+ADDED_BESIDE = {
+    "added_tokens.json": lambda tokens: tokens,
+    "tokenizer_config.json": lambda tokens: {
+        "added_tokens_decoder": {str(number): {"content": token, "special": True} for token, number in tokens.items()}
+    },
+}
+
+
+@pytest.mark.parametrize("name", ADDED_BESIDE)
+def test_a_tokenizer_model_that_lacks_tokens_of_a_file_beside_it_is_refused_with_what_to_do(
+    name, sentencepiece_model, tokenizer_json, tmp_path
+):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    tokens = {"<unk>": 0, "<|im_start|>": 347, "<|im_end|>": 348}
+    (tmp_path / name).write_text(json.dumps(ADDED_BESIDE[name](tokens)))
+    added = r"'<\|im_start\|>' \(347\), '<\|im_end\|>' \(348\)"
+    told = rf"tokenizer\.model: its 347 tokens .*: {name} beside it adds {added}: "
+    with pytest.raises(DataError, match=f"{told}give the model's tokenizer.json .* transformers makes one: AutoTok"):
+        load_tokenizer(tmp_path)
+
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_json / "tokenizer.json").read_bytes())
+    assert load_tokenizer(tmp_path).file.name == "tokenizer.json"
+    with pytest.raises(DataError, match=rf"{told}give .*tokenizer\.json instead, which has them"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("name", ADDED_BESIDE)
+def test_files_beside_a_tokenizer_model_may_repeat_its_own_tokens(name, sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|sep|>": 3}
+    (tmp_path / name).write_text(json.dumps(ADDED_BESIDE[name](tokens)))
+    assert load_tokenizer(tmp_path, NewTokens(named=("<|a|>",))).new_tokens == {"<|a|>": 347}
+
+
+@pytest.mark.parametrize(
+    "name, content", [("added_tokens.json", {"a": "b"}), ("tokenizer_config.json", {"added_tokens_decoder": [1]})]
+)
+def test_added_tokens_that_are_none_are_refused(name, content, sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{name}: its added tokens are not tokens with an id each"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_transformers_makes_of_a_tokenizer_model_with_tokens_beside_it_has_their_ids(
+    sentencepiece_model, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    (tmp_path / "old/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "old/added_tokens.json").write_text('{"<|im_end|>": 347}')
+    AutoTokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    tokenizer = load_tokenizer(tmp_path / "new", NewTokens(standard=True))
+    assert tokenizer.encode("<|im_end|>") == [347]
+    assert min(tokenizer.new_tokens.values()) == 348
 
 
 def test_of_a_directory_with_only_tokenizer_model_that_is_used(sentencepiece_model):
@@ -467,6 +547,54 @@ def test_the_command_takes_the_text_from_another_key(command, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["one"], key="content")
     assert command("--input", source, "--json-key", "content").exit_code == 0
     assert documents_of(tmp_path / "out") == json_ids(command.tokenizer, ["one"])
+
+
+def test_the_command_frames_documents_adds_tokens_and_makes_a_dataset_of_each_key(
+    command, sentencepiece_model, tmp_path
+):
+    texts = {"title": ["one", "a <extra_id_1>b"], "body": ["two words", "x"]}
+    records = [dict(zip(texts, of_record, strict=True)) for of_record in zip(*texts.values(), strict=True)]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    words = ["--json-key", "title", "--json-key", "body", "--prepend-bos", "--append-eod", "--vocab-extra-ids", "2"]
+    result = command("--input", tmp_path / "in.jsonl", "--tokenizer", sentencepiece_model, *words)
+    assert result.exit_code == 0, result.output
+    added = "<extra_id_0> 347, <extra_id_1> 348"
+    assert f"Note: 2 new tokens ({added}): the tokenizer that has them is {tmp_path}/out-tokenizer, " in result.stderr
+    assert result.stdout.startswith(f"{tmp_path}/out_title, {tmp_path}/out_body: 4 documents, ")
+    for key in texts:
+        ids = sentencepiece_ids(tmp_path / "out-tokenizer/tokenizer.model", texts[key])
+        assert documents_of(tmp_path / f"out_{key}") == [[1, *of_text, 2] for of_text in ids]
+    assert 348 in documents_of(tmp_path / "out_title")[1]
+
+
+def test_the_command_skips_malformed_records_on_request_and_names_and_counts_them(command, tmp_path):
+    bad = ["oops", "[1]", '{"other": 1}', '{"text": 1}', '{"text": "\\ud83d"}', "{", "null"]
+    lines = ['{"text": "one"}', *bad, '{"text": ""}', '{"text": "two"}']
+    (tmp_path / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    result = command("--input", tmp_path / "in.jsonl", "--on-error", "skip")
+    assert result.exit_code == 0, result.output
+    assert documents_of(tmp_path / "out") == json_ids(command.tokenizer, ["one", "two"])
+    assert "2 documents, " in result.stdout
+    assert "; skipped 1 empty document and 7 malformed documents; " in result.stdout
+    reasons = [
+        "is not JSON",
+        "is JSON, but not",
+        "has no key 'text'",
+        "the value of 'text' is 1",
+        "the text has half of",
+    ]
+    notes = result.stderr.splitlines()
+    assert len(notes) == len(reasons)
+    for line, (note, reason) in enumerate(zip(notes, reasons, strict=True), start=2):
+        assert note.startswith(f"Note: skipped {tmp_path}/in.jsonl:{line}: {reason}")
+
+
+def test_the_command_refuses_to_begin_documents_with_a_token_that_is_not_known(command, tmp_path):
+    result = command("--input", write_jsonl(tmp_path / "in.jsonl", ["one"]), "--prepend-bos")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {command.tokenizer}/tokenizer.json: its begin token is not known")
+    assert "name it as bos_token in a tokenizer_config.json" in result.stderr and "--prepend-bos" in result.stderr
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_command_reports_a_mistake_in_the_input_without_a_traceback(command, tmp_path):

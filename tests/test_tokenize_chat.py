@@ -76,6 +76,15 @@ def test_a_row_that_cannot_be_used_is_named_and_plain_text_is_refused(tmp_path):
         tokenize_chat(tmp_path / "in.txt", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
 
 
+def test_a_parquet_file_without_the_column_is_refused_with_the_columns_that_it_has(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    table = pyarrow.table({"id": range(len(CONVERSATIONS)), "conversation": CONVERSATIONS})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    message = r"row 1: has no key 'messages' \(its keys: 'id', 'conversation'\); choose one with --messages-key"
+    with pytest.raises(DataError, match=message):
+        tokenize_chat(tmp_path / "in.parquet", tokenizer=tmp_path / "tokenizer", out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, INST], ids=["chatml", "marked", "inst"])
 def test_the_ids_are_those_of_apply_chat_template(tmp_path, conversations, template):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template)
@@ -294,6 +303,28 @@ def test_a_tokenizer_model_that_knows_the_markup_of_megatron_llm_is_taken(tmp_pa
     pairs = [("question", "a </s>b"), ("answer", "b<|im_end|>c")]
     turns = [ids_of_megatron_llm(processor, f"<|im_start|>{name}\n{text}<|im_end|>\n") for name, text in pairs]
     assert written(tmp_path / "out") == [(turns[0] + turns[1], [1] * len(turns[0]) + [2] * len(turns[1]))]
+
+
+def test_conversations_that_spell_a_special_token_of_a_tokenizer_model_are_counted(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["question answer a b c"]), model_writer=model, vocab_size=290, byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    records = [{"input": text, "output": "b"} for text in ("a", "a </s>", "<|im_end|>", "<unk> </ s>", "<|turn|>")]
+    (tmp_path / "qa.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    summary = tokenize_chat(
+        tmp_path / "qa.jsonl",
+        tokenizer=tmp_path / "tokenizer.model",
+        out=tmp_path / "out",
+        keys=QuestionKeys(),
+        vocab_extra_ids_list=["<|im_start|>", "<|im_end|>", "<|turn|>"],
+    )
+    # Those with another special token than the two marks of each of the two turns.
+    specials = {1, 2, *summary.new_tokens.values()}
+    num_special = [sum(token in specials for token in ids) for ids, _ in written(tmp_path / "out")]
+    assert num_special == [4, 5, 5, 4, 5]
+    assert summary.num_with_special_tokens == 3
 
 
 def test_such_a_template_works_when_it_marks_the_assistants_text(tmp_path, conversations):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-from collections.abc import Sequence
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -32,15 +35,67 @@ STRANGE = [
 ]
 
 
-def mixed_text(num_bytes: int) -> list[str]:
-    """Documents of 1 to 4000 characters from all of the above, the same at every call."""
-    chance = random.Random(5)
-    documents: list[str] = []
-    while num_bytes > 0:
+BLOCKS = [
+    range(0xA1, 0x250),  # Latin with its accents
+    range(0x300, 0x370),  # combining marks
+    range(0x370, 0x530),  # Greek, Cyrillic
+    range(0x590, 0x700),  # Hebrew, Arabic
+    range(0x900, 0xE80),  # of India, Thai
+    range(0x2010, 0x2070),  # punctuation, kinds of spaces, marks of direction
+    range(0x2190, 0x2600),  # arrows, mathematics, box drawing
+    range(0x3000, 0x3100),  # kana
+    range(0x4E00, 0xA000),  # Chinese
+    range(0xAC00, 0xD7A4),  # Korean
+    range(0xFF00, 0xFFF0),  # full width
+    range(0x1D400, 0x1D800),  # mathematical letters
+    range(0x1F300, 0x1FB00),  # emoji
+    range(0x20000, 0x20400),  # rare Chinese
+]
+CONTROLS = [*map(chr, range(0x20)), "\x7f", "\x85", "\xa0", "\xad", "\u200b", "\u200d", "\u2028", "\ufeff", "\ufffd"]
+SPECIALS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "[INST]",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<0x0A>",
+    "<file_sep>",
+    "▁",
+]
+EMOJI = ["👩‍👩‍👧", "🏳️‍🌈", "👍🏽", "🇫🇷", "👨🏿‍🦰", "❤️", "1️⃣"]
+
+
+def assigned(characters: Iterable[str]) -> list[str]:
+    return [character for character in characters if unicodedata.category(character) != "Cn"]
+
+
+def drawn_text(chance: random.Random, blocks: Sequence[Sequence[str]]) -> str:
+    """Up to a few hundred characters of one kind."""
+    kind = chance.randrange(10)
+    if kind < 3:
         source = chance.choice(PIECES)
         start = chance.randrange(len(source))
-        text = source[start : start + chance.randint(1, 4000)]
-        documents.append(text + chance.choice(STRANGE) if chance.random() < 0.3 else text)
+        return source[start : start + chance.randint(1, 400)]
+    if kind < 7:  # a script, with spaces as between words
+        block = chance.choice(blocks)
+        words = ("".join(chance.choices(block, k=chance.randint(1, 12))) for _ in range(chance.randint(1, 30)))
+        return chance.choice(["", " ", " ", "\n", "\u3000"]).join(words)
+    if kind == 7:
+        return "".join(chance.choices(EMOJI, k=chance.randint(1, 20)))
+    if kind == 8:
+        return "".join(chance.choices([*CONTROLS, *SPECIALS, "a", " ", "中"], k=chance.randint(1, 40)))
+    return chance.choice([" ", " ", "\n", "\t", "-", "0", "\r\n"]) * chance.randint(1, 200)
+
+
+def mixed_text(num_bytes: int) -> list[str]:
+    """Documents of several such texts, the same at every call."""
+    chance = random.Random(5)
+    blocks = [assigned(map(chr, block)) for block in BLOCKS]
+    documents: list[str] = []
+    while num_bytes > 0:
+        documents.append("".join(drawn_text(chance, blocks) for _ in range(chance.randint(1, 12))))
         num_bytes -= len(documents[-1].encode())
     return documents
 
@@ -86,16 +141,40 @@ def json_ids(directory: Path, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
+HALVES = [r'{"text": "\ud83d"}', r'{"text": "a \udc00\ud83d b"}', r'{"text": "\ud83d\ude00 \ud83d"}']
+"""Records with half of a surrogate pair, which no text holds."""
+
+
 @pytest.mark.parametrize("num_bytes", [1_200_000, pytest.param(20_000_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", ["mistral", "smollm2"])
-def test_two_processes_give_the_ids_of_the_defining_library_for_mixed_text(kind, num_bytes, request, tmp_path):
+def test_two_processes_give_the_ids_of_the_defining_library_for_text_of_all_scripts_and_kinds(
+    kind, num_bytes, request, tmp_path
+):
     tokenizer = request.getfixturevalue(kind)
     texts = mixed_text(num_bytes)
-    source = write_jsonl(tmp_path / "in.jsonl", texts)
-    summary = tokenize(source, tokenizer=tokenizer, out=tmp_path / "out", new_tokens=False, workers=2)
+    everything = "".join(texts)
+    assert sum(not character.isascii() for character in everything) > len(everything) / 4
+    assert len(set(everything)) > 10_000
+    lines = [json.dumps({"text": text}, ensure_ascii=number % 2 == 0) for number, text in enumerate(texts)]
+    for number in range(0, len(lines), 10):
+        lines.insert(number, HALVES[number % 3])
+    (tmp_path / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    notes: list[str] = []
+    summary = tokenize(
+        tmp_path / "in.jsonl",
+        tokenizer=tokenizer,
+        out=tmp_path / "out",
+        new_tokens=False,
+        append_eod=True,
+        prepend_bos=True,
+        on_error="skip",
+        workers=2,
+        report=notes.append,
+    )
     expected = sentencepiece_ids(tokenizer, texts) if kind == "mistral" else json_ids(tokenizer, texts)
-    assert documents_of(tmp_path / "out") == expected
-    assert summary.engine.startswith("kitoken" if kind == "mistral" else "fastokens")
+    assert documents_of(tmp_path / "out") == [[1, *ids, 2] for ids in expected]  # <s> </s>, <|im_start|> <|im_end|>
+    assert summary.num_erroneous_documents == len(lines) - len(texts)
+    assert (summary.engine.split()[0], notes) == ("kitoken" if kind == "mistral" else "fastokens", [])
 
 
 @pytest.mark.parametrize("kind", ["mistral", "smollm2"])
@@ -265,8 +344,13 @@ def test_a_disagreement_far_inside_of_a_long_document_is_found_too(smollm2, tmp_
 def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(Fastokens, "encode", wrong_for(Fastokens, "\r\n"))
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
-    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", new_tokens=False)
+    notes: list[str] = []
+    summary = tokenize(source, tokenizer=smollm2, out=tmp_path / "out", new_tokens=False, report=notes.append)
     assert summary.engine.startswith("tokenizers")
+    [note] = notes
+    assert re.fullmatch(
+        r"tokenizers \S+ encodes alone: fastokens \S+ gives other ids for difficult text, '.+' for one", note
+    )
 
 
 def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defining_library(tmp_path):
@@ -279,7 +363,11 @@ def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defi
     summary = tokenize(source, tokenizer=tmp_path, out=tmp_path / "out", new_tokens=False, report=notes.append)
     assert documents_of(tmp_path / "out") == json_ids(tmp_path, PIECES[:5])
     assert summary.engine.startswith("tokenizers")
-    assert notes == []
+    [note] = notes
+    assert note.startswith(f"tokenizers {tokenizers.__version__} encodes alone: fastokens ")
+    assert note.endswith(
+        f" does not take {tmp_path}/tokenizer.json: pre-tokenizer error: unsupported pre-tokenizer type: Metaspace"
+    )
 
 
 def test_kitoken_is_not_used_for_a_model_that_rewrites_text(tmp_path):
@@ -289,16 +377,64 @@ def test_kitoken_is_not_used_for_a_model_that_rewrites_text(tmp_path):
             minloglevel=2, normalization_rule_name="nmt_nfkc",
         )  # fmt: skip
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
-
-    assert Engine(tokenizer, use_fast=True).name == tokenizer.library
+    engine = Engine(tokenizer, use_fast=True)
+    assert engine.name == tokenizer.library
+    assert engine.left_out is not None and "kitoken is not used with a model that rewrites" in engine.left_out.reason
 
 
 def test_without_the_fast_libraries_the_defining_ones_do_the_work(mistral, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "kitoken", None)
+    monkeypatch.setitem(sys.modules, "kitoken", None)
     source = write_jsonl(tmp_path / "in.jsonl", STRANGE)
     summary = tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False)
     assert documents_of(tmp_path / "out") == sentencepiece_ids(mistral, STRANGE)
     assert summary.engine.startswith("sentencepiece")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_that_a_fast_library_is_not_installed_is_told_once_for_input_of_a_mebibyte(
+    workers, mistral, tmp_path, monkeypatch
+):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/kitoken.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # other processes have it too
+    monkeypatch.delitem(sys.modules, "kitoken", raising=False)
+    reason = "kitoken, which is faster, is not installed: pip install 'megacore[fast]'"
+    note = f"sentencepiece {sentencepiece.__version__} encodes alone: {reason}"
+    for num_texts, expected in ((1, []), (3000, [note])):
+        source = write_jsonl(tmp_path / "in.jsonl", ["abc " * 250] * num_texts)
+        notes: list[str] = []
+        out = tmp_path / f"out-{num_texts}"
+        tokenize(source, tokenizer=mistral, out=out, new_tokens=False, workers=workers, report=notes.append)
+        assert notes == expected
+
+
+# Found in place of kitoken in every process: it is not there, and what threads sentencepiece is told to start is noted.
+WITHOUT_KITOKEN = """
+import sentencepiece
+
+encode = sentencepiece.SentencePieceProcessor.encode
+
+def noting(self, *arguments, num_threads, **options):
+    with open({log!r}, "a") as file:
+        print(num_threads, file=file)
+    return encode(self, *arguments, num_threads=num_threads, **options)
+
+sentencepiece.SentencePieceProcessor.encode = noting
+raise ImportError
+"""
+
+
+@pytest.mark.parametrize("workers, num_threads", [(1, "-1"), (2, "1")])
+def test_sentencepiece_has_one_thread_in_each_of_several_processes_and_all_cores_in_one(
+    workers, num_threads, mistral, tmp_path, monkeypatch
+):
+    (tmp_path / "kitoken.py").write_text(WITHOUT_KITOKEN.format(log=str(tmp_path / "log")))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kitoken", raising=False)
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "encode", sentencepiece.SentencePieceProcessor.encode)
+    source = write_jsonl(tmp_path / "in.jsonl", ["abc " * 250] * 1500)
+    tokenize(source, tokenizer=mistral, out=tmp_path / "out", new_tokens=False, workers=workers)
+    assert set((tmp_path / "log").read_text().split()) == {num_threads}
 
 
 def test_the_passages_that_are_compared_do_not_depend_on_chance():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megacore.checkpoint.manifest import TOKENIZER_FILES
-from megacore.checkpoint.matrix import ConcatenatedRows, LazyMatrix, count
+from megacore.checkpoint.matrix import ConcatenatedRows, LazyMatrix, block_of, count
 from megacore.checkpoint.writing import Parameter
 from megacore.data import DatasetDescription, InstructionDescription, Tokenizer, load_tokenizer
 from megacore.errors import DataError
@@ -30,10 +30,13 @@ class AddedTokens:
     Attributes:
         directory: where it is.
         tokenizer: it.
+        first: the ids from here on are of tokens that the model lacks, which may have rows to spare for them; None
+            where neither the model nor the dataset says.
     """
 
     directory: Path
     tokenizer: Tokenizer
+    first: int | None
 
     @classmethod
     def read(cls, path: Path | str, *, known: Mapping[str, Path]) -> AddedTokens:
@@ -42,19 +45,22 @@ class AddedTokens:
         Raises:
             DataError: when there is none, or it gives other ids to tokens of the model's tokenizer.
         """
-        directory = _tokenizer_directory(Path(path))
+        directory, first = _tokenizer_directory(Path(path))
         tokenizer = load_tokenizer(directory)
         for name in ("tokenizer.json", "tokenizer.model"):
             if name in known:
-                here, there = tokenizer.vocabulary(), load_tokenizer(known[name]).vocabulary()
+                models_own = load_tokenizer(known[name])
+                here, there = tokenizer.vocabulary(), models_own.vocabulary()
                 changed = [token for token, number in there.items() if here.get(token) != number]
                 if changed:
                     raise DataError(
                         f"{directory}: is not the model's tokenizer with tokens added: {len(changed)} of the model's "
                         f"tokens have other ids there or none, {changed[0]!r} for one. Tokenize with the model's own"
                     )
+                # Not what the dataset says is new: the model may have learned that by now.
+                first = models_own.vocab_size
                 break
-        return cls(directory, tokenizer)
+        return cls(directory, tokenizer, first)
 
     def tokenizer_files(self, known: Mapping[str, Path]) -> dict[str, Path]:
         """The files of this tokenizer, and of ``known``, the model's own, what does not say which ids there are."""
@@ -67,9 +73,12 @@ class AddedTokens:
         return max(current, self.tokenizer.vocab_size)
 
     def grow(self, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-        """The parameters with rows for the added tokens, each the mean of the rows that are there."""
+        """The parameters with rows for the added tokens, each the mean of the rows before the first of them.
+
+        Rows to spare that the model has for them are replaced; any behind them stay as they are.
+        """
         return {
-            name: _with_rows(parameter, self.vocab_size(parameter.matrix.rows))
+            name: _with_rows(parameter, self.first, self.tokenizer.vocab_size)
             if name in _OF_THE_VOCABULARY
             else parameter
             for name, parameter in parameters.items()
@@ -94,23 +103,30 @@ class MeanRows(LazyMatrix):
         return self._mean[columns].expand(count(rows), -1)
 
 
-def _with_rows(parameter: Parameter, rows: int) -> Parameter:
-    missing = rows - parameter.matrix.rows
-    if missing == 0:
+def _with_rows(parameter: Parameter, first: int | None, stop: int) -> Parameter:
+    """The parameter, its rows ``[first, stop)`` the mean of those before. Without ``first`` they are new ones."""
+    matrix = parameter.matrix
+    first = matrix.rows if first is None else min(first, matrix.rows)
+    if first >= stop:
         return parameter
+    columns = slice(0, matrix.columns)
+    known = block_of(matrix, slice(0, first), columns)
+    parts = [known, MeanRows(known, stop - first)]
+    if stop < matrix.rows:
+        parts.append(block_of(matrix, slice(stop, matrix.rows), columns))
+    joined = ConcatenatedRows(parts)
     return Parameter(
-        dataclasses.replace(parameter.spec, shape=(rows, *parameter.spec.shape[1:])),
-        ConcatenatedRows([parameter.matrix, MeanRows(parameter.matrix, missing)]),
-        parameter.dtype,
+        dataclasses.replace(parameter.spec, shape=(joined.rows, *parameter.spec.shape[1:])), joined, parameter.dtype
     )
 
 
-def _tokenizer_directory(path: Path) -> Path:
+def _tokenizer_directory(path: Path) -> tuple[Path, int | None]:
+    """Where the tokenizer is, and the first id that a dataset says is new."""
     if path.is_dir():
-        return path
+        return path, None
     description = DatasetDescription.read(path) or InstructionDescription.read(path)
     if description is None:
         raise DataError(f"{path}: neither a tokenizer's directory nor a dataset that megacore has made")
     if description.tokenizer_directory is None:
         raise DataError(f"{path}: the dataset was tokenized without new tokens: leave out --add-tokens")
-    return path.with_name(description.tokenizer_directory)
+    return path.with_name(description.tokenizer_directory), min(description.new_tokens.values(), default=None)

@@ -26,7 +26,8 @@ def split(
     """Write ``checkpoint`` to ``out``, cut over ``tp`` × ``pp`` ranks; 1 × 1 merges it. Tensors keep their bytes.
 
     With ``add_tokens``, a dataset or a tokenizer's directory, embedding and head get rows for the tokens that the
-    tokenizer has beyond the model's vocabulary, each the mean of the rows that are there.
+    tokenizer has beyond the model's, each the mean of the rows before the first of them. Rows to spare are used for
+    them.
 
     The digests of ``checkpoint`` are checked on the way: damaged weights are not passed on.
 

@@ -129,5 +129,5 @@ add_tokens_option = click.option(
     type=click.Path(path_type=Path),
     metavar="PREFIX_OR_DIR",
     help="Give embedding and head rows for the new tokens of a dataset's tokenizer (or of one in a directory), each "
-    "the mean of the rows that are there.",
+    "the mean of the rows before the first of them.",
 )

@@ -23,7 +23,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from megacore.data.tokenizer import Tokenizer
+from megacore.data.tokenizer import Tokenizer, json_object, special_token_names
 from megacore.errors import DataError
 
 Message = Mapping[str, Any]
@@ -208,7 +208,7 @@ def open_chat_template(tokenizer: Tokenizer, file: Path | None, *, with_tools: b
     directory = tokenizer.file.parent
     source, where = _template_source(directory, file, with_tools=with_tools)
     return ChatTemplate(
-        source, where=where, special_tokens=special_tokens(directory), added_tokens=tokenizer.special_tokens()
+        source, where=where, special_tokens=special_token_names(directory), added_tokens=tokenizer.special_tokens()
     )
 
 
@@ -238,7 +238,7 @@ def find_chat_template(directory: Path, *, with_tools: bool = False) -> tuple[st
         DataError: the files are damaged, or name several templates, none of them ``default``.
     """
     found: dict[str, tuple[str, str]] = {}
-    config = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    config = json_object(directory / "tokenizer_config.json").get("chat_template")
     where = str(directory / "tokenizer_config.json")
     if isinstance(config, str):
         found["default"] = (config, where)
@@ -260,26 +260,6 @@ def find_chat_template(directory: Path, *, with_tools: bool = False) -> tuple[st
             "to use into a file of its own, and name that with --chat-template"
         )
     return found["default"]
-
-
-def special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens that the tokenizer in ``directory`` names, by name: ``bos_token``, ``eos_token`` and so on."""
-    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-    told = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
-    texts = {name: token.get("content") if isinstance(token := told.get(name), dict) else token for name in names}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: is not a JSON object")
-    return content
 
 
 def _sandbox(*, begin: str, end: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from megacore.data.instruction import InstructionDescription, Role, writing_inst
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import require_encodable
 from megacore.data.tokenizer import (
+    JsonTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     directory_beside,
@@ -31,9 +32,6 @@ from megacore.data.tokenizer import (
     save_tokenizer,
 )
 from megacore.errors import DataError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_CONVERSATIONS = 1024
@@ -77,6 +75,8 @@ class _Encoder(Protocol):
     """What makes tokens of conversations."""
 
     template_sha256: str | None
+    special_tokens: list[str]
+    """What text that spells it becomes one token."""
 
     def pieces(self, conversation: Conversation) -> list[_Piece]:
         """The text of a conversation. Raises :class:`DataError` for one that cannot be written."""
@@ -129,15 +129,14 @@ def tokenize_chat(
     tokenizer_directory = directory_beside(Path(out)) if loaded.new_tokens else None
     if tokenizer_directory is not None:
         is_saved(loaded, tokenizer_directory)  # refused now, not after the work
-    library = _library_tokenizer(loaded)
-    special = re.compile("|".join(map(re.escape, _added_tokens(library) if library else [])) or "(?!)")
     encoder: _Encoder
     if markup == "template":
-        encoder = _TemplateEncoder(loaded, library, None if chat_template is None else Path(chat_template))
+        encoder = _TemplateEncoder(loaded, None if chat_template is None else Path(chat_template))
     elif chat_template is not None:
         raise DataError(f"the chat template {chat_template} has no effect with the markup of megatron-llm; give one")
     else:
         encoder = _MegatronLlmEncoder(loaded)
+    special = re.compile("|".join(map(re.escape, encoder.special_tokens)) or "(?!)")
 
     num_skipped = num_conversations = num_tokens = num_assistant_tokens = num_with_special_tokens = 0
     first_error: DataError | None = None
@@ -232,12 +231,13 @@ class _TemplateEncoder:
     A token that has a character of the assistant's is the assistant's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, library: tokenizers.Tokenizer | None, template_file: Path | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template_file: Path | None) -> None:
         self._with_tools, self._template = (
             open_chat_template(tokenizer, template_file, with_tools=with_tools) for with_tools in (True, False)
         )
-        assert library is not None, "a chat template takes no other tokenizer than a tokenizer.json"
-        self._library = library
+        assert isinstance(tokenizer, JsonTokenizer), "a chat template takes no other"
+        self._tokenizer = tokenizer
+        self.special_tokens = tokenizer.special_tokens()
         self.template_sha256: str | None = hashlib.sha256(self._template.source.encode()).hexdigest()
 
     def pieces(self, conversation: Conversation) -> list[_Piece]:
@@ -247,15 +247,15 @@ class _TemplateEncoder:
         return [_Piece(chat.text, spans + [(start, stop, Role.ASSISTANT) for start, stop in chat.assistant])]
 
     def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        encodings = self._library.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
-        for piece, encoding in zip(pieces, encodings, strict=True):
-            places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        encoded = self._tokenizer.encode_with_places([piece.text for piece in pieces])
+        for piece, (ids, of_ids) in zip(pieces, encoded, strict=True):
+            places = np.array(of_ids, np.int64).reshape(-1, 2)
             # A token may stand for no character, such as a sign for the beginning of a word: it is of the next one.
             starts, stops = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)
             roles = np.full(len(places), Role.PROMPTER, np.int64)
             for start, stop, role in piece.spans:
                 roles[(starts < stop) & (stops > start)] = role
-            yield np.array(encoding.ids, np.int64), roles
+            yield np.array(ids, np.int64), roles
 
 
 class _MegatronLlmEncoder:
@@ -272,10 +272,12 @@ class _MegatronLlmEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.special_tokens = tokenizer.special_tokens()
         self._tokens: re.Pattern[str] | None = None
         if isinstance(tokenizer, SentencePieceTokenizer):
             tokens = {*tokenizer.control_tokens(), *tokenizer.new_tokens, *self._MARKS}
-            self._tokens = re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
+            self.special_tokens = sorted(tokens, key=len, reverse=True)
+            self._tokens = re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})")
         for token in self._MARKS:
             # Twice, since sentencepiece may put a piece for a space before the first.
             once, twice = tokenizer.encode_batch([token, token + token])
@@ -317,22 +319,3 @@ class _MegatronLlmEncoder:
         What lies between is encoded as a text of its own, which may begin with a piece for a space.
         """
         return [text] if self._tokens is None else self._tokens.split(text)
-
-
-def _library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a ``tokenizer.json`` in the library that tells which characters a token stands for."""
-    if tokenizer.file.suffix != ".json":
-        return None
-    import tokenizers
-
-    library = tokenizers.Tokenizer.from_str(tokenizer.definition.decode())
-    library.no_truncation()
-    library.no_padding()
-    # It would add no token here, but may cut white space off what a token says of its place.
-    library.post_processor = None
-    return library
-
-
-def _added_tokens(library: tokenizers.Tokenizer) -> list[str]:
-    """The texts that a tokenizer takes for one token wherever they stand."""
-    return [token.content for token in library.get_added_tokens_decoder().values()]

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.data.engines import DisagreementError, EncodedTexts, Engine
+from megacore.data.engines import DisagreementError, EncodedTexts, Engine, LeftOut
 from megacore.data.indexed_dataset import token_dtype
 from megacore.data.inputs import Piece
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import Document, Problem, document
-from megacore.data.tokenizer import load_tokenizer
+from megacore.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 # What is encoded at once is little enough for a library's own bookkeeping (about 100 bytes a token) to stay small.
 _BATCH_CHARACTERS = 1 << 20
@@ -51,6 +51,8 @@ class EncodedPiece(NamedTuple):
     """What has encoded, for people."""
     disagreement: int | None
     """The place of a document for which the engines give different ids: nothing is encoded then."""
+    left_out: LeftOut | None
+    """Why no faster library has encoded, where one was to."""
 
 
 @dataclass
@@ -64,11 +66,13 @@ class EncodedDocuments:
 
 
 class PieceEncoder:
-    """Encodes the pieces of a job, one after the other, each by itself."""
+    """Encodes the pieces of a job, one after the other, each by itself; on one thread where others do so beside it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, one_thread: bool = False) -> None:
         self._job = job
         tokenizer = load_tokenizer(job.tokenizer, job.new_tokens)
+        if one_thread and isinstance(tokenizer, SentencePieceTokenizer):
+            tokenizer.num_threads = 1  # the other libraries look for that in the environment
         self._engine = Engine(tokenizer, use_fast=job.use_fast)
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._beginning = [tokenizer.bos_id] if job.prepend_bos else []
@@ -83,7 +87,13 @@ class PieceEncoder:
         ]
         problems = [problem for problem in found if isinstance(problem, Problem)]
         encoded = EncodedPiece(
-            [], reading.num_positions, len(problems), problems[:NUM_PROBLEMS_NAMED], self._engine.name, None
+            by_key=[],
+            num_positions=reading.num_positions,
+            num_problems=len(problems),
+            problems=problems[:NUM_PROBLEMS_NAMED],
+            engine=self._engine.name,
+            disagreement=None,
+            left_out=self._engine.left_out,
         )
         if problems and not self._job.skip_erroneous:
             return encoded

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,24 @@ class EncodedTexts(NamedTuple):
     lengths: NDArray[np.int64]
 
 
+class LeftOut(NamedTuple):
+    """Why the fast engine does not do the work."""
+
+    reason: str
+    """For people, a clause."""
+    is_missing: bool = False
+    """Whether it would perhaps, if it were installed."""
+
+
 class FastEngine(ABC):
     """A library that is made to give the ids of the defining one, faster."""
 
-    name: str
+    library: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The library and its version."""
+        return f"{self.library} {version(self.library)}"
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
@@ -45,12 +59,13 @@ class FastEngine(ABC):
 class Fastokens(FastEngine):
     """fastokens, for a ``tokenizer.json``."""
 
+    library = "fastokens"
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(
+        self._tokenizer: Any = importlib.import_module(self.library).Tokenizer.from_json_str(
             tokenizer.definition.decode()
         )
         self._tokenizer.no_truncation()
-        self.name = f"fastokens {version('fastokens')}"
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         ids, ends = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False)
@@ -61,9 +76,10 @@ class Fastokens(FastEngine):
 class Kitoken(FastEngine):
     """kitoken, for a ``tokenizer.model``."""
 
+    library = "kitoken"
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer: Any = importlib.import_module("kitoken").Kitoken.from_sentencepiece(tokenizer.definition)
-        self.name = f"kitoken {version('kitoken')}"
+        self._tokenizer: Any = importlib.import_module(self.library).Kitoken.from_sentencepiece(tokenizer.definition)
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         return _flattened(self._tokenizer.encode_all(list(texts), False))
@@ -86,11 +102,14 @@ class Engine:
 
     Attributes:
         name: what does the work, for people.
+        left_out: why that is the defining one alone; None where it is not, or was asked for.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, use_fast: bool) -> None:
         self._tokenizer = tokenizer
-        self._fast = _fast_engine(tokenizer) if use_fast else None
+        fast = _fast_engine(tokenizer) if use_fast else None
+        self._fast = fast if isinstance(fast, FastEngine) else None
+        self.left_out = fast if isinstance(fast, LeftOut) else None
         self.name = tokenizer.library
         if self._fast is not None:
             self.name = f"{self._fast.name}, compared with {tokenizer.library}"
@@ -116,26 +135,30 @@ class Engine:
         )
 
 
-def _fast_engine(tokenizer: Tokenizer) -> FastEngine | None:
-    """The fast engine for a tokenizer; None where it is not installed or is of no use for this tokenizer.
+def _fast_engine(tokenizer: Tokenizer) -> FastEngine | LeftOut:
+    """The fast engine for a tokenizer, or why it is of no use.
 
-    The latter is so where it does not take the file, or gives other ids for texts that are known to be difficult; and
-    kitoken, where a model rewrites text (nmt_nfkc and the like): it was seen to give other ids then, now and again.
+    That is so where it is not installed, does not take the file, or gives other ids for texts that are known to be
+    difficult; and kitoken, where a model rewrites text (nmt_nfkc and the like): it was seen to give other ids then, now
+    and again.
     """
-    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.rewrites_text:
-        return None
     kind: type[Fastokens] | type[Kitoken] = Fastokens if isinstance(tokenizer, JsonTokenizer) else Kitoken
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.rewrites_text:
+        return LeftOut(f"{kind.library} is not used with a model that rewrites text, for which it may give other ids")
     try:
         engine = kind(tokenizer)
     except ImportError:
-        return None
+        return LeftOut(
+            f"{kind.library}, which is faster, is not installed: pip install 'megacore[fast]'", is_missing=True
+        )
     except BaseException as error:
         _pass_on_what_ends_the_process(error)
-        return None
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        return LeftOut(f"{kind.library} {version(kind.library)} does not take {tokenizer.file}: {told}")
     for text in probes(tokenizer.special_tokens()):
         found = _encoded_by(engine, [text])
         if found is not None and found.ids.tolist() != tokenizer.encode(text):
-            return None
+            return LeftOut(f"{engine.name} gives other ids for difficult text, {text[:40]!r} for one")
     return engine
 
 

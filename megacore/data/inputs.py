@@ -115,8 +115,13 @@ class RowGroup(Piece):
     def read(self, keys: Sequence[str]) -> Reading:
         file = _parquet_file(self.path)
         try:
-            rows = file.read_row_group(self.group, columns=[key for key in keys if key in file.schema_arrow.names])
-            records: list[Record | Problem] = [Record(position, row) for position, row in enumerate(rows.to_pylist())]
+            names = file.schema_arrow.names
+            rows = file.read_row_group(self.group, columns=[key for key in keys if key in names])
+            # Where a key is not there, a message about that names all columns.
+            others = {} if set(keys) <= set(names) else dict.fromkeys(names)
+            records: list[Record | Problem] = [
+                Record(position, others | row) for position, row in enumerate(rows.to_pylist())
+            ]
         except (OSError, ValueError) as error:  # ValueErrors are pyarrow's own, and text that is not UTF-8
             raise DataError(f"{self.path}: row group {self.group + 1} is damaged: {error}") from error
         return Reading(records, rows.num_rows)

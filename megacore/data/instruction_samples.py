@@ -75,9 +75,12 @@ class InstructionSamples:
             numbers = numbers.astype(np.int32)  # half the memory
         self.num_conversations = len(numbers)
         if not len(numbers):
+            cut_short = (
+                f" ({self.num_cut_short} with none of the assistant's before that)" if self.num_cut_short else ""
+            )
             raise DataError(
                 f"{dataset.prefix}: none of its {len(dataset)} conversations can be used: {self.num_overlong} have "
-                f"more than {seq_length + 1} tokens, {self.num_short} less than two; raise data.seq_length"
+                f"more than {seq_length + 1} tokens{cut_short}, {self.num_short} less than two; raise data.seq_length"
                 + (', or set data.overlong = "truncate"' if overlong == "drop" else "")
             )
         lengths = np.minimum(dataset.lengths[numbers], seq_length + 1)

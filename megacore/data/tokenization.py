@@ -125,7 +125,7 @@ def tokenize(
         skip_erroneous=on_error == "skip",
     )
     workers = workers or _default_workers(paths)
-    with Encoders(job, num_workers=workers) as encoders:
+    with Encoders(job, num_workers=workers, report=report) as encoders:
         vocabulary = load_tokenizer(tokenizer, added)  # as the processes do at the same time
         _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
         run = _Run(

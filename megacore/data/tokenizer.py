@@ -21,6 +21,8 @@ EOD_TOKEN = "<EOD>"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 """Files that say how a tokenizer is used, not what its ids are."""
 
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class Tokenizer(ABC):
     """Text to token ids and back.
@@ -99,6 +101,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     Text that spells a control token, such as ``</s>``, is encoded as the characters that it is; only symbols which
     the model itself calls user-defined are recognized in text. That is sentencepiece's own rule.
+
+    Attributes:
+        num_threads: that encode the texts of a batch; -1 stands for as many as there are cores.
+
+    Raises:
+        DataError: it is no such file, or files beside it give tokens ids that it does not have.
     """
 
     def __init__(self, file: Path, new_tokens: NewTokens = NewTokens()) -> None:  # noqa: B008 (it is frozen)
@@ -108,11 +116,13 @@ class SentencePieceTokenizer(Tokenizer):
         definition = file.read_bytes()
         processor = _load_sentencepiece(definition, file)
         num_known = processor.vocab_size()
+        _refuse_tokens_beside(file, num_known)
         if new_tokens:
             known = (processor.id_to_piece(piece) for piece in range(num_known))
             definition = extend_sentencepiece(definition, new_tokens, known=known, has_padding=processor.pad_id() >= 0)
             processor = _load_sentencepiece(definition, file)
         self._processor = processor
+        self.num_threads = -1
         vocab_size = processor.vocab_size()
         added = {processor.id_to_piece(piece): piece for piece in range(num_known, vocab_size)}
         # sentencepiece says -1 where the model has no such token.
@@ -137,7 +147,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.normalize(text).lstrip("▁") != text.replace(" ", "▁")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        threads = 1 if len(texts) == 1 else -1
+        threads = 1 if len(texts) == 1 else self.num_threads
         return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=threads)
 
     def token_id(self, token: str) -> int | None:
@@ -170,12 +180,12 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def adds_bos(self) -> bool:
         # The file itself does not say; to the models that are published with one, a text begins so.
-        told = _tokenizer_config(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
+        told = json_object(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
         return bool(told) and self.bos_id is not None
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json``, with the names of its begin and end tokens from ``tokenizer_config.json`` beside it.
+    """A ``tokenizer.json``, with the names of its begin and end tokens from the files beside it.
 
     Text that spells one of the file's added tokens, special ones included, becomes that token's id. That is the
     tokenizers library's own rule: clean the text of such strings where they must not have that power.
@@ -190,17 +200,19 @@ class JsonTokenizer(Tokenizer):
             tokenizer = tokenizers.Tokenizer.from_str(definition.decode())
         except Exception as error:  # the library raises nothing more special
             raise DataError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        config = _tokenizer_config(file.with_name("tokenizer_config.json"))
+        names = special_token_names(file.parent)
         known = tokenizer.get_vocab(with_added_tokens=True)
         if not known:
             raise DataError(f"{file}: its vocabulary is empty")
         if new_tokens:
-            has_padding = _token_id(known, config.get("pad_token")) is not None
+            has_padding = names.get("pad_token") in known
             extend_tokenizer_json(tokenizer, new_tokens, has_padding=has_padding)
             definition = tokenizer.to_str(pretty=True).encode()
         # A file may ask for texts to be cut or filled to some length; a document is neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # It adds no token here, but may cut white space off what a token says of its place.
+        self._post_processor, tokenizer.post_processor = tokenizer.post_processor, None
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True) if new_tokens else known
         added = sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
@@ -211,19 +223,28 @@ class JsonTokenizer(Tokenizer):
                 f"{vocabulary[added[0]]}, and the next ones onto ids that are taken: leave the vocabulary as it is "
                 f"(--no-new-tokens), or add the tokens to the file"
             )
+        ids = {name: vocabulary.get(token) for name, token in names.items()}
         super().__init__(
             file,
             definition=definition,
             # Not the number of entries: ids may have gaps.
             vocab_size=max(vocabulary.values()) + 1,
             new_tokens={token: vocabulary[token] for token in added},
-            bos_id=_token_id(vocabulary, config.get("bos_token")),
-            eod_id=vocabulary.get(EOD_TOKEN, _token_id(vocabulary, config.get("eos_token"))),
+            bos_id=ids.get("bos_token"),
+            eod_id=vocabulary.get(EOD_TOKEN, ids.get("eos_token")),
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text, as :meth:`encode_batch` gives them, and which characters each token stands for.
+
+        The latter are ``(start, stop)``, the same where a token stands for none.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -242,8 +263,11 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def adds_bos(self) -> bool:
-        with_special, without = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
-        return self.bos_id is not None and with_special[:1] == [self.bos_id] != without[:1]
+        if self.bos_id is None or self._post_processor is None:
+            return False
+        without = self._tokenizer.encode("a")
+        with_special = self._post_processor.process(without).ids
+        return with_special[:1] == [self.bos_id] != without.ids[:1]
 
 
 def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tokenizer:  # noqa: B008 (it is frozen)
@@ -256,7 +280,8 @@ def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tok
     ``new_tokens`` are added in memory; the file stays as it is.
 
     Raises:
-        DataError: there is no such file, or it is not a tokenizer.
+        DataError: there is no such file, it is not a tokenizer, or it is a ``tokenizer.model`` that lacks tokens which
+            files beside it add.
     """
     path = Path(path)
     kinds: dict[str, type[JsonTokenizer] | type[SentencePieceTokenizer]]
@@ -286,6 +311,36 @@ def digest_of_tokens(vocabulary: Mapping[str, int], num_ids: int) -> str:
         if number < num_ids:
             tokens[number] = token
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def special_token_names(directory: Path) -> dict[str, str]:
+    """The special tokens that the tokenizer in ``directory`` names: the text of ``bos_token``, ``eos_token`` and so on.
+
+    They are in ``tokenizer_config.json`` or, of tokenizers whose configuration does not list the added tokens, as old
+    ones do not, in ``special_tokens_map.json`` first. That is the rule of transformers.
+    """
+    told = json_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in told:
+        told |= json_object(directory / "special_tokens_map.json")
+    texts = {name: token.get("content") if isinstance(token := told.get(name), dict) else token for name in _NAMED}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file beside a tokenizer; nothing where there is no such file.
+
+    Raises:
+        DataError: it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is not a JSON object")
+    return content
 
 
 def directory_beside(prefix: Path) -> Path:
@@ -329,6 +384,42 @@ def _file_name(tokenizer: Tokenizer) -> str:
     return f"tokenizer{tokenizer.file.suffix}"
 
 
+def _refuse_tokens_beside(file: Path, num_known: int) -> None:
+    """Raises :class:`DataError` where a file beside a ``tokenizer.model`` has tokens that come after its own.
+
+    Many fine-tuned models were published so. The model knows these tokens: without them its text gets other ids than
+    it was trained on, and tokens that are added here get theirs. Often such a file only repeats ``<s>`` and the like.
+    """
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        beyond = {token: number for token, number in _added_by(file.with_name(name)).items() if number >= num_known}
+        if not beyond:
+            continue
+        there = file.with_name("tokenizer.json")
+        remedy = (
+            f"give {there} instead, which has them"
+            if there.is_file()
+            else "give the model's tokenizer.json instead; where there is none, transformers makes one: "
+            f"AutoTokenizer.from_pretrained({str(file.parent)!r}).save_pretrained(DIRECTORY)"
+        )
+        some = ", ".join(f"{token!r} ({number})" for token, number in list(beyond.items())[:3])
+        raise DataError(
+            f"{file}: its {num_known} tokens are not all that the model has: {name} beside it adds "
+            f"{some}{' and others' if len(beyond) > 3 else ''}: {remedy}"
+        )
+
+
+def _added_by(path: Path) -> dict[str, int]:
+    """The tokens, and their ids, of an ``added_tokens.json``, or the ``added_tokens_decoder`` of a configuration."""
+    content = json_object(path)
+    try:
+        if path.name != "added_tokens.json":
+            listed = content.get("added_tokens_decoder") or {}
+            content = {token["content"]: number for number, token in listed.items()}
+        return {token: int(number) for token, number in content.items()}
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: its added tokens are not tokens with an id each") from error
+
+
 def _load_sentencepiece(definition: bytes, file: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
 
@@ -341,22 +432,3 @@ def _load_sentencepiece(definition: bytes, file: Path) -> Any:
             f"format; give their tokenizer.json instead"
         ) from error
     return processor
-
-
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json; nothing where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: is not a JSON object")
-    return config
-
-
-def _token_id(vocabulary: dict[str, int], token: str | dict[str, Any] | None) -> int | None:
-    """The id of a token that the configuration names by its text, or by an object with the text under ``content``."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return vocabulary.get(text) if isinstance(text, str) else None

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +23,9 @@ from megacore.errors import MegacoreError, WorkerError
 
 _PIECES_AHEAD = 3
 """Of each process: one that it encodes and others that wait, so that it need not."""
+
+_WORTH_A_LIBRARY = 1 << 20
+"""Bytes of input below which nobody would notice that a faster library is not installed."""
 
 _ONE_THREAD = {
     "RAYON_NUM_THREADS": "1",
@@ -36,11 +39,13 @@ _ONE_THREAD = {
 class Encoders:
     """Processes that each make what :class:`PieceEncoder` makes; one worker is this process itself.
 
-    They start, and read the tokenizer, as soon as this is built; leaving its ``with`` block ends them.
+    They start, and read the tokenizer, as soon as this is built; leaving its ``with`` block ends them. ``report`` is
+    told once why no faster library encodes, where one was to.
     """
 
-    def __init__(self, job: Job, *, num_workers: int) -> None:
+    def __init__(self, job: Job, *, num_workers: int, report: Callable[[str], None] = lambda note: None) -> None:
         self._job = job
+        self._report = report
         self._workers: list[_Worker] = []
         try:
             for _ in range(num_workers if num_workers > 1 else 0):
@@ -62,6 +67,16 @@ class Encoders:
             MegacoreError: what a process raised.
             WorkerError: a process died.
         """
+        num_bytes, is_told = 0, False
+        for piece, encoded in self._encode(pieces):
+            num_bytes += piece.num_input_bytes
+            left_out = encoded.left_out
+            if left_out is not None and not is_told and (num_bytes >= _WORTH_A_LIBRARY or not left_out.is_missing):
+                self._report(f"{encoded.engine} encodes alone: {left_out.reason}")
+                is_told = True
+            yield piece, encoded
+
+    def _encode(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, EncodedPiece]]:
         if not self._workers:
             encoder = PieceEncoder(self._job)
             for number, piece in enumerate(pieces):
@@ -147,7 +162,7 @@ def work(descriptor: int) -> None:
     # A thread takes what comes: else the two ends could both be sending, each waiting for the other to receive.
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     # Before there is anything to do; what is wrong with the tokenizer is told when there is.
-    load_encoder = cache(partial(PieceEncoder, job))
+    load_encoder = cache(partial(PieceEncoder, job, one_thread=True))
     with suppress(Exception):
         load_encoder()
     while (task := tasks.get()) is not None:

@@ -54,7 +54,7 @@ def convert(
         pp: pipeline-parallel size to cut for.
         true_vocab_size: rows of the vocabulary that are tokens, in a format that pads it without recording that.
         add_tokens: a dataset or a tokenizer's directory, for whose new tokens embedding and head get rows, each the
-            mean of the rows that are there.
+            mean of the rows before the first of them; rows to spare are used for them.
         report: is told what was assumed of the checkpoint or left behind, a sentence at a time; the history of the
             converted one says it too.
         advance: is told of every few bytes written.
