@@ -161,8 +161,6 @@ class RunCheckpoints:
 
     def save_last(self, progress: Progress) -> MegacoreError | None:
         """At the end of the run, save what it could be extended from; return why not, where that fails."""
-        if self._settings.interval is None:
-            return None
         try:
             self.save(progress, waits=True)
         except MegacoreError as error:
