@@ -18,6 +18,7 @@ from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, OutputError
 from megacore.training import RunConfig
+from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.layout import parallel_sizes
 from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer_section import OptimizerSection
@@ -316,6 +317,31 @@ def test_a_run_that_goes_back_keeps_what_came_after_under_another_name(place, be
     assert steps[0].notes == (f"a checkpoint after iteration 2 is kept as {aside}",)
     Checkpoint(aside).check()
     assert iterations_in(directory) == [2, 4, 6]
+
+
+def test_a_run_that_is_killed_while_it_goes_back_leaves_a_link_to_the_checkpoint_that_it_goes_back_to(
+    begun, monkeypatch
+):
+    def killed(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    directory = CheckpointDirectory(checkpoint_of(begun, 2).parent)
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        directory.set_aside_after(2)
+
+    assert (directory.path / "latest").resolve() == checkpoint_of(begun, 2).resolve()
+
+
+def test_no_link_is_left_where_all_checkpoints_are_set_aside(begun):
+    directory = CheckpointDirectory(checkpoint_of(begun, 2).parent)
+
+    assert [path.name for path in directory.set_aside_after(1)] == [
+        "aside-1-iteration-0000002",
+        "aside-1-iteration-0000004",
+    ]
+
+    assert not (directory.path / "latest").is_symlink()
 
 
 def iterations_in(directory: Path) -> list[int]:
