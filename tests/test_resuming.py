@@ -418,6 +418,28 @@ def test_other_data_are_refused_unless_that_is_asked_for(place, begun, tmp_path,
     assert len(megacore.train(again(place, begun, change, allowed), resume=True)) == 2
 
 
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("data.sed", r"data\.sed is unknown; did you mean data\.seed\?"),
+        ("seed", r"seed is unknown; did you mean data\.seed\?"),
+        ("data.prefix[0", r"data\.prefix\[0 is unknown; did you mean data\.prefix\?"),
+        ("*", r"\* is unknown: it takes section\.key, for example data\.seed"),
+    ],
+)
+def test_what_may_change_is_refused_where_there_is_no_such_key(place, tmp_path, named, told):
+    with pytest.raises(ConfigError, match=rf"checkpoints\.may_change: {told}"):
+        run_of(place, tmp_path / "out", f'checkpoints.may_change=["data.seed", "{named}"]')
+
+
+def test_one_dataset_of_several_and_one_file_of_conversations_may_change(place, tmp_path):
+    listed = ("data.prefix[1]", "data.valid_prefix, role", "data.test_prefix[0], text")
+
+    run = run_of(place, tmp_path / "out", f"checkpoints.may_change={list(listed)}")
+
+    assert run.checkpoints.may_change == listed
+
+
 def test_other_settings_are_told_and_the_same_data_may_be_elsewhere(place, begun, tmp_path):
     for suffix in (".bin", ".idx"):
         shutil.copy(place / f"data{suffix}", tmp_path / f"moved{suffix}")
