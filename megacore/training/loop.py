@@ -213,6 +213,7 @@ def _steps(
     if on_step is not None and parallel.rank == 0 and isinstance(on_step, AbstractContextManager):
         watched.enter_context(on_step)
     spans = spans_of(run, samples.samples_per_epoch, progress)
+    progress.warmup_iters = spans.warmup_iters
     evaluations = Evaluations(Evaluator(engine, checkpoint), spans, stop, run_log, on_evaluation)
     if start.is_resumed and not evaluations.make(progress):
         sys.exit(128 + (stop.signal or signal.SIGTERM))  # nothing was done that could be saved
