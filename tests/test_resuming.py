@@ -291,6 +291,13 @@ def test_there_must_be_something_to_resume_from_unless_it_is_auto(place, tmp_pat
     assert len(megacore.train(again(place, tmp_path / "out"), resume="auto")) == STEPS
 
 
+def test_a_run_that_ended_without_checkpoints_says_what_it_would_have_taken_to_go_on(place, tmp_path):
+    megacore.train(run_of(place, tmp_path / "out"))
+
+    with pytest.raises(CheckpointError, match=r"no checkpoint, which a run has at its end if checkpoints\.interval is"):
+        megacore.train(run_of(place, tmp_path / "out", "training.train_iters=7"), resume=True)
+
+
 def test_what_torchrun_starts_anew_goes_on_by_itself(place, begun, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
 
