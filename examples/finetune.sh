@@ -10,6 +10,9 @@ usage() {
     cat <<EOF
 Usage: bash $0 MODEL --size N [OPTION VALUE]...
 
+A training checkpoint is saved every 800 iterations and at the end. With --resume the same command goes on from the
+newest; with more --iters, too, where the run had ended. \`megacore report\` makes a page of its curves.
+
 MODEL is one that \`megacore plugins\` lists: falcon, llama, llama2, codellama, ...
 
   --size N           billions of parameters: names the checkpoint and chooses the learning rate
@@ -23,7 +26,8 @@ MODEL is one that \`megacore plugins\` lists: falcon, llama, llama2, codellama, 
   --global-batch N   samples of an optimizer step  [12]
   --iters N          optimizer steps  [1000]
   --seq-len N        tokens of a sample  [2048; llama2 4096; codellama 16384]
-  --lr LR            peak learning rate; falls to a tenth  [3e-4; llama2 above 13: 1.5e-4; with --instruct 2e-5]
+  --lr LR [MINLR]    learning rate, from its peak to its lowest, by default a tenth
+                     [3e-4; llama2 above 13: 1.5e-4; with --instruct 2e-5]
   --dtype DTYPE      bf16, fp16, fp32 or fp64  [bf16]
   --checkpoint DIR   to start from  [checkpoints/MODEL-SIZE]
   --data PREFIX      dataset of \`megacore tokenize\`, or of \`megacore tokenize-chat\` with --instruct  [data/text]
@@ -31,6 +35,11 @@ MODEL is one that \`megacore plugins\` lists: falcon, llama, llama2, codellama, 
   --instruct         train on conversations, of which the assistant's words are learned
   --loss-mask X      what the others' words count for in the loss, with --instruct  [0]
   --out DIR          checkpoint to create  [checkpoints/MODEL-SIZE-finetuned]
+  --run DIR          directory of the run: its metrics and training checkpoints  [runs/, with the last name of --out]
+  --resume           go on from the newest training checkpoint of the run, if there is one
+  --wandb            tell Weights & Biases too, as the key of \`wandb login\` or WANDB_API_KEY says
+  --wandb-project P  what it files the run under  [megacore]
+  --wandb-name NAME  what it calls the run  [the name of the run's directory]
 EOF
 }
 
@@ -47,13 +56,23 @@ model=$1
 shift
 
 size="" tp=1 pp=1 nodes=1 rank=0 port=29500 iters=1000 micro_batch=1 global_batch=12 dtype=bf16 data=data/text
-gpus="" addr="" lr="" seq_len="" checkpoint="" out="" val_path="" instruct="" loss_mask=""
+gpus="" addr="" lr="" min_lr="" seq_len="" checkpoint="" out="" val_path="" instruct="" loss_mask=""
+run="" resume="" wandb="" wandb_project="" wandb_name=""
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit ;;
         --instruct) instruct=true; shift ;;
+        --resume) resume=auto; shift ;;
+        --wandb) wandb=true; shift ;;
+        --lr)
+            [ $# -gt 1 ] || fail "--lr needs a value"
+            lr=$2
+            shift 2
+            if [ $# -gt 0 ] && [[ $1 != --* ]]; then min_lr=$1; shift; fi
+            ;;
         --size | --tp | --pp | --gpus | --nodes | --rank | --addr | --port | --micro-batch | --global-batch | --iters | \
-            --seq-len | --lr | --dtype | --checkpoint | --data | --out | --val-path | --loss-mask)
+            --seq-len | --dtype | --checkpoint | --data | --out | --val-path | --loss-mask | --run | \
+            --wandb-project | --wandb-name)
             [ $# -gt 1 ] || fail "$1 needs a value"
             name=${1#--}
             printf -v "${name//-/_}" %s "$2"
@@ -70,7 +89,10 @@ for option in tp pp nodes rank port iters micro_batch global_batch ${gpus:+gpus}
     esac
 done
 if [ "$nodes" -eq 1 ] && [ "$rank" -gt 0 ]; then fail "--rank $rank needs --nodes, which says how many nodes there are"; fi
-case $lr in *[!0-9.eE+-]*) fail "--lr takes a number, not '$lr'" ;; esac
+for rate in "$lr" "$min_lr"; do
+    case $rate in *[!0-9.eE+-]*) fail "--lr takes a number, or two, not '$rate'" ;; esac
+done
+if [ -n "$wandb_project$wandb_name" ] && [ -z "$wandb" ]; then fail "--wandb-project and --wandb-name need --wandb"; fi
 if [ -n "$loss_mask" ] && [ -z "$instruct" ]; then fail "--loss-mask is for conversations: it needs --instruct"; fi
 
 if ! megacore plugins | tr -s ', ' '\n\n' | grep -xF -- "$model" >/dev/null; then
@@ -95,7 +117,7 @@ esac
 if [ -n "$instruct" ]; then lr=${lr:-2e-5}
 elif [ "$model" = llama2 ] && [ "${size%%.*}" -gt 13 ]; then lr=${lr:-1.5e-4}
 else lr=${lr:-3e-4}; fi
-min_lr=$(awk "BEGIN { print $lr / 10 }")
+min_lr=${min_lr:-$(awk "BEGIN { print $lr / 10 }")}
 sequence_parallel=$([ "$tp" -gt 1 ] && echo true || echo false)
 
 about_data=(--set data.prefix="$data" --set data.seq_length="$seq_len")
@@ -104,17 +126,24 @@ if [ -n "$val_path" ]; then
     about_data+=(--set data.valid_prefix="$val_path" --set evaluation.interval=200 --set evaluation.iters=10)
 fi
 
+out=${out:-checkpoints/$model-$size-finetuned}
+told=()
+if [ -n "$wandb" ]; then
+    told=(--set 'logging.loggers=["wandb"]' ${wandb_project:+--set logging.project="$wandb_project"})
+    told+=(${wandb_name:+--set logging.name="$wandb_name"})
+fi
+
 several_nodes=()
 if [ "$nodes" -gt 1 ]; then
     several_nodes=(--nodes "$nodes" --node-rank "$rank" --port "$port" ${addr:+--addr "$addr"})
 fi
 
-megacore train "$(dirname "$0")/finetune.toml" \
+megacore train "$(dirname "$0")/finetune.toml" ${resume:+--resume "$resume"} \
     --tp "$tp" --pp "$pp" ${gpus:+--nproc-per-node "$gpus"} "${several_nodes[@]}" \
     --set parallel.sequence_parallel="$sequence_parallel" \
     --set model.checkpoint="$checkpoint" --set model.dtype="$dtype" \
-    "${about_data[@]}" \
+    "${about_data[@]}" "${told[@]}" \
     --set optimizer.lr="$lr" --set optimizer.min_lr="$min_lr" \
     --set training.train_iters="$iters" \
     --set training.micro_batch_size="$micro_batch" --set training.global_batch_size="$global_batch" \
-    --set output.checkpoint="${out:-checkpoints/$model-$size-finetuned}"
+    --set output.checkpoint="$out" --set output.directory="${run:-runs/$(basename "$out")}"

@@ -45,6 +45,24 @@ def train_with_little_room(parallel: ParallelContext | None, run: RunConfig, las
     return told, ""
 
 
+def train_without_room_for(parallel: ParallelContext | None, run: RunConfig, name: str) -> str:
+    """Train where the last rank that writes ``name`` finds the disk full; how that ends."""
+    parallel = parallel or ParallelContext.single()
+    write_all = safetensors_file._write_all
+
+    def write_until_full(descriptor: int, chunk: memoryview) -> None:
+        if name in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(descriptor, chunk)
+
+    with patch.object(safetensors_file, "_write_all", write_until_full):
+        try:
+            _train_on_rank(parallel, run)
+        except DiskFullError as error:
+            return str(error)
+    return ""
+
+
 def fail_while_the_second_is_saved(step: Step) -> None:
     """Fail after 3 steps, in a process that writes no checkpoint before, and then slowly."""
     write_all = safetensors_file._write_all

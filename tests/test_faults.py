@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -12,13 +13,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import megacore
 import tiny_run
-from faults_on_rank import fail_while_the_second_is_saved, train_with_little_room
+from faults_on_rank import fail_while_the_second_is_saved, train_with_little_room, train_without_room_for
 from megacore.checkpoint import Checkpoint, safetensors_file
 from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError
 from megacore.training import Engine, RunConfig
@@ -437,3 +439,51 @@ def test_a_disk_that_is_full_keeps_the_old_checkpoint_and_training_goes_on(ranks
     Checkpoint(started_from / "latest").check()
     assert [path.name for path in started_from.iterdir() if "incomplete" in path.name] == []
     Checkpoint(tmp_path / "out").check()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("checkpoints.interval=1000",),
+        ("checkpoints.interval=1000", *TWO, "parallel.data_parallel=sharded"),
+        ("checkpoints.interval=1000", "parallel.tensor_parallel=2"),
+    ],
+    ids=["without an interval", "with one", "dp 2, sharded", "tp 2"],
+)
+def test_a_run_whose_result_cannot_be_written_saves_its_last_checkpoint(ranks, place, tmp_path, settings):
+    run = run_of(place, tmp_path / "out", *settings)
+
+    if len(settings) > 1:
+        errors = ranks.run(train_without_room_for, run, ".out.incomplete", sizes=parallel_sizes(run))
+    else:
+        errors = [train_without_room_for(None, run, ".out.incomplete")]
+
+    kept = tmp_path / "out-checkpoints" / "iteration-0000005"
+    assert set(errors) == {
+        f"there is no room for {tmp_path / 'out'} (No space left on device): what was begun of it was removed. All of "
+        f"the training is in {kept}: once that is put right, --resume makes the result of it"
+    }
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
+    Checkpoint(kept).check()
+    assert megacore.train(run_of(place, tmp_path / "out"), resume=True) == []
+    trained, expected = weights(tmp_path / "out"), weights(kept)
+    assert all(torch.equal(matrix, expected[name]) for name, matrix in trained.items())
+
+
+def test_a_run_that_can_save_nothing_at_its_end_names_the_checkpoint_to_go_on_from(place, tmp_path):
+    run = run_of(place, tmp_path / "out", "checkpoints.interval=2")
+    megacore.train(run_of(place, tmp_path / "out", "checkpoints.interval=2", "training.exit_interval=2"))
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        patch.object(safetensors_file, "_write_all", side_effect=full),
+        pytest.raises(
+            DiskFullError, match=r"no room for .*/out \(.* Nor could the last .*: there is no room"
+        ) as raised,
+    ):
+        megacore.train(run, resume=True)
+
+    left = tmp_path / "out-checkpoints" / "iteration-0000002"
+    assert str(raised.value).endswith(f". --resume goes on from {left}")
+    assert steps_in(tmp_path / "out-checkpoints") == [2]

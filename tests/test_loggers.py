@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import megacore
+from megacore.checkpoint import Checkpoint
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.training import Evaluation, Step
@@ -20,8 +23,10 @@ from megacore.training.run_log import opened_log
 from tiny_run import prepare, run_of
 
 POSTCARD = '''
-import json, os
+import json, os, threading
 from pathlib import Path
+
+answered = threading.Event()
 
 class PostcardLogger:
     """Writes what it is told to a file; fails as the environment says."""
@@ -34,11 +39,15 @@ class PostcardLogger:
         self.told = [[run.project, run.name, run.iteration, run.settings["optimizer"]["eps"]]]
 
     def log(self, values, *, iteration):
+        if iteration == int(os.environ.get("HANG_AT", 0)):
+            answered.wait()
         if iteration == int(os.environ.get("FAIL_AT", 0)):
             raise ConnectionError("no route, key " + os.environ["POSTCARD_API_KEY"] + "\\nmore")
         self.told.append([iteration, dict(values)])
 
     def close(self):
+        if "HANG_AT_CLOSE" in os.environ:
+            answered.wait()
         self.file.write_text(json.dumps(self.told))
 '''
 
@@ -252,9 +261,49 @@ def test_a_logger_that_failed_is_told_again_after_a_minute(place, tmp_path, post
     with opened_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
         for iteration, now in ((1, 0.0), (2, 1.0), (3, 60.0), (2, 61.5), (4, 122.0)):  # noqa: B007
             log.step(a_step(iteration, loss=iteration))  # the second fails twice
+            log.loggers[0].waiting.join()
 
     assert [iteration for iteration, _ in postcards(tmp_path)[1:]] == [1, 4]
     assert len(caplog.messages) == 1
+
+
+def test_a_logger_that_hangs_neither_slows_nor_ends_the_run_and_what_it_misses_is_told_once(
+    place, tmp_path, postcard, monkeypatch, caplog
+):
+    monkeypatch.setenv("HANG_AT", "1")
+    monkeypatch.setattr("megacore.training.run_log._MOST_WAITING", 2)
+    monkeypatch.setattr("megacore.training.run_log._PATIENCE", 0.1)
+    with opened_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
+        for iteration in range(1, 8):
+            log.step(a_step(iteration, loss=1.0))
+            while iteration == 1 and not log.loggers[0].waiting.empty():
+                time.sleep(0.01)
+
+    behind, given_up = caplog.messages
+    assert behind.startswith("Note: postcard is 2 entries behind at iteration 4. Training goes on; what it has no room")
+    assert given_up.startswith("Note: postcard has not finished within 0.1 seconds after the run, and is not waited")
+    sys.modules["megacore_postcard"].answered.set()
+    log.loggers[0].join()
+    assert [iteration for iteration, _ in postcards(tmp_path)[1:]] == [1, 2, 3]
+
+
+def test_a_logger_that_does_not_close_costs_a_run_of_several_ranks_nothing(place, tmp_path, postcard):
+    run = logged_run(place, tmp_path / "out", "postcard")
+    settings = ("parallel.nproc_per_node=2", "parallel.timeout=30", "checkpoints.interval=100")
+    words = [word for setting in (*settings, f"output.directory={run.output.directory}") for word in ("--set", setting)]
+    command = [sys.executable, "-m", "megacore", "train", tmp_path / "out.toml", *words]
+    command += ["--set", 'logging.loggers=["postcard"]']
+    path = os.pathsep.join([str(postcard.parent), *sys.path])
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HANG_AT_CLOSE": "1", "PYTHONPATH": path}
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Note: postcard has not finished within 15 seconds after the run" in done.stderr
+    assert done.stdout.endswith(f"Saved {tmp_path / 'out'}.\n")
+    Checkpoint(tmp_path / "out").check()
+    Checkpoint(tmp_path / "run" / "checkpoints" / "iteration-0000005").check()
 
 
 def test_a_logger_that_cannot_start_ends_a_new_run_and_not_one_that_goes_on(

@@ -64,6 +64,7 @@ def run_file(place: Path) -> Path:
         "data/text": place / "data",
         "bf16": "fp64",
         "warmup_fraction = 0.1": "",
+        'directory = "runs/llama2-7-finetuned"': "",
     }
     for old, new in changes.items():
         text = text.replace(old, str(new), 1)
@@ -168,7 +169,7 @@ def finetune(place: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     return started(
         *("bash", ROOT / "examples/finetune.sh", "llama", "--size", "7", "--checkpoint", place / "checkpoint"),
         *("--data", place / "data", "--out", out, "--dtype", "fp64", "--iters", "3", "--global-batch", "4"),
-        *("--seq-len", "8", "--lr", "0.01", *options),
+        *("--seq-len", "8", "--lr", "0.01", "--run", out.with_name("run"), *options),
     )
 
 
@@ -178,6 +179,17 @@ def test_the_script_trains_on_two_processes_of_one_machine(place, tmp_path):
 
     assert command.returncode == 0, error
     assert_trained_as_by_one_process(place, tmp_path / "out")
+    megacore.report(tmp_path / "run")
+
+
+def test_the_script_makes_a_run_longer_with_resume(place, tmp_path):
+    finetune(place, tmp_path / "out", "--resume").communicate(timeout=BOUND)
+    command = finetune(place, tmp_path / "out", "--resume", "--iters", "4")
+    told, error = command.communicate(timeout=BOUND)
+
+    assert command.returncode == 0, error
+    assert [line.split()[1] for line in told.splitlines() if line.startswith("iteration")] == ["4/4"]
+    assert (tmp_path / "out-iteration-0000003").is_dir()
 
 
 @pytest.mark.soak
@@ -211,7 +223,12 @@ def test_the_script_refuses_a_checkpoint_of_another_model(place):
     assert error == f"{script}: {place / 'checkpoint'} is a checkpoint of llama, and MODEL is llama2\n"
 
 
-def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path):
+@pytest.mark.parametrize(
+    ("rates", "lr", "min_lr"),
+    [((), "2e-5", "2e-06"), (("--lr", "1e-5"), "1e-5", "1e-06"), (("--lr", "1e-5", "3e-6"), "1e-5", "3e-6")],
+    ids=["its own rates", "another", "two"],
+)
+def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path, rates, lr, min_lr):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "megacore").write_text(
         '#!/bin/sh\ncase $1 in plugins) echo llama2 ;; inspect) echo "family      llama2" ;; *) echo "$@" ;; esac\n'
@@ -219,16 +236,23 @@ def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path):
     (tmp_path / "megacore").chmod(0o755)
     command = started(
         *("bash", ROOT / "examples/finetune.sh", "llama2", "--size", "70", "--checkpoint", tmp_path / "checkpoint"),
-        *("--data", "chats", "--instruct", "--loss-mask", "0.1", "--val-path", "held-back"),
+        *("--data", "chats", "--instruct", "--loss-mask", "0.1", "--val-path", "held-back", "--wandb"),
+        *("--wandb-project", "two cranes", "--wandb-name", "tall", *rates),
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
     )
     told, error = command.communicate(timeout=BOUND)
 
     assert command.returncode == 0, error
     settings = set(told.split(" --set "))
-    assert settings >= {"optimizer.lr=2e-5", "optimizer.min_lr=2e-06", "data.kind=instruction", "data.prefix=chats"}
+    assert settings >= {
+        f"optimizer.lr={lr}",
+        f"optimizer.min_lr={min_lr}",
+        "data.kind=instruction",
+        "data.prefix=chats",
+    }
     assert settings >= {"data.scalar_loss_mask=0.1", "data.valid_prefix=held-back", "data.seq_length=4096"}
     assert settings >= {"evaluation.interval=200", "evaluation.iters=10"}
+    assert settings >= {'logging.loggers=["wandb"]', "logging.project=two cranes", "logging.name=tall"}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +263,9 @@ def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path):
         (["llama"], "--size N says how large the model is, in billions of parameters"),
         (["llama", "--size"], "--size needs a value"),
         (["llama", "--size", "7", "--tp", "two"], "--tp takes a whole number, not 'two'"),
-        (["llama", "--size", "7", "--lr", "high"], "--lr takes a number, not 'high'"),
+        (["llama", "--size", "7", "--lr", "high"], "--lr takes a number, or two, not 'high'"),
+        (["llama", "--size", "7", "--lr", "1e-4", "low"], "--lr takes a number, or two, not 'low'"),
+        (["llama", "--size", "7", "--wandb-name", "a"], "--wandb-project and --wandb-name need --wandb"),
         (["llama", "--size", "7", "--rank", "1"], "--rank 1 needs --nodes, which says how many nodes there are"),
         (["llama", "--sise", "7"], "there is no option --sise; bash {script} --help lists them"),
     ],

@@ -18,6 +18,7 @@ from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, OutputError
 from megacore.training import RunConfig
+from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.layout import parallel_sizes
 from megacore.training.loop import _train_on_rank
 from megacore.training.optimizer_section import OptimizerSection
@@ -290,6 +291,13 @@ def test_there_must_be_something_to_resume_from_unless_it_is_auto(place, tmp_pat
     assert len(megacore.train(again(place, tmp_path / "out"), resume="auto")) == STEPS
 
 
+def test_a_run_that_ended_without_checkpoints_says_what_it_would_have_taken_to_go_on(place, tmp_path):
+    megacore.train(run_of(place, tmp_path / "out"))
+
+    with pytest.raises(CheckpointError, match=r"no checkpoint, which a run has at its end if checkpoints\.interval is"):
+        megacore.train(run_of(place, tmp_path / "out", "training.train_iters=7"), resume=True)
+
+
 def test_what_torchrun_starts_anew_goes_on_by_itself(place, begun, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
 
@@ -316,6 +324,31 @@ def test_a_run_that_goes_back_keeps_what_came_after_under_another_name(place, be
     assert steps[0].notes == (f"a checkpoint after iteration 2 is kept as {aside}",)
     Checkpoint(aside).check()
     assert iterations_in(directory) == [2, 4, 6]
+
+
+def test_a_run_that_is_killed_while_it_goes_back_leaves_a_link_to_the_checkpoint_that_it_goes_back_to(
+    begun, monkeypatch
+):
+    def killed(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    directory = CheckpointDirectory(checkpoint_of(begun, 2).parent)
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        directory.set_aside_after(2)
+
+    assert (directory.path / "latest").resolve() == checkpoint_of(begun, 2).resolve()
+
+
+def test_no_link_is_left_where_all_checkpoints_are_set_aside(begun):
+    directory = CheckpointDirectory(checkpoint_of(begun, 2).parent)
+
+    assert [path.name for path in directory.set_aside_after(1)] == [
+        "aside-1-iteration-0000002",
+        "aside-1-iteration-0000004",
+    ]
+
+    assert not (directory.path / "latest").is_symlink()
 
 
 def iterations_in(directory: Path) -> list[int]:
@@ -390,6 +423,28 @@ def test_other_data_are_refused_unless_that_is_asked_for(place, begun, tmp_path,
 
     [allowed] = re.findall(r"--set '(.*)'", str(refused.value))
     assert len(megacore.train(again(place, begun, change, allowed), resume=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("data.sed", r"data\.sed is unknown; did you mean data\.seed\?"),
+        ("seed", r"seed is unknown; did you mean data\.seed\?"),
+        ("data.prefix[0", r"data\.prefix\[0 is unknown; did you mean data\.prefix\?"),
+        ("*", r"\* is unknown: it takes section\.key, for example data\.seed"),
+    ],
+)
+def test_what_may_change_is_refused_where_there_is_no_such_key(place, tmp_path, named, told):
+    with pytest.raises(ConfigError, match=rf"checkpoints\.may_change: {told}"):
+        run_of(place, tmp_path / "out", f'checkpoints.may_change=["data.seed", "{named}"]')
+
+
+def test_one_dataset_of_several_and_one_file_of_conversations_may_change(place, tmp_path):
+    listed = ("data.prefix[1]", "data.valid_prefix, role", "data.test_prefix[0], text")
+
+    run = run_of(place, tmp_path / "out", f"checkpoints.may_change={list(listed)}")
+
+    assert run.checkpoints.may_change == listed
 
 
 def test_other_settings_are_told_and_the_same_data_may_be_elsewhere(place, begun, tmp_path):

@@ -305,6 +305,33 @@ def test_a_run_that_goes_on_with_smaller_batches_is_not_warmed_up_again(place, t
     assert found.warmup_iters == 3
 
 
+def cosine_after(warmup: int, end: int, iterations: range) -> list[float]:
+    """From a peak of 0.01, as the guide writes it."""
+    return [0.01 * (1 + math.cos(math.pi * (i - warmup - 1) / (end - warmup))) / 2 for i in iterations]
+
+
+def test_a_run_that_is_made_longer_keeps_the_warm_up_that_was_a_share_of_it(place, tmp_path):
+    def rates(train_iters: int, *overrides: str, resume: bool = True) -> list[float]:
+        settings = ("optimizer.warmup_fraction=0.5", "checkpoints.interval=100", f"training.train_iters={train_iters}")
+        run = tiny_run.run_of(place, tmp_path / "out", *settings, *overrides)
+        return [step.lr for step in megacore.train(run, resume=resume)]
+
+    assert rates(4, resume=False) == pytest.approx([0.01 / 3, 0.02 / 3, *cosine_after(2, 4, range(3, 5))])
+    assert rates(8) == pytest.approx(cosine_after(2, 8, range(5, 9)))
+    assert rates(12) == pytest.approx(cosine_after(2, 12, range(9, 13)))
+    other = rates(16, "optimizer.warmup_fraction=0.875")  # 14 iterations, since that was asked for
+    assert other == pytest.approx([0.01 * i / 15 for i in (13, 14)] + cosine_after(14, 16, range(15, 17)))
+
+
+def test_a_run_that_is_made_longer_or_shorter_in_its_warm_up_goes_on_with_the_shorter_one(place, tmp_path):
+    def warmup(train_iters: int) -> int:
+        there = Progress(iteration=30, num_samples=240, warmup_iters=50)
+        settings = ("optimizer.warmup_fraction=0.1", f"training.train_iters={train_iters}")
+        return spans(place, tmp_path, *settings, progress=there).warmup_iters
+
+    assert (warmup(500), warmup(2000), warmup(400)) == (50, 50, 40)
+
+
 def test_raising_the_number_of_iterations_leaves_a_decay_of_its_own_as_it_was(place, tmp_path):
     def rates(train_iters: int) -> list[float]:
         decay = ("optimizer.lr_decay_iters=10", "optimizer.warmup_fraction=0.2")

@@ -100,26 +100,31 @@ class CheckpointDirectory:
 
     def set_aside_after(self, iteration: int) -> list[Path]:
         """Rename the checkpoints after ``iteration``, which the run goes back to; return their new names."""
+        iterations = self.iterations()
+        to_rename = [number for number in iterations if number > iteration]
+        if to_rename:  # first, so that a process that is killed meanwhile leaves no link that leads nowhere
+            self._point_to(max((number for number in iterations if number <= iteration), default=None))
         renamed = []
-        for later in [number for number in self.iterations() if number > iteration]:
+        for later in to_rename:
             path = self.of_iteration(later)
             aside = next(
                 name for i in range(1, 10_000) if not (name := path.with_name(f"aside-{i}-{path.name}")).exists()
             )
             renamed.append(path.rename(aside))
-        if renamed:
-            self.point_to_latest()
         return renamed
 
     def point_to_latest(self) -> None:
         """Let :data:`LATEST` lead to the newest checkpoint."""
-        newest = self.newest()
-        if newest is None:
+        self._point_to(max(self.iterations(), default=None))
+
+    def _point_to(self, iteration: int | None) -> None:
+        if iteration is None:
+            (self.path / LATEST).unlink(missing_ok=True)
             return
         link = self.path / f".{LATEST}.new"
         link.unlink(missing_ok=True)
         try:
-            link.symlink_to(newest.name)
+            link.symlink_to(self.of_iteration(iteration).name)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise

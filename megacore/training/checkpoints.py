@@ -117,11 +117,7 @@ class RunCheckpoints:
                 self._take_directory()
                 for path in self.directory.set_aside_after(training.iteration):
                     self._notes.append(f"a checkpoint after iteration {training.iteration} is kept as {path}")
-        return Progress(
-            iteration=training.iteration,
-            num_samples=training.num_samples,
-            evaluated_after=training.state["evaluated_after"],
-        )
+        return Progress.of(training, self._engine.run.optimizer)
 
     def is_due(self, iteration: int) -> bool:
         """Whether the run file asks for a checkpoint after ``iteration``."""
@@ -161,8 +157,6 @@ class RunCheckpoints:
 
     def save_last(self, progress: Progress) -> MegacoreError | None:
         """At the end of the run, save what it could be extended from; return why not, where that fails."""
-        if self._settings.interval is None:
-            return None
         try:
             self.save(progress, waits=True)
         except MegacoreError as error:
@@ -209,6 +203,7 @@ class RunCheckpoints:
             "loss_scale": None if engine.loss_scale is None else engine.loss_scale.state(),
             "guard": self._guard.state(),
             "evaluated_after": progress.evaluated_after,
+            "warmup_iters": progress.warmup_iters,
         }
 
     def _copied(self, tensors: dict[str, PlacedTensor]) -> dict[str, PlacedTensor]:

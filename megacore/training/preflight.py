@@ -42,9 +42,8 @@ def check_and_describe(run: RunConfig, start: StartingPoint, checkpoint: Checkpo
         OutputError: the output exists.
     """
     samples = {split: open_samples(run, checkpoint, split) for split in run.data.splits}
-    progress, resumed = Progress(), start.resumed(checkpoint)
-    if resumed is not None:
-        progress = Progress(iteration=resumed.iteration, num_samples=resumed.num_samples)
+    resumed = start.resumed(checkpoint)
+    progress = Progress() if resumed is None else Progress.of(resumed, run.optimizer)
     train_iters = spans_of(run, samples["train"].samples_per_epoch, progress).train_iters
     told: list[str] = []
     if resumed is not None:

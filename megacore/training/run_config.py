@@ -393,6 +393,17 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keys_that_may_change_are_known(self) -> RunConfig:
+        known = [f"{section}.{key}" for section, entries in self for key in type(entries).model_fields]
+        for entry in self.checkpoints.may_change:
+            key = re.sub(r"(\[\d+\])?(, \w+)?$", "", entry)  # of a mixture one dataset, of conversations one file
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ": it takes section.key, for example data.seed"
+                raise ValueError(f"checkpoints.may_change: {entry} is unknown{hint}")
+        return self
+
 
 def read_run_config(file: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a run file. ``overrides`` are ``section.key=value``, the value as TOML or, failing that, as it stands.

@@ -6,16 +6,19 @@ import logging
 import math
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from queue import Queue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.runs import MetricsFile, RunDirectory
-from megacore.training.loggers import LoggedRun, Logger, check_loggers, open_logger
+from megacore.training.loggers import LoggedRun, check_loggers, open_logger
 from megacore.training.resolved import resolved_tables
 from megacore.training.run_config import RunConfig
 from megacore.training.step import Step
@@ -30,6 +33,12 @@ Target = TypeVar("Target")
 
 _PAUSE = 60.0
 """Seconds in which somebody who could not be told is left alone: each attempt may wait for a network."""
+
+_PATIENCE = 60.0
+"""Seconds in which the loggers may finish when the run has ended; trackio waits up to 30 for its server."""
+
+_MOST_WAITING = 10_000
+"""Entries that a logger may be behind."""
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 """In the name of an environment variable whose value is never shown."""
@@ -77,7 +86,10 @@ def opened_log(
         return
     tables = resolved_tables(run)
     told = RunLog(log_interval=run.logging.log_interval)
+    # Half as long as the other ranks wait for this one.
+    patience = _PATIENCE if parallel.timeout is None else min(_PATIENCE, parallel.timeout.total_seconds() / 2)
     with ExitStack() as opened:
+        opened.callback(_close, told.loggers, patience=patience)
         if run.output.directory is not None:
             directory = RunDirectory(run.output.directory)
             versions = describe_versions() | {"layout": str(parallel.sizes), "devices": devices}
@@ -93,8 +105,9 @@ def opened_log(
             iteration=iteration,
         )
         for name in run.logging.loggers:
+            logger = LoggerThread(name, about)
             try:
-                logger = Guarded(name, open_logger(name, about))
+                logger.open()
             except Exception as error:  # whatever its library raises
                 said = f"the logger {name} could not start: {_described(error)}"
                 if iteration == 0:
@@ -102,7 +115,6 @@ def opened_log(
                 log.warning("Note: %s. Training goes on without it.", said)
                 continue
             told.loggers.append(logger)
-            opened.callback(logger.attempt, "close", logger.target.close)
         yield told
 
 
@@ -141,6 +153,69 @@ class Guarded(Generic[Target]):
             self._has_warned = True
 
 
+class LoggerThread(threading.Thread):
+    """A logger that is opened, told and closed in a thread of its own, so that one that hangs holds up nobody.
+
+    All of it in one thread, since libraries may know a run by the thread that it was begun in, as trackio does; and in
+    a daemon, so that the process can end.
+
+    Attributes:
+        waiting: what it is still to be told, values and their iteration; ``None`` is the end.
+    """
+
+    def __init__(self, name: str, about: LoggedRun) -> None:
+        super().__init__(name=name, daemon=True)
+        self.waiting: Queue[tuple[Mapping[str, float], int] | None] = Queue()
+        self._about = about
+        self._opened: Future[None] = Future()
+        self._has_warned = False
+
+    def open(self) -> None:
+        """Start the logger, and wait for it. What its library raises is not caught."""
+        self.start()
+        self._opened.result()
+
+    def log(self, values: Mapping[str, float], *, iteration: int) -> None:
+        """Let the logger be told when it has time; not at all where it is far behind."""
+        if self.waiting.qsize() < _MOST_WAITING:
+            self.waiting.put((values, iteration))
+        elif not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "Note: %s is %d entries behind at iteration %d. Training goes on; what it has no room for is lost, and "
+                "not told of again.",
+                self.name, _MOST_WAITING, iteration,
+            )  # fmt: skip
+
+    def run(self) -> None:
+        try:
+            logger = Guarded(self.name, open_logger(self.name, self._about))
+        except BaseException as error:
+            self._opened.set_exception(error)
+            return
+        self._opened.set_result(None)
+        while (entry := self.waiting.get()) is not None:
+            values, iteration = entry
+            logger.attempt(f"iteration {iteration}", partial(logger.target.log, values, iteration=iteration))
+            self.waiting.task_done()
+        logger.attempt("close", logger.target.close)
+
+
+def _close(loggers: Iterable[LoggerThread], *, patience: float) -> None:
+    """Let the loggers finish, for so many seconds."""
+    for logger in loggers:
+        logger.waiting.put(None)
+    ends = time.monotonic() + patience
+    for logger in loggers:
+        logger.join(max(0.0, ends - time.monotonic()))
+        if logger.is_alive():
+            log.warning(
+                "Note: %s has not finished within %g seconds after the run, and is not waited for any longer: what it "
+                "was not told yet, or has not passed on, is lost.",
+                logger.name, patience,
+            )  # fmt: skip
+
+
 class RunLog:
     """What is told of a run, and whom.
 
@@ -151,7 +226,7 @@ class RunLog:
 
     def __init__(self, *, log_interval: int = 1) -> None:
         self.file: Guarded[MetricsFile] | None = None
-        self.loggers: list[Guarded[Logger]] = []
+        self.loggers: list[LoggerThread] = []
         self._log_interval = log_interval
 
     def step(self, step: Step) -> None:
@@ -173,7 +248,7 @@ class RunLog:
 
     def _tell_loggers(self, values: Mapping[str, float], iteration: int) -> None:
         for logger in self.loggers:
-            logger.attempt(f"iteration {iteration}", partial(logger.target.log, values, iteration=iteration))
+            logger.log(values, iteration=iteration)
 
 
 def values_of(step: Step) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,7 +18,7 @@ from megacore.checkpoint.matrix import StoredMatrix, count
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
 from megacore.checkpoint.staging import reported_as_output_error, require_absent, require_space, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
-from megacore.errors import CheckpointError, OutputError
+from megacore.errors import CheckpointError, MegacoreError, OutputError
 from megacore.model import DecoderModel
 from megacore.parallel import ParallelContext, ParameterSpec, Stage, gathered, parameter_specs, told_by_first
 
@@ -113,37 +113,110 @@ def save_stages(
         parallel: the place of this process.
         started_from: whose origin the result has.
         details: for the history.
+
+    Raises:
+        MegacoreError: on every rank, what the first one raised that could not write its part. What was begun is
+            removed, so that there is room for something else.
     """
     written: dict[str, WeightFile] = {}
     entries: dict[str, ParameterEntry] = {}
+    failures: dict[str, MegacoreError] = {}
     for model in models:
         specs = parameter_specs(model)
         parameters = model.own_parameters()
         entries |= {name: ParameterEntry(specs[name], DTYPE_NAMES[p.dtype]) for name, p in parameters.items()}
-        if parallel.dp_replicate_rank > 0:
-            continue
-        stored = {name: p for name, p in parameters.items() if specs[name].is_stored_by(parallel.tp_rank)}
-        if parallel.dp_shard_rank > 0:  # the first of the shard gathers its parts, one parameter after the other
-            for parameter in stored.values():
-                gathered(parameter, parallel)
-            continue
-        tensors = _output_tensors(stored, specs, parallel)
-        written |= write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
+        try:
+            written |= _write_stage(output, model, parallel)
+        except MegacoreError as error:
+            failures.setdefault(f"rank {parallel.rank}", error)
     all_written, all_entries = _gather(written, parallel), _gather(entries, parallel)
-    if parallel.rank > 0:
-        return
+    failures = _gather(failures, parallel)
+    if not failures and parallel.rank == 0:
+        try:
+            with _reported(output.out):
+                _complete(
+                    output, all_written, all_entries, stages, parallel, started_from=started_from, details=details
+                )
+        except MegacoreError as error:
+            failures["rank 0"] = error
+    failures = told_by_first(failures, parallel)
+    if failures:
+        if parallel.rank == 0:
+            _remove_what_was_begun(output)
+        raise next(iter(failures.values()))
+
+
+def _write_stage(output: ReservedOutput, model: DecoderModel, parallel: ParallelContext) -> dict[str, WeightFile]:
+    """Write what this rank stores of its stage ``model``.
+
+    Raises:
+        MegacoreError: when it cannot be written. The ranks that share the parameters notice nothing of that.
+    """
+    if parallel.dp_replicate_rank > 0:
+        return {}
+    specs, parameters = parameter_specs(model), model.own_parameters()
+    stored = {name: p for name, p in parameters.items() if specs[name].is_stored_by(parallel.tp_rank)}
+    not_gathered = dict(stored)
+
+    def gather(name: str) -> Tensor:
+        return gathered(not_gathered.pop(name), parallel)
+
+    def gather_the_rest() -> None:
+        for name in list(not_gathered):
+            gather(name)
+
+    if parallel.dp_shard_rank > 0:  # the first of the shard gathers its parts, one parameter after the other
+        gather_the_rest()
+        return {}
+    tensors = _output_tensors(stored, specs, parallel, gather)
+    try:
+        with _reported(output.out):
+            return write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
+    except MegacoreError:
+        gather_the_rest()
+        raise
+
+
+def _complete(
+    output: ReservedOutput,
+    written: dict[str, WeightFile],
+    entries: dict[str, ParameterEntry],
+    stages: list[Stage],
+    parallel: ParallelContext,
+    *,
+    started_from: Checkpoint,
+    details: dict[str, Any],
+) -> None:
+    """Write the manifest, on rank 0."""
     source = started_from.manifest
     manifest = Manifest(
         family=source.family,
         config=source.config,
         layout=Layout(tp=parallel.tp_size, stages=tuple((stage.start, stage.stop) for stage in stages)),
-        parameters={name: all_entries[name] for name in source.parameters},
-        files=dict(sorted(all_written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
+        parameters={name: entries[name] for name in source.parameters},
+        files=dict(sorted(written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
         tokenizer=dict(output.tokenizer),
         origin=source.origin,
         history=train_history(started_from, details),
     )
     write_manifest(output.staging, manifest)
+
+
+@contextmanager
+def _reported(out: Path) -> Iterator[None]:
+    """Turn all that the system says against writing ``out`` into errors of ours, which other ranks can be told."""
+    try:
+        with reported_as_output_error(out):
+            yield
+    except OSError as error:
+        raise OutputError(f"{out} could not be written: {error}") from error
+
+
+def _remove_what_was_begun(output: ReservedOutput) -> None:
+    """Make room again; the tokenizer stays, which training checkpoints have too."""
+    for path in output.staging.iterdir():
+        if path.is_file():
+            path.unlink()
 
 
 def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -158,7 +231,10 @@ def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple
 
 
 def _output_tensors(
-    parameters: Mapping[str, Tensor], specs: Mapping[str, ParameterSpec], parallel: ParallelContext
+    parameters: Mapping[str, Tensor],
+    specs: Mapping[str, ParameterSpec],
+    parallel: ParallelContext,
+    gather: Callable[[str], Tensor],
 ) -> list[OutputTensor]:
     """What the file of this tensor-parallel rank holds of each parameter, gathered when it is first read.
 
@@ -167,7 +243,7 @@ def _output_tensors(
 
     @lru_cache(maxsize=1)
     def stored(name: str) -> Tensor:
-        whole = gathered(parameters[name], parallel)
+        whole = gather(name)
         for dim, size in enumerate(specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)):
             whole = whole.narrow(dim, 0, size)  # replicas are the last entries
         return whole.contiguous()

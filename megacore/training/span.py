@@ -31,7 +31,8 @@ def spans_of(run: RunConfig, samples_per_epoch: int, progress: Progress = START)
     """What the run file says in iterations, samples, epochs or shares, all in iterations.
 
     Samples are turned into iterations through the size of the batches. A run may go on with batches of another size:
-    those to come after ``progress`` count, and what it has passed stays passed.
+    those to come after ``progress`` count, and what it has passed stays passed. A warm-up that is a share of the run is
+    one of the run as it began: what is made longer is not warmed up again.
 
     Raises:
         ConfigError: when the learning rate would fall before it has risen.
@@ -56,6 +57,9 @@ def spans_of(run: RunConfig, samples_per_epoch: int, progress: Progress = START)
     warmup_iters = optimizer.warmup_iters
     if optimizer.warmup_fraction is not None:
         warmup_iters = round(optimizer.warmup_fraction * decay_iters)
+        if progress.warmup_iters is not None:
+            is_over = progress.warmup_iters <= progress.iteration
+            warmup_iters = progress.warmup_iters if is_over else min(progress.warmup_iters, warmup_iters)
     elif optimizer.warmup_samples is not None:
         warmup_iters = iterations(optimizer.warmup_samples)
     fall = optimizer.lr_wsd_decay_iters or 0

@@ -63,8 +63,8 @@ class StartingPoint:
             return cls._loaded(load, own)
         if resume:
             raise CheckpointError(
-                f"there is nothing to resume from: {own.path} holds no checkpoint. Leave --resume out to start, or "
-                "name another checkpoint with --load"
+                f"there is nothing to resume from: {own.path} holds no checkpoint, which a run has at its end if "
+                "checkpoints.interval is set. Leave --resume out to start, or name another checkpoint with --load"
             )
         if newest is not None:
             raise ConfigError(

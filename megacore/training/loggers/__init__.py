@@ -5,8 +5,8 @@ A package adds one with an entry point in the group ``megacore.loggers``, whose 
     [project.entry-points."megacore.loggers"]
     postcard = "megacore_postcard:PostcardLogger"
 
-It leads to something that is called with a :class:`LoggedRun` and returns a :class:`Logger`, on rank 0 alone. None is
-imported unless it is named.
+It leads to something that is called with a :class:`LoggedRun` and returns a :class:`Logger`, on rank 0 alone, in a
+thread that the logger's methods are called in too. None is imported unless it is named.
 """
 
 from __future__ import annotations
