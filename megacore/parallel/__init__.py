@@ -33,6 +33,7 @@ from megacore.parallel.module import (
 )
 from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, owners_of_stages, stages_on_rank
+from megacore.parallel.rounds import is_started_anew
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
 from megacore.parallel.stopping import StopRequest, end_process, stop_requests
@@ -68,6 +69,7 @@ __all__ = [
     "holds_on_any",
     "is_first_process",
     "is_lost_connection",
+    "is_started_anew",
     "join_parts",
     "launched_environment",
     "linear_cross_entropy",
