@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -114,3 +115,32 @@ def test_processes_are_a_group_and_know_that_they_were_started_anew_though_their
     told = [process.communicate(timeout=120)[0].strip() for process in processes]
 
     assert told == [f"True {(0, 2, False, 15.0)}"] * 2
+
+
+def test_who_waits_for_other_processes_leaves_when_asked_to(store, round_of):
+    script = """
+import signal
+from datetime import timedelta
+from megacore.parallel import is_started_anew
+from megacore.signals import Leave
+signal.signal(signal.SIGTERM, Leave())
+print("waiting", flush=True)
+is_started_anew(timedelta(minutes=10))
+"""
+    place = round_of(store.port, rank=1, world_size=2, restarts=0)
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | place,
+    )
+    assert waiting.stdout is not None and waiting.stdout.readline() == "waiting\n"
+    while not store.check(["megacore/start/knock of rank 1"]):
+        time.sleep(0.05)
+    time.sleep(1)
+
+    waiting.terminate()
+
+    _, errors = waiting.communicate(timeout=20)
+    assert (waiting.returncode, errors) == (128 + signal.SIGTERM, "")

@@ -8,9 +8,11 @@ other round has.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 
@@ -21,8 +23,8 @@ from megacore.errors import WorkerError
 
 _THIS_PROCESS = uuid.uuid4().hex
 
-_SLICE = timedelta(seconds=0.5)
-"""How long a process waits before it looks for signals: while torch waits, Python calls no handler."""
+_LONGEST_PAUSE = 0.25
+"""Seconds between two looks into the store."""
 
 
 def is_started_by_torchrun() -> bool:
@@ -72,29 +74,36 @@ def meet(about: str, word: str, store: dist.Store, rank: int, world_size: int, *
 
         rank 2 to rank 0      knock of rank 2: f81d    under a name that an earlier knock may have had
         rank 0 to rank 2      f81d: 09ac               the name of the meeting
-        rank 2 to all         09ac of rank 2: word
+        rank 2 to rank 0      09ac of rank 2: word
+        rank 0 to all         09ac: [word, ...]
 
     Raises:
         WorkerError: when one does not come in time.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     knocks = [f"megacore/{about}/knock of rank {other}" for other in range(1, world_size)]
-    meeting = uuid.uuid4().hex
     if rank > 0:
         answer = f"megacore/{about}/{uuid.uuid4().hex}"
         store.set(knocks[rank - 1], answer)
-        while not _are_there([answer], store):
-            _require_time(deadline, rank)
+        _wait_for([answer], store, rank, deadline)
         meeting = store.get(answer).decode()
-    words = [f"megacore/{about}/{meeting} of rank {other}" for other in range(world_size)]
-    store.set(words[rank], word)
-    while not store.check(words):
-        if rank == 0 and _are_there(knocks, store):
+        store.set(f"{meeting} of rank {rank}", word)
+        _wait_for([meeting], store, rank, deadline)
+        return json.loads(store.get(meeting))
+
+    meeting = f"megacore/{about}/{uuid.uuid4().hex}"
+    words = [f"{meeting} of rank {other}" for other in range(world_size)]
+
+    def answer_knocks() -> None:
+        if store.check(knocks):
             for knock in store.multi_get(knocks):
                 store.set(knock.decode(), meeting)
-        _are_there(words, store)
-        _require_time(deadline, rank)
-    return [said.decode() for said in store.multi_get(words)]
+
+    store.set(f"{meeting} of rank 0", word)
+    _wait_for(words, store, rank, deadline, meanwhile=answer_knocks)
+    said = [said.decode() for said in store.multi_get(words)]
+    store.set(meeting, json.dumps(said))
+    return said
 
 
 @cache
@@ -106,20 +115,19 @@ def _place_in_round() -> tuple[dist.Store, int, int]:
     return next(dist.rendezvous("env://"))
 
 
-def _are_there(keys: list[str], store: dist.Store) -> bool:
-    """Whether all ``keys`` are in the store, within a moment."""
-    try:
-        store.wait(keys, _SLICE)
-    except dist.DistStoreError:
-        return False
-    return True
-
-
-def _require_time(deadline: float, rank: int) -> None:
-    if time.monotonic() > deadline:
-        error = WorkerError(
-            f"rank {rank} waited in vain for all processes to start: one of them hangs or is gone, or parallel.timeout "
-            "is too short for how long they take"
-        )
-        error.rank = rank
-        raise error
+def _wait_for(
+    keys: list[str], store: dist.Store, rank: int, deadline: float, *, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until all ``keys`` are in the store. Not as torch does, during whose waiting no signal is heeded."""
+    pause = 0.01
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            error = WorkerError(
+                f"rank {rank} waited in vain for all processes to start: one of them hangs or is gone, or "
+                "parallel.timeout is too short for how long they take"
+            )
+            error.rank = rank
+            raise error
+        meanwhile()
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
