@@ -18,9 +18,13 @@ import torch
 
 import megacore
 import tiny_run
-from faults_on_rank import fail_while_the_second_is_saved, train_with_little_room
+from faults_on_rank import (
+    fail_on_rank_0_when_a_checkpoint_is_completed,
+    fail_while_the_second_is_saved,
+    train_with_little_room,
+)
 from megacore.checkpoint import Checkpoint, safetensors_file
-from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError
+from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError, WorkerError
 from megacore.training import Engine, RunConfig
 from megacore.training.layout import parallel_sizes
 from tiny_run import weights
@@ -327,6 +331,17 @@ def test_a_checkpoint_that_is_being_written_when_a_run_fails_is_completed(place,
 
     assert steps_in(tmp_path / "out-checkpoints") == [2]
     Checkpoint(tmp_path / "out-checkpoints" / "latest").check()
+
+
+def test_a_failure_that_all_ranks_are_told_of_is_told_as_that_of_the_rank_that_failed(place, tmp_path):
+    run = run_of(place, tmp_path / "out", *TWO, "checkpoints.interval=2", "checkpoints.asynchronous=false")
+
+    with pytest.raises(WorkerError) as raised:
+        megacore.train(run, on_step=fail_on_rank_0_when_a_checkpoint_is_completed)
+
+    assert str(raised.value).startswith("rank 0 failed:\nTraceback")
+    assert "in fail\n" in str(raised.value)  # its own traceback
+    assert str(raised.value).endswith("ZeroDivisionError: one over nothing")
 
 
 # --- steps that blow up

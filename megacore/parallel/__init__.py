@@ -11,7 +11,7 @@ from megacore.parallel.cuts import (
     join_parts,
 )
 from megacore.parallel.data_parallel import GradientBuckets, gathered, own_boxes, shard
-from megacore.parallel.failures import is_lost_connection
+from megacore.parallel.failures import attribute, is_lost_connection
 from megacore.parallel.forward import run_forward
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
 from megacore.parallel.launch import is_first_process, launched_environment, on_ranks
@@ -58,6 +58,7 @@ __all__ = [
     "StopRequest",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "attribute",
     "balanced_stages",
     "check_schedule",
     "check_tensor_parallel",
