@@ -13,6 +13,7 @@ from megacore.checkpoint import safetensors_file
 from megacore.errors import DataError, DiskFullError
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, Step
+from megacore.training.checkpoint_storage import SafetensorsWriter
 from megacore.training.loop import _train_on_rank
 
 _fails = threading.Event()
@@ -78,3 +79,17 @@ def fail_while_the_second_is_saved(step: Step) -> None:
     if step.iteration == 3:
         _fails.set()
         raise DataError("after iteration 3")
+
+
+def fail_on_rank_0_when_a_checkpoint_is_completed(step: Step) -> None:
+    """Let what only rank 0 does fail, in a way that no rank expects, and let it be the last to hear of that."""
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise ZeroDivisionError("one over nothing")
+
+    def abandon_late(*arguments: object) -> None:
+        time.sleep(0.3)
+        abandon(*arguments)
+
+    abandon = SafetensorsWriter.abandon
+    SafetensorsWriter.finish, SafetensorsWriter.abandon = fail, abandon_late

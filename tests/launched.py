@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megacore.errors import DataError
-from megacore.parallel import Nodes, ParallelContext, ParallelSizes, is_first_process, on_ranks
+from megacore.parallel import Nodes, ParallelContext, ParallelSizes, is_first_process, is_started_anew, on_ranks
 
 
 class OfAPluginError(DataError):
@@ -100,5 +100,7 @@ if __name__ == "__main__":
             print(on_ranks(place_and_sum, 5, sizes=ParallelSizes(tp=2)))
             if is_first_process():
                 print("speaks")
+        case ["anew"]:
+            print(is_started_anew(timedelta(seconds=30)), on_ranks(place_and_sum, 5, sizes=ParallelSizes(tp=2)))
         case ["kill", rank, node, port]:
             on_ranks(killed_on, int(rank), sizes=ParallelSizes(tp=4), nodes=Nodes(2, int(node), port=int(port)))

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,9 +21,14 @@ import torch
 
 import megacore
 import tiny_run
-from faults_on_rank import fail_while_the_second_is_saved, train_with_little_room, train_without_room_for
+from faults_on_rank import (
+    fail_on_rank_0_when_a_checkpoint_is_completed,
+    fail_while_the_second_is_saved,
+    train_with_little_room,
+    train_without_room_for,
+)
 from megacore.checkpoint import Checkpoint, safetensors_file
-from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError
+from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError, WorkerError
 from megacore.training import Engine, RunConfig
 from megacore.training.layout import parallel_sizes
 from tiny_run import weights
@@ -228,6 +234,34 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
 
 
 @pytest.mark.soak
+def test_torchruns_elastic_restart_goes_on_on_two_nodes_of_which_one_has_failed(place, tmp_path):
+    overrides = ("model.dtype=fp64", "training.train_iters=200", "checkpoints.interval=5")
+    sharded = (*overrides, "parallel.data_parallel=sharded")
+    own = command(place, tmp_path / "out", *sharded, "parallel.timeout=60")[2:]
+    with socket.create_server(("localhost", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "localhost"]
+    nodes = [started([*torchrun, *meeting, "--max-restarts", "1", "-m", *own]) for _ in range(2)]
+    ranks: dict[int, int] = {}
+    while len(ranks) < 2 or not any(step >= 20 for step in steps_in(tmp_path / "out-checkpoints")):
+        assert [node.poll() for node in nodes] == [None, None]
+        time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-f", f"train {tmp_path}/out.toml"], capture_output=True, text=True)
+        ranks = {rank_of(int(pid)): int(pid) for pid in found.stdout.split() if is_rank(int(pid))}
+
+    os.kill(ranks[1], signal.SIGKILL)
+    told = [node.communicate(timeout=BOUND) for node in nodes]
+
+    assert [node.returncode for node in nodes] == [0, 0], told
+    [resumed_from] = [int(found) for _, errors in told for found in re.findall(r"on after iteration (\d+)", errors)]
+    assert 20 <= resumed_from < 200
+    megacore.train(run_of(place, tmp_path / "whole", *sharded, "parallel.nproc_per_node=2"))
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(tmp_path / "out").items())
+
+
+@pytest.mark.soak
 def test_a_rank_of_torchrun_that_hangs_is_named_by_the_others(place, tmp_path):
     settings = ("training.global_batch_size=6", "training.train_iters=100000", "parallel.timeout=8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
@@ -245,6 +279,11 @@ def test_a_rank_of_torchrun_that_hangs_is_named_by_the_others(place, tmp_path):
 
 def is_rank(pid: int) -> bool:
     return b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def rank_of(pid: int) -> int:
+    [rank] = re.findall(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+    return int(rank)
 
 
 @pytest.mark.soak
@@ -305,6 +344,17 @@ def test_a_checkpoint_that_is_being_written_when_a_run_fails_is_completed(place,
 
     assert steps_in(tmp_path / "out-checkpoints") == [2]
     Checkpoint(tmp_path / "out-checkpoints" / "latest").check()
+
+
+def test_a_failure_that_all_ranks_are_told_of_is_told_as_that_of_the_rank_that_failed(place, tmp_path):
+    run = run_of(place, tmp_path / "out", *TWO, "checkpoints.interval=2", "checkpoints.asynchronous=false")
+
+    with pytest.raises(WorkerError) as raised:
+        megacore.train(run, on_step=fail_on_rank_0_when_a_checkpoint_is_completed)
+
+    assert str(raised.value).startswith("rank 0 failed:\nTraceback")
+    assert "in fail\n" in str(raised.value)  # its own traceback
+    assert str(raised.value).endswith("ZeroDivisionError: one over nothing")
 
 
 # --- steps that blow up

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,18 +84,73 @@ def test_work_that_begins_after_an_exit_that_was_caught_does_not_begin(leave):
 @pytest.mark.parametrize("kind", ["of the program", "of a rank"])
 def test_a_request_that_was_met_may_come_again_for_a_second_and_then_is_another(tmp_path, kind):
     before = signal.signal(signal.SIGTERM, Leave() if kind == "of the program" else LeaveCleanly(tmp_path))
+    again = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))  # of the batch system, after the launcher's
     try:
         with stop_requests(told=False) as stop:
+            again.start()
             signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # of the batch system, say, after that of the launcher
-        time.sleep(1.1)
+        assert again.finished.is_set()
         with pytest.raises(SystemExit) as left:
             signal.raise_signal(signal.SIGTERM)
     finally:
+        again.cancel()
         signal.signal(signal.SIGTERM, before)
 
     assert stop.signal == signal.SIGTERM
     assert left.value.code == 128 + signal.SIGTERM
+
+
+IN_A_LONG_CALL = """
+import hashlib, os, signal, sys, threading, time
+from megacore.parallel import stop_requests
+def signalled_twice():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGTERM)
+with stop_requests() as stop:
+    if sys.argv[2] == "before it":
+        signal.raise_signal(signal.SIGTERM)
+    threading.Thread(target=signalled_twice, daemon=True).start()
+    hashlib.pbkdf2_hmac("sha512", b"", b"", int(sys.argv[3]))  # in C, as a backward pass is
+print("saved")
+"""
+
+
+@pytest.mark.parametrize("first", ["before it", "within it"])
+def test_signals_of_one_request_are_that_though_python_hears_of_them_after_a_long_call(first):
+    arguments = [sys.executable, "-c", IN_A_LONG_CALL, "0.1", first, "4000000"]
+
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+    note = "Note: SIGTERM: stopping once the last step is saved; again ends at once.\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "saved\n", note)
+
+
+def test_a_second_request_ends_the_process_though_it_is_in_a_long_call():
+    arguments = [sys.executable, "-c", IN_A_LONG_CALL, "1.5", "within it", "1000000000"]  # minutes
+
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+
+    assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, "")
+
+
+def test_who_hears_of_signals_on_arrival_goes_on_to_hear_of_those_that_ask_for_something_else():
+    heard, written_to = socket.socketpair()
+    written_to.setblocking(False)
+    handler = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    before = signal.set_wakeup_fd(written_to.fileno())  # as asyncio does
+    heard.settimeout(10)
+    try:
+        with stop_requests():
+            signal.raise_signal(signal.SIGUSR1)
+            assert heard.recv(10) == bytes([signal.SIGUSR1])
+        signal.raise_signal(signal.SIGUSR1)
+        assert heard.recv(10) == bytes([signal.SIGUSR1])
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGUSR1, handler)
+        heard.close()
+        written_to.close()
 
 
 def test_a_rank_leaves_when_another_has_failed_whatever_it_was_asked_before(tmp_path):

@@ -11,7 +11,7 @@ from megacore.parallel.cuts import (
     join_parts,
 )
 from megacore.parallel.data_parallel import GradientBuckets, gathered, own_boxes, shard
-from megacore.parallel.failures import is_lost_connection
+from megacore.parallel.failures import attribute, is_lost_connection
 from megacore.parallel.forward import run_forward
 from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
 from megacore.parallel.launch import is_first_process, launched_environment, on_ranks
@@ -33,6 +33,7 @@ from megacore.parallel.module import (
 )
 from megacore.parallel.nodes import ONE_NODE, Nodes
 from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, owners_of_stages, stages_on_rank
+from megacore.parallel.rounds import is_started_anew
 from megacore.parallel.sizes import ParallelSizes
 from megacore.parallel.stages import Stage, balanced_stages, stages_of
 from megacore.parallel.stopping import StopRequest, end_process, stop_requests
@@ -57,6 +58,7 @@ __all__ = [
     "StopRequest",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "attribute",
     "balanced_stages",
     "check_schedule",
     "check_tensor_parallel",
@@ -68,6 +70,7 @@ __all__ = [
     "holds_on_any",
     "is_first_process",
     "is_lost_connection",
+    "is_started_anew",
     "join_parts",
     "launched_environment",
     "linear_cross_entropy",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from megacore.parallel.rounds import is_started_by_torchrun, store_of_group
 from megacore.parallel.sizes import ParallelSizes
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -168,14 +169,11 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if restarts == 0:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        # torchrun (torch 2.13) keeps its store when it starts the processes anew, with the addresses of those before.
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"megacore/{restarts}", store)
+    if is_started_by_torchrun():
+        store, rank, world_size = store_of_group(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     try:
         yield
     finally:

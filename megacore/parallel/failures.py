@@ -74,7 +74,7 @@ def naming_the_silent(parallel: ParallelContext) -> Iterator[None]:
     try:
         yield
     except MegacoreError as error:
-        error.rank = parallel.rank
+        error.rank = parallel.rank if error.rank is None else error.rank
         _tell_of_failure(parallel, _OWN)
         raise
     except Exception as error:
@@ -89,6 +89,11 @@ def naming_the_silent(parallel: ParallelContext) -> Iterator[None]:
         failure = WorkerError(f"rank {parallel.rank} waited in vain for {who}:\n{traceback.format_exc().rstrip()}")
         failure.rank = parallel.rank
         raise failure from error
+
+
+def attribute(error: BaseException, rank: int) -> None:
+    """Say of an error, which several ranks raise since one has told the others of it, that it is that of ``rank``."""
+    vars(error)["rank"] = rank
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -131,9 +136,11 @@ def reporting(reports: Path) -> Iterator[None]:
         if not _report_of(reports, rank).exists():  # else an inner block has told already
             # A plugin's own kind of error is told as the core's kind that it derives from.
             kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), None)
+            of_rank = getattr(error, "rank", None)
             report = {
                 "time": time.time_ns(),
                 "rank": rank,
+                "of_rank": rank if of_rank is None else str(of_rank),
                 "kind": kind and kind.__name__,
                 "message": str(error),
                 "traceback": traceback.format_exc(),
@@ -169,6 +176,9 @@ def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -
         )
     written = [json.loads(path.read_text(encoding="utf-8")) for path in reports.glob("rank-*.json")]
     first = min(written, key=lambda report: report["time"])
+    # Whose failure it is knows more of it than who was told, unless it failed of something else before it could tell.
+    own = (report for report in written if report["rank"] == first["of_rank"])
+    first = next((report for report in own if report["message"] == first["message"]), first)
     if first["kind"] is not None:
         return Failure(first["kind"], first["message"])
     told = first["traceback"].rstrip()
@@ -178,7 +188,8 @@ def cause(rank: int, ended: ProcessFailure, reports: Path, *, where: str = "") -
         silent = sorted(begun - {int(report["rank"]) for report in written})
         message = f"rank {first['rank']}{where} waited in vain for {_named(silent, where)}:\n{told}"
         return Failure("WorkerError", message, is_echo=True)
-    return Failure("WorkerError", f"rank {first['rank']}{where} failed:\n{told}")
+    is_here = _begun(reports, first["of_rank"]).exists()
+    return Failure("WorkerError", f"rank {first['of_rank']}{where if is_here else ''} failed:\n{told}")
 
 
 def _named(silent: list[int], where: str) -> str:

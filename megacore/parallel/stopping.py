@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.received_at = 0.0
 
 
 class LeaveCleanly(Leave):
@@ -46,14 +46,13 @@ class LeaveCleanly(Leave):
         """Whether a rank has failed, so that there is nothing to go on with."""
         return any(self._reports.glob("rank-*.json"))
 
-    @property
-    def is_granted(self) -> bool:
-        return super().is_granted and not self.is_due
-
 
 @contextmanager
 def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
     """Within the block, which looks at it now and then, take signals as requests to stop.
+
+    A second request ends the process, whatever it is doing. The block is left when no signal can be taken for one any
+    more that belongs to the first.
 
     ``told`` says whether a request is acknowledged on standard error.
     """
@@ -65,29 +64,74 @@ def stop_requests(*, told: bool = True) -> Iterator[StopRequest]:
     for leave in before.values():
         if isinstance(leave, Leave) and leave.received:  # its exit was caught by a library
             sys.exit(leave.exit_code)
+    first_at: float | None = None
+
+    def leaves(number: int) -> LeaveCleanly | None:
+        """What is called for the signal when there is nothing to go on with."""
+        leave = before[signal.Signals(number)]
+        return leave if isinstance(leave, LeaveCleanly) and leave.is_due else None
 
     def ask(number: int, frame: FrameType | None) -> None:
-        leave = before[signal.Signals(number)]
-        if isinstance(leave, LeaveCleanly) and leave.is_due:
+        if leave := leaves(number):
             leave(number, frame)
-        now = time.monotonic()
         if request.signal is None:
-            request.signal, request.received_at = signal.Signals(number), now
+            request.signal = signal.Signals(number)
             if told:
                 _tell(f"Note: {request.signal.name}: stopping once the last step is saved; again ends at once.\n")
-        elif now - request.received_at > SAME_REQUEST:
+
+    def arrive(number: int) -> None:
+        nonlocal first_at
+        now = time.monotonic()
+        first_at = now if first_at is None else first_at
+        if now - first_at > SAME_REQUEST and not leaves(number):
             end_process(128 + number)
 
     taken = [number for number in SIGNALS if before[number] != signal.SIG_IGN]  # a started rank leaves SIGINT to others
-    for number in taken:
-        signal.signal(number, ask)
-    try:
-        yield request
-    finally:
-        if request.signal is not None:
-            grant(before.values(), request.received_at)
+    with _told_on_arrival(taken, arrive):
         for number in taken:
-            signal.signal(number, before[number])
+            signal.signal(number, ask)
+        try:
+            try:
+                yield request
+            finally:
+                if request.signal is not None:
+                    began = time.monotonic() if first_at is None else first_at
+                    time.sleep(max(0.0, began + SAME_REQUEST - time.monotonic()))
+        finally:
+            for number in taken:
+                signal.signal(number, before[number])
+
+
+@contextmanager
+def _told_on_arrival(numbers: Collection[int], arrive: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, call ``arrive`` with each signal of these ``numbers`` when it arrives, in another thread.
+
+    Python calls a handler when the main thread comes back from what it has called in C, a backward pass or a
+    collective: maybe much later, and once for several signals. On arrival it only writes to a file descriptor, one for
+    all of the process. Who has set one before, as asyncio does, goes on to get the other signals.
+    """
+    arrived, written_to = socket.socketpair()
+    written_to.setblocking(False)
+
+    def watch() -> None:
+        while received := arrived.recv(4096):
+            for number in received:
+                if number in numbers:
+                    arrive(number)
+                elif other >= 0:
+                    with suppress(OSError):
+                        os.write(other, bytes([number]))
+
+    other = signal.set_wakeup_fd(written_to.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(other)
+        written_to.close()
+        thread.join()
+        arrived.close()
 
 
 def grant(handlers: Iterable[object], received_at: float) -> None:

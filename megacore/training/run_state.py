@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext, local_part, own_boxes
+from megacore.parallel import ParallelContext, attribute, local_part, own_boxes
 from megacore.training.checkpoint_storage import SafetensorsReader, SafetensorsWriter
 from megacore.training.engine import Engine
 from megacore.training.optimizer_state import new_state, set_state, state_of
@@ -78,7 +78,7 @@ def write_tensors(
     """Save ``tensors`` as one checkpoint. For all ranks, with a ``group`` of their own.
 
     Raises:
-        BaseException: on every rank, what the first one to fail raised.
+        BaseException: on every rank, what the first one that failed raised, with its ``rank``.
     """
     is_alone = parallel.mesh is None
     warnings.filterwarnings("ignore", message=ANY_PROCESS)
@@ -103,8 +103,10 @@ def _load(tensors: dict[str, PlacedTensor], checkpoint: Checkpoint, parallel: Pa
 
 
 def _cause(failed: dcp.CheckpointException) -> BaseException:
-    """What the first rank to fail raised."""
-    error, _ = failed.failures[min(failed.failures)]
+    """What the first rank that failed raised."""
+    rank = min(failed.failures)
+    error, _ = failed.failures[rank]
+    attribute(error, rank)
     return error
 
 

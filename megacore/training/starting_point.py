@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.training_record import TrainingRecord
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from megacore.parallel import is_started_anew
 from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.run_config import RunConfig
 
@@ -42,20 +43,23 @@ class StartingPoint:
     def of(cls, run: RunConfig, *, resume: Resume = False, load: Path | None = None) -> StartingPoint:
         """That of ``run``, as its caller and what is in its directory of checkpoints say.
 
-        A process that torchrun has started anew goes on from the newest checkpoint, if there is one.
+        Processes that torchrun has started anew go on from the newest checkpoint, if there is one.
 
         Raises:
             CheckpointError: when there is nothing to resume from, or it is broken.
             ConfigError: when there are checkpoints that the run would neither resume from nor may overwrite.
+            WorkerError: when a process that torchrun has started does not come.
         """
         if resume is True and load is not None:
             raise ConfigError(
                 "--resume goes on from the newest checkpoint of the run, and --load from the one that it names: give "
                 "one of them"
             )
+        # Asked first: until all have answered, a process that torchrun is ending may still complete a checkpoint.
+        is_anew = is_started_anew(timedelta(seconds=run.parallel.timeout))
         own = CheckpointDirectory.of_run(run)
         newest = own.newest()
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or resume == "auto":
+        if is_anew or resume == "auto":
             resume = newest is not None
         if resume and newest is not None:
             return cls(newest, is_resumed=True)
