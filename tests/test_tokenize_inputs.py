@@ -251,7 +251,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tokenizer, tmp_path):
     process = run_command(
         tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2", start_new_session=True
     )
-    while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
+    while not (staged := tmp_path / ".out.incomplete/out.bin").exists() or staged.stat().st_size == 0:
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -281,7 +281,7 @@ def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_pat
     (tmp_path / "in.jsonl").write_bytes(jsonl(["some words " * 200]) * 30_000)
     process = run_command(tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
+    while not (staged := tmp_path / ".out.incomplete/out.bin").exists() or staged.stat().st_size == 0:
         time.sleep(0.02)
     for child in children.read_text().split():
         if b"workers import work" in Path(f"/proc/{child}/cmdline").read_bytes():
