@@ -20,7 +20,7 @@ import tokenizers
 import zstandard
 
 from megacore.data import IndexedDataset, tokenize
-from megacore.data.inputs import PIECE_BYTES
+from megacore.data.inputs import PIECE_BYTES, pieces
 from megacore.errors import DataError
 
 TEXTS = ["one", "two ü", "three\nlines", "x" * 9] * 5
@@ -71,9 +71,37 @@ def test_what_is_packed_in_a_way_that_is_not_read_is_no_text(lengths, tmp_path, 
         lengths(tmp_path / name)
 
 
-def test_zeros_that_fill_up_a_compressed_file_are_passed_over(lengths, tmp_path):
-    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)) + bytes(1000))
-    assert lengths(tmp_path / "in.jsonl.gz") == num_bytes(TEXTS)
+@pytest.mark.parametrize("num_zeros", [1000, 20_000])  # in one part of the file that is read at once, and in several
+def test_zeros_that_fill_up_a_compressed_file_are_passed_over(lengths, tmp_path, num_zeros):
+    content = gzip.compress(jsonl(TEXTS)) + bytes(num_zeros)
+    assert gzip.decompress(content) == jsonl(TEXTS)
+    (tmp_path / "in.jsonl.gz").write_bytes(content)
+    advanced: list[int] = []
+    assert lengths(tmp_path / "in.jsonl.gz", advance=advanced.append) == num_bytes(TEXTS)
+    assert sum(advanced) == len(content)
+
+
+def test_zeros_between_the_members_of_a_compressed_file_are_passed_over(lengths, tmp_path):
+    content = (gzip.compress(jsonl(TEXTS)) + bytes(20_000)) * 2
+    assert gzip.decompress(content) == jsonl(TEXTS) * 2
+    (tmp_path / "in.jsonl.gz").write_bytes(content)
+    assert lengths(tmp_path / "in.jsonl.gz") == num_bytes(TEXTS) * 2
+
+
+def test_a_compressed_file_of_nothing_but_zeros_is_refused(lengths, tmp_path):
+    # As a crash of the machine leaves it.
+    (tmp_path / "in.jsonl.gz").write_bytes(bytes(20_000))
+    with pytest.raises(DataError, match="is damaged, or not compressed as its name says"):
+        lengths(tmp_path / "in.jsonl.gz")
+
+
+@pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
+def test_a_compressed_file_of_lines_that_repeat_comes_in_pieces_of_a_few_mebibytes(tmp_path, compress, name):
+    content = b'{"text": "abcdefgh"}\n' * 3_000_000
+    (tmp_path / name).write_bytes(compress(content))
+    found = [piece.content for piece in pieces(tmp_path / name)]
+    assert b"".join(found) == content
+    assert max(map(len, found)) < 6 << 20
 
 
 def test_a_column_of_text_may_be_in_a_dictionary(lengths, tmp_path):
