@@ -269,6 +269,41 @@ def test_a_key_that_no_file_can_be_named_after_is_refused_beside_others_and_take
     assert lengths(tmp_path / "in.jsonl", json_key=["a/b"]) == [3]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_input_that_the_system_cannot_read_is_named(lengths, tmp_path, workers):
+    # A file whose first byte is none.
+    with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read: Input/output error$"):
+        lengths("/proc/self/mem", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["in.jsonl", "second.jsonl.gz"])
+def test_an_input_that_vanishes_while_others_are_read_is_named(lengths, tmp_path, workers, name):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x" * 999]) * 20_000)
+    (tmp_path / "second.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+
+    def vanish(num_bytes: int) -> None:
+        (tmp_path / name).unlink(missing_ok=True)
+
+    with pytest.raises(DataError, match=rf"{name}: cannot be read: No such file or directory"):
+        lengths(tmp_path / "in.jsonl", tmp_path / "second.jsonl.gz", workers=workers, advance=vanish)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_name_that_no_file_can_have_is_an_error_that_says_it(lengths, tmp_path):
+    with pytest.raises(DataError, match="xxx: cannot be read: File name too long"):
+        lengths(tmp_path / ("x" * 300))
+
+
+def test_a_pipe_is_refused_with_what_to_do(lengths, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        DataError, match=r"pipe: is not a regular file but a pipe or device.*: write it into a file first"
+    ):
+        lengths(tmp_path / "pipe")
+
+
 def run_command(tokenizer: Path, *arguments: str | Path, **options) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megacore", "tokenize", "--no-new-tokens", "--tokenizer", tokenizer, *arguments]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, **options)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megacore.data.description import DatasetDescription
 from megacore.data.encoding import NUM_PROBLEMS_NAMED, EncodedDocuments, EncodedPiece, Job
 from megacore.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megacore.data.inputs import Piece, expand, pieces
+from megacore.data.inputs import Piece, expand, pieces, total_size
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import Problem
 from megacore.data.staged_files import StagedFiles, require_name
@@ -101,7 +101,8 @@ def tokenize(
         advance_documents: is told of every few documents done, in the same way.
 
     Raises:
-        DataError: an input or the tokenizer is missing or malformed (the message has file and line), or holds no text.
+        DataError: an input or the tokenizer is missing, cannot be read or is malformed (the message has file and line),
+            or holds no text.
         OutputError: an output file exists, is being written by another process or cannot be written. After any error
             nothing is left of the dataset.
         WorkerError: a process died.
@@ -316,5 +317,4 @@ def _require_framing(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bo
 
 def _default_workers(paths: Iterable[Path]) -> int:
     """As many processes as there are cores, but none for so little that it would be done before they have started."""
-    num_bytes = sum(path.stat().st_size for path in paths)
-    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // _WORTH_A_PROCESS))
+    return max(1, min(len(os.sched_getaffinity(0)), total_size(paths) // _WORTH_A_PROCESS))
