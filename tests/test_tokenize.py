@@ -412,6 +412,16 @@ def test_an_existing_dataset_is_not_replaced(tokenizer_json, tmp_path):
         tokenize(source, tokenizer=tokenizer_json, out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("out", [".", ".."])
+@pytest.mark.parametrize("new_tokens", [False, True])
+def test_an_output_without_a_name_is_refused(tokenizer_json, tmp_path, monkeypatch, out, new_tokens):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=rf"^{re.escape(out)}: is a directory; give .*, such as .*text$"):
+        tokenize(source, tokenizer=tokenizer_json, out=out, new_tokens=new_tokens)
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_a_kill_leaves_nothing_that_looks_like_a_dataset(tokenizer_json, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 5000)
     program = """if True:

@@ -520,6 +520,14 @@ def test_existing_output_is_refused_and_nothing_is_written(tmp_path, conversatio
     assert [path.name for path in tmp_path.glob("out*")] == [name]
 
 
+@pytest.mark.parametrize("added", [(), ("<new>",)])
+def test_an_output_without_a_name_is_refused(tmp_path, conversations, monkeypatch, added):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=r"^\.: is a directory"):
+        tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer", out=".", vocab_extra_ids_list=added)
+
+
 def test_when_the_second_of_the_pair_cannot_appear_the_first_does_not_stay(tmp_path, conversations, monkeypatch):
     write_tokenizer(tmp_path / "tokenizer", CHATML)
     rename = Path.rename
