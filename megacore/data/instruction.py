@@ -67,7 +67,8 @@ class InstructionDataset:
         lengths: int32, ``[conversations]``, tokens in each.
 
     Raises:
-        DataError: a file is missing or damaged, or the two datasets do not belong together.
+        DataError: a file is missing or damaged, or the two datasets do not belong together; and when a conversation is
+            read that has a role which the format does not know.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -89,7 +90,16 @@ class InstructionDataset:
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self.text[number], self.roles[number]
+        roles = self.roles[number]
+        # Else what is not the assistant's would not be learned, whatever it is.
+        if len(roles) and not min(Role) <= roles.min() <= roles.max() <= max(Role):
+            stranger = next(role for role in roles.tolist() if role not in set(Role))
+            names = ", ".join(f"{role.value} {role.name.lower()}" for role in Role)
+            raise DataError(
+                f"{self.roles.prefix}: conversation {number} has role {stranger}, and the format's are {names}: make "
+                "the datasets anew, of single conversations (data.packing packs them)"
+            )
+        return self.text[number], roles
 
 
 class InstructionWriter:
