@@ -459,11 +459,26 @@ def test_a_damaged_or_foreign_index_is_refused(prefix, index, message):
 def test_an_index_is_checked_a_part_at_a_time(example, monkeypatch, at_once):
     monkeypatch.setattr(indexed_dataset, "_CHECKED_AT_ONCE", at_once)
     assert IndexedDataset(example).num_tokens == 9
-    for name in ("negative size", "wrong size", "wrong pointer"):
+    for name in ("negative size", "wrong size", "wrong pointer", "boundaries not from 0", "boundaries descend"):
         index, message = FOREIGN_INDEXES[name]
         write_raw(example, index=index)
         with pytest.raises(DataError, match=message):
             IndexedDataset(example)
+
+
+def test_memory_does_not_grow_with_the_documents_when_an_index_is_checked(prefix):
+    import tracemalloc
+
+    # Documents without a sequence; a sparse file takes no room.
+    write_raw(prefix, struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 0, 2**24), b"")
+    os.truncate(f"{prefix}.idx", 34 + 8 * 2**24)
+    tracemalloc.start()
+    try:
+        assert IndexedDataset(prefix).num_documents == 2**24 - 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3_000_000
 
 
 @pytest.mark.parametrize("tokens", [b"", TOKENS[:-1], TOKENS + b"\x00\x00"])

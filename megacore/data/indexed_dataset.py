@@ -333,7 +333,11 @@ class IndexedDataset:
                 raise DataError(f"{path}: is damaged: sequence {number} does not begin where the one before ends")
             end = int(ends[-1])
         boundaries = self.document_indices
-        if len(boundaries) == 0 or boundaries[0] != 0 or (boundaries[1:] < boundaries[:-1]).any():
+        is_ascending = bool(len(boundaries) and boundaries[0] == 0)
+        for first in range(0, len(boundaries), _CHECKED_AT_ONCE):
+            part = boundaries[first : first + _CHECKED_AT_ONCE + 1]  # with the first of the next
+            is_ascending &= not bool((part[1:] < part[:-1]).any())
+        if not is_ascending:
             raise DataError(f"{path}: is damaged: the document boundaries do not ascend from 0")
         if boundaries[-1] > len(self):
             raise DataError(f"{path}: is damaged: a document ends at sequence {boundaries[-1]} of {len(self)}")
