@@ -171,19 +171,12 @@ def test_a_dataset_without_document_boundaries_is_read(prefix):
     assert dataset.document_lengths().tolist() == [3, 2, 4]
 
 
-def test_what_follows_the_last_boundary_is_a_document(prefix):
-    boundaries = struct.pack("<2q", 0, 1)
-    write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + boundaries)
-    dataset = IndexedDataset(prefix)
-    assert dataset.num_documents == 2
-    assert dataset.document_lengths().tolist() == [3, 6]
-
-
 def test_what_follows_the_last_boundary_is_one_more_document(prefix):
     write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + struct.pack("<2q", 0, 1))
     dataset = IndexedDataset(prefix)
     assert dataset.num_documents == 2
     assert [dataset.document_start(number) for number in range(3)] == [0, 3, 9]
+    assert dataset.document_lengths().tolist() == [3, 6]
     assert dataset.document_starts(0, 9) == [0, 3]
     assert [[ids.tolist() for ids in document] for document in dataset.documents()] == [[[5, 6, 7]], DOCUMENTS[1:]]
 
