@@ -422,6 +422,27 @@ def test_an_output_without_a_name_is_refused(tokenizer_json, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("new_tokens", [False, True])
+def test_an_output_that_the_system_does_not_take_is_an_error_that_says_it(tokenizer_json, tmp_path, new_tokens):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    with pytest.raises(OutputError, match=r"xxx.*: cannot be written: File name too long"):
+        tokenize(source, tokenizer=tokenizer_json, out=tmp_path / ("x" * 253), new_tokens=new_tokens)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_tokenizer_that_was_there_already_stays_when_the_dataset_cannot_be_written(
+    tokenizer_json, tmp_path, monkeypatch
+):
+    source, arguments = write_jsonl(tmp_path / "in.jsonl", ["one"]), {"new_tokens": True, "out": tmp_path / "out"}
+    tokenize(source, tokenizer=tokenizer_json, **arguments)
+    for path in tmp_path.glob("out.*"):
+        path.unlink()
+    Failing(monkeypatch, Path, "rename", 3)
+    with pytest.raises(DiskFullError):
+        tokenize(source, tokenizer=tokenizer_json, **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out-tokenizer"]
+
+
 def test_a_kill_leaves_nothing_that_looks_like_a_dataset(tokenizer_json, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 5000)
     program = """if True:

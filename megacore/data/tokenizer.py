@@ -279,11 +279,12 @@ def directory_beside(prefix: Path) -> Path:
 
 def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
     """Whether the tokenizer is in ``directory``. Raises :class:`OutputError` when something else is."""
-    if not directory.exists():
-        return False
-    copy = directory / _file_name(tokenizer)
-    if copy.is_file() and copy.read_bytes() == tokenizer.definition:
-        return True
+    with output_errors(directory):
+        if not directory.exists():
+            return False
+        copy = directory / _file_name(tokenizer)
+        if copy.is_file() and copy.read_bytes() == tokenizer.definition:
+            return True
     raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
 
 
