@@ -18,8 +18,8 @@ from megacore.errors import DataError
 PIECE_BYTES = 1 << 20
 """Enough for a process to be busy for a while, little enough for memory to stay small."""
 
-_READ_AT_ONCE = {".gz": 1 << 12, ".zst": 1 << 7}
-"""Of a compressed file, so that it becomes some 4 MiB at most. Where all is alike deflate makes 1032 bytes of one, and
+_READ_AT_ONCE = {".gz": 1 << 13, ".zst": 1 << 8}
+"""Of a compressed file, so that it becomes some 8 MiB at most. Where all is alike deflate makes 1032 bytes of one, and
 Zstandard a block of 128 KiB of four; the latter's decompressor takes no limit."""
 
 _NOT_READ = {".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".arrow"}
