@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from click.testing import CliRunner
+from sentencepiece import SentencePieceTrainer
 
 from megacore.cli import cli
 from megacore.data import (
@@ -132,6 +133,32 @@ def test_head_refuses_a_tokenizer_that_did_not_make_the_dataset(tmp_path):
     prefix = tokenized(tmp_path, "e", "two one three")
     tokenized(tmp_path, "f", "two", words="three two one")
     assert "another tokenizer" in call("head", prefix, "--tokenizer", tmp_path / "three-two-one", exit_code=2)
+
+
+@pytest.mark.parametrize("ids, stranger", [([1, 4, 5], 5), ([1, -1], -1)])
+def test_head_refuses_a_tokenizer_that_does_not_know_an_id(tmp_path, ids, stranger):
+    tokenized(tmp_path, "e", "one")
+    prefix = write(tmp_path / "d", [[1], ids], "int32")
+    said = call("head", prefix, "--tokenizer", tmp_path / "one-two-three", exit_code=2)
+    assert f"d has token id {stranger}, and the vocabulary of" in said
+    assert "tokenizer.json is 0 to 4: give the tokenizer that made the dataset" in said
+
+
+def test_head_refuses_an_id_beyond_a_sentencepiece_model(tmp_path):
+    with (tmp_path / "tokenizer.model").open("wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d e f g"]), model_writer=model, vocab_size=11, minloglevel=2
+        )
+    prefix = write(tmp_path / "d", [[5, 40000]])
+    said = call("head", prefix, "--tokenizer", tmp_path / "tokenizer.model", exit_code=2)
+    assert "d has token id 40000, and the vocabulary of" in said
+
+
+def test_head_refuses_a_role_that_there_is_not(tmp_path):
+    write(tmp_path / "d-text", [[5, 6], [7, 8]])
+    write(tmp_path / "d-role", [[1, 2], [1, 7]])
+    said = call("head", tmp_path / "d", exit_code=2)
+    assert "d-role: conversation 1 has role 7, and the format's are 0 system, 1 prompter, 2 assistant" in said
 
 
 def test_merge_joins_documents_in_the_order_given_in_the_wider_type(tmp_path):

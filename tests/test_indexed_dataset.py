@@ -171,19 +171,12 @@ def test_a_dataset_without_document_boundaries_is_read(prefix):
     assert dataset.document_lengths().tolist() == [3, 2, 4]
 
 
-def test_what_follows_the_last_boundary_is_a_document(prefix):
-    boundaries = struct.pack("<2q", 0, 1)
-    write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + boundaries)
-    dataset = IndexedDataset(prefix)
-    assert dataset.num_documents == 2
-    assert dataset.document_lengths().tolist() == [3, 6]
-
-
 def test_what_follows_the_last_boundary_is_one_more_document(prefix):
     write_raw(prefix, INDEX[:18] + struct.pack("<QQ", 3, 2) + INDEX[34:70] + struct.pack("<2q", 0, 1))
     dataset = IndexedDataset(prefix)
     assert dataset.num_documents == 2
     assert [dataset.document_start(number) for number in range(3)] == [0, 3, 9]
+    assert dataset.document_lengths().tolist() == [3, 6]
     assert dataset.document_starts(0, 9) == [0, 3]
     assert [[ids.tolist() for ids in document] for document in dataset.documents()] == [[[5, 6, 7]], DOCUMENTS[1:]]
 
@@ -260,9 +253,19 @@ def test_existing_output_is_refused_and_left_as_it_is(prefix, suffix):
 def test_output_that_appears_during_the_writing_is_not_replaced(prefix):
     with pytest.raises(OutputError, match="exist"), IndexedDatasetWriter(prefix, "uint16") as writer:
         writer.add_document([1])
-        write(prefix, DOCUMENTS)
+        write_raw(prefix)
     assert Path(f"{prefix}.bin").read_bytes() == TOKENS
     assert len(list(prefix.parent.iterdir())) == 2
+
+
+def test_while_one_writes_a_dataset_another_that_would_is_refused(prefix):
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for ids in DOCUMENTS:
+            writer.add_document(ids)
+        with pytest.raises(OutputError, match=r"corpus\.v1 is being written by another process: wait for it, or name"):
+            write(prefix, [[1]])
+    assert Path(f"{prefix}.bin").read_bytes() == TOKENS
+    assert sorted(path.name for path in prefix.parent.iterdir()) == ["corpus.v1.bin", "corpus.v1.idx"]
 
 
 def test_missing_directories_are_made(tmp_path):
@@ -302,6 +305,47 @@ def test_a_write_that_fails_on_the_way_is_reported_and_leaves_nothing(prefix):
     assert list(prefix.parent.iterdir()) == []
 
 
+class FailingRename:
+    """Renames files until the turn of ``number``, from 1 on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.remaining, self.rename = number, Path.rename
+        monkeypatch.setattr(Path, "rename", lambda path, target: self(path, target))
+
+    def __call__(self, path: Path, target: Path) -> Path:
+        self.remaining -= 1
+        if self.remaining == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path), None, str(target))
+        return self.rename(path, target)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_file_that_cannot_get_its_name_takes_away_those_that_have_theirs(prefix, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        FailingRename(patch, number)
+        message = r"corpus\.v1\.\w+: cannot be written: Input/output error. No dataset was left behind"
+        with pytest.raises(OutputError, match=message), IndexedDatasetWriter(prefix, "uint16") as writer:
+            writer.describe("{}")
+            writer.add_document([1])
+    assert list(prefix.parent.iterdir()) == []
+    write(prefix, DOCUMENTS)
+
+
+def test_what_can_be_neither_finished_nor_removed_is_named(prefix, monkeypatch):
+    unlink = Path.unlink
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".bin":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        unlink(path, missing_ok)
+
+    FailingRename(monkeypatch, 2)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(OutputError, match=r"Input/output error.* cannot be removed: delete .*/corpus\.v1\.bin$"):
+        write(prefix, DOCUMENTS)
+    assert [path.name for path in prefix.parent.iterdir()] == ["corpus.v1.bin"]
+
+
 @pytest.mark.parametrize("moment", ["adding", "before rename 1", "before rename 2", "before rename 3"])
 def test_a_kill_leaves_nothing_that_looks_like_a_dataset(prefix, moment):
     program = """if True:
@@ -335,9 +379,23 @@ def test_a_kill_leaves_nothing_that_looks_like_a_dataset(prefix, moment):
         IndexedDataset(prefix)
 
 
-def test_a_killed_run_does_not_stand_in_the_way_of_the_next(prefix):
-    Path(f"{prefix}.bin.0123abcd.partial").write_bytes(b"half")
-    assert len(write(prefix, DOCUMENTS)) == 3
+def test_what_a_killed_run_leaves_is_removed_by_the_next(prefix):
+    program = """if True:
+        import os, signal, sys
+        from megacore.data import IndexedDatasetWriter
+
+        with IndexedDatasetWriter(sys.argv[1], "uint16") as writer:
+            for _ in range(200):
+                writer.add_document(range(10000))
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", program, str(prefix)], check=False)
+    assert sum(path.stat().st_size for path in prefix.parent.rglob("*.bin")) > 1_000_000
+
+    write(prefix, DOCUMENTS)
+
+    assert sorted(path.name for path in prefix.parent.iterdir()) == ["corpus.v1.bin", "corpus.v1.idx"]
+    assert Path(f"{prefix}.bin").read_bytes() == TOKENS
 
 
 def test_memory_does_not_grow_with_the_tokens(prefix):
@@ -394,11 +452,26 @@ def test_a_damaged_or_foreign_index_is_refused(prefix, index, message):
 def test_an_index_is_checked_a_part_at_a_time(example, monkeypatch, at_once):
     monkeypatch.setattr(indexed_dataset, "_CHECKED_AT_ONCE", at_once)
     assert IndexedDataset(example).num_tokens == 9
-    for name in ("negative size", "wrong size", "wrong pointer"):
+    for name in ("negative size", "wrong size", "wrong pointer", "boundaries not from 0", "boundaries descend"):
         index, message = FOREIGN_INDEXES[name]
         write_raw(example, index=index)
         with pytest.raises(DataError, match=message):
             IndexedDataset(example)
+
+
+def test_memory_does_not_grow_with_the_documents_when_an_index_is_checked(prefix):
+    import tracemalloc
+
+    # Documents without a sequence; a sparse file takes no room.
+    write_raw(prefix, struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 0, 2**24), b"")
+    os.truncate(f"{prefix}.idx", 34 + 8 * 2**24)
+    tracemalloc.start()
+    try:
+        assert IndexedDataset(prefix).num_documents == 2**24 - 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3_000_000
 
 
 @pytest.mark.parametrize("tokens", [b"", TOKENS[:-1], TOKENS + b"\x00\x00"])

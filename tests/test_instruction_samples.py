@@ -79,6 +79,15 @@ def test_a_conversation_with_nothing_to_predict_is_dropped_and_counted(tmp_path)
         assert {int(sample.tokens[0]) for sample in samples} <= {11, 21, 31, 41}
 
 
+@pytest.mark.parametrize("stranger", [3, 7, 1000])
+def test_a_role_that_there_is_not_is_refused_when_it_is_read(tmp_path, stranger):
+    samples = InstructionSamples(dataset(tmp_path, [*CONVERSATIONS, ([5, 6, 7], [1, stranger, 2])]), 8)
+    with pytest.raises(
+        DataError, match=rf"chats-role: conversation 4 has role {stranger}, and the format's are 0 system"
+    ):
+        list(samples)
+
+
 def test_when_no_conversation_is_left_the_reason_is_told(tmp_path):
     with pytest.raises(DataError, match=r"none of its 4 conversations can be used: 4 have more than 1 tokens"):
         InstructionSamples(dataset(tmp_path), 0, overlong="drop")

@@ -23,11 +23,12 @@ MAY_IMPORT = {
     "hookspecs": {"config", "errors"},
     "plugins": {"hookspecs", "config", "errors"},
     "signals": set(),
+    "output_lock": {"errors"},
     "parallel": {"signals", "config", "errors"},
-    "checkpoint": {"data", "parallel", "config", "errors"},
+    "checkpoint": {"data", "output_lock", "parallel", "config", "errors"},
     "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
     "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
-    "data": {"parallel", "config", "errors"},
+    "data": {"output_lock", "parallel", "config", "errors"},
     "runs": {"errors"},
 }
 """What each part of the package may import while it runs; imports for type checkers alone are free."""

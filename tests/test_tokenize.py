@@ -1,8 +1,10 @@
 """``tokenize``. The truth about token ids is the library that defines each tokenizer, called directly."""
 
+import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pty
@@ -23,7 +25,7 @@ from click.testing import CliRunner
 import megacore.data
 from megacore.cli import cli
 from megacore.data import DatasetDescription, IndexedDataset, NewTokens, load_tokenizer
-from megacore.errors import DataError, OutputError
+from megacore.errors import DataError, DiskFullError, OutputError
 
 # Most of these tests are about a vocabulary as it is published.
 tokenize = functools.partial(megacore.data.tokenize, new_tokens=False)
@@ -490,6 +492,37 @@ def test_an_existing_dataset_is_not_replaced(tokenizer_json, tmp_path):
         tokenize(source, tokenizer=tokenizer_json, out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("out", [".", ".."])
+@pytest.mark.parametrize("new_tokens", [False, True])
+def test_an_output_without_a_name_is_refused(tokenizer_json, tmp_path, monkeypatch, out, new_tokens):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=rf"^{re.escape(out)}: is a directory; give .*, such as .*text$"):
+        tokenize(source, tokenizer=tokenizer_json, out=out, new_tokens=new_tokens)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("new_tokens", [False, True])
+def test_an_output_that_the_system_does_not_take_is_an_error_that_says_it(tokenizer_json, tmp_path, new_tokens):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    with pytest.raises(OutputError, match=r"xxx.*: cannot be written: File name too long"):
+        tokenize(source, tokenizer=tokenizer_json, out=tmp_path / ("x" * 253), new_tokens=new_tokens)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_tokenizer_that_was_there_already_stays_when_the_dataset_cannot_be_written(
+    tokenizer_json, tmp_path, monkeypatch
+):
+    source, arguments = write_jsonl(tmp_path / "in.jsonl", ["one"]), {"new_tokens": True, "out": tmp_path / "out"}
+    tokenize(source, tokenizer=tokenizer_json, **arguments)
+    for path in tmp_path.glob("out.*"):
+        path.unlink()
+    Failing(monkeypatch, Path, "rename", 3)
+    with pytest.raises(DiskFullError):
+        tokenize(source, tokenizer=tokenizer_json, **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out-tokenizer"]
+
+
 def test_a_kill_leaves_nothing_that_looks_like_a_dataset(tokenizer_json, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["text"] * 5000)
     program = """if True:
@@ -501,7 +534,45 @@ def test_a_kill_leaves_nothing_that_looks_like_a_dataset(tokenizer_json, tmp_pat
     arguments = [str(source), str(tokenizer_json), str(tmp_path / "out")]
     process = subprocess.run([sys.executable, "-c", program, *arguments], check=False)
     assert process.returncode == -signal.SIGKILL
-    assert not any((tmp_path / f"out.{suffix}").exists() for suffix in ("bin", "idx", "json"))
+    assert not list(tmp_path.glob("out*"))
+
+    tokenize(source, tokenizer=tokenizer_json, out=tmp_path / "out")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.bin", "out.idx", "out.json"]
+
+
+class Failing:
+    """A system call that works until the turn of ``number``, from 1 on, and from then on says that the disk is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int) -> None:
+        self.remaining, self.works = number, getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: self(*arguments))
+
+    def __call__(self, *arguments):
+        self.remaining -= 1
+        if self.remaining <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.works(*arguments)
+
+
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "rename")])
+def test_of_several_datasets_and_a_tokenizer_all_appear_or_none(tokenizer_json, tmp_path, monkeypatch, owner, name):
+    (tmp_path / "in.jsonl").write_text('{"text": "abc", "title": "x"}\n')
+    whole = ["out_text.bin", "out_text.idx", "out_text.json", "out_title.bin", "out_title.idx", "out_title.json"]
+    for number in itertools.count(1):
+        with monkeypatch.context() as patch:
+            call = Failing(patch, owner, name, number)
+            try:
+                megacore.data.tokenize(
+                    tmp_path / "in.jsonl", tokenizer=tokenizer_json, out=tmp_path / "out", json_key=["text", "title"]
+                )
+            except DiskFullError as error:
+                assert str(error).endswith("No dataset was left behind")
+            else:
+                break
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert number > len(whole) and call.remaining > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out-tokenizer", *whole]
 
 
 # --- the command

@@ -20,8 +20,8 @@ import tokenizers
 import zstandard
 
 from megacore.data import IndexedDataset, tokenize
-from megacore.data.inputs import PIECE_BYTES
-from megacore.errors import DataError
+from megacore.data.inputs import PIECE_BYTES, pieces
+from megacore.errors import DataError, OutputError
 
 TEXTS = ["one", "two ü", "three\nlines", "x" * 9] * 5
 
@@ -71,9 +71,37 @@ def test_what_is_packed_in_a_way_that_is_not_read_is_no_text(lengths, tmp_path, 
         lengths(tmp_path / name)
 
 
-def test_zeros_that_fill_up_a_compressed_file_are_passed_over(lengths, tmp_path):
-    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)) + bytes(1000))
-    assert lengths(tmp_path / "in.jsonl.gz") == num_bytes(TEXTS)
+@pytest.mark.parametrize("num_zeros", [1000, 20_000])  # in one part of the file that is read at once, and in several
+def test_zeros_that_fill_up_a_compressed_file_are_passed_over(lengths, tmp_path, num_zeros):
+    content = gzip.compress(jsonl(TEXTS)) + bytes(num_zeros)
+    assert gzip.decompress(content) == jsonl(TEXTS)
+    (tmp_path / "in.jsonl.gz").write_bytes(content)
+    advanced: list[int] = []
+    assert lengths(tmp_path / "in.jsonl.gz", advance=advanced.append) == num_bytes(TEXTS)
+    assert sum(advanced) == len(content)
+
+
+def test_zeros_between_the_members_of_a_compressed_file_are_passed_over(lengths, tmp_path):
+    content = (gzip.compress(jsonl(TEXTS)) + bytes(20_000)) * 2
+    assert gzip.decompress(content) == jsonl(TEXTS) * 2
+    (tmp_path / "in.jsonl.gz").write_bytes(content)
+    assert lengths(tmp_path / "in.jsonl.gz") == num_bytes(TEXTS) * 2
+
+
+def test_a_compressed_file_of_nothing_but_zeros_is_refused(lengths, tmp_path):
+    # As a crash of the machine leaves it.
+    (tmp_path / "in.jsonl.gz").write_bytes(bytes(20_000))
+    with pytest.raises(DataError, match="is damaged, or not compressed as its name says"):
+        lengths(tmp_path / "in.jsonl.gz")
+
+
+@pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
+def test_a_compressed_file_of_lines_that_repeat_comes_in_pieces_of_a_few_mebibytes(tmp_path, compress, name):
+    content = b'{"text": "abcdefgh"}\n' * 3_000_000
+    (tmp_path / name).write_bytes(compress(content))
+    found = [piece.content for piece in pieces(tmp_path / name)]
+    assert b"".join(found) == content
+    assert max(map(len, found)) < 10 << 20
 
 
 def test_a_column_of_text_may_be_in_a_dictionary(lengths, tmp_path):
@@ -234,11 +262,66 @@ def test_each_of_several_keys_makes_a_dataset_of_its_own(tokenizer, tmp_path):
     assert not (tmp_path / "out.bin").exists()
 
 
+def test_a_dataset_of_one_of_several_keys_is_written_by_nobody_else_meanwhile(tokenizer, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"title": "a", "text": "one"}')
+
+    def write_the_same(num_bytes: int) -> None:
+        for name in ("out_title", "out"):
+            with pytest.raises(OutputError, match=f"{name} is being written by another process"):
+                tokenize(tmp_path / "in.jsonl", tokenizer=tokenizer, out=tmp_path / name, new_tokens=False)
+
+    tokenize(
+        tmp_path / "in.jsonl",
+        tokenizer=tokenizer,
+        out=tmp_path / "out",
+        json_key=["text", "title"],
+        new_tokens=False,
+        advance=write_the_same,
+    )
+    names = [f"out_{key}.{suffix}" for key in ("text", "title") for suffix in ("bin", "idx", "json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", *names]
+
+
 def test_a_key_that_no_file_can_be_named_after_is_refused_beside_others_and_taken_alone(lengths, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"a/b": "one", "c": "two"}')
     with pytest.raises(DataError, match=r"'a/b' cannot be a part of the name.*tokenize it alone"):
         lengths(tmp_path / "in.jsonl", json_key=["a/b", "c"])
     assert lengths(tmp_path / "in.jsonl", json_key=["a/b"]) == [3]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_input_that_the_system_cannot_read_is_named(lengths, tmp_path, workers):
+    # A file whose first byte is none.
+    with pytest.raises(DataError, match=r"^/proc/self/mem: cannot be read: Input/output error$"):
+        lengths("/proc/self/mem", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["in.jsonl", "second.jsonl.gz"])
+def test_an_input_that_vanishes_while_others_are_read_is_named(lengths, tmp_path, workers, name):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x" * 999]) * 20_000)
+    (tmp_path / "second.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+
+    def vanish(num_bytes: int) -> None:
+        (tmp_path / name).unlink(missing_ok=True)
+
+    with pytest.raises(DataError, match=rf"{name}: cannot be read: No such file or directory"):
+        lengths(tmp_path / "in.jsonl", tmp_path / "second.jsonl.gz", workers=workers, advance=vanish)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_name_that_no_file_can_have_is_an_error_that_says_it(lengths, tmp_path):
+    with pytest.raises(DataError, match="xxx: cannot be read: File name too long"):
+        lengths(tmp_path / ("x" * 300))
+
+
+def test_a_pipe_is_refused_with_what_to_do(lengths, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        DataError, match=r"pipe: is not a regular file but a pipe or device.*: write it into a file first"
+    ):
+        lengths(tmp_path / "pipe")
 
 
 def run_command(tokenizer: Path, *arguments: str | Path, **options) -> subprocess.Popen[bytes]:
@@ -251,7 +334,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tokenizer, tmp_path):
     process = run_command(
         tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2", start_new_session=True
     )
-    while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
+    while not (staged := tmp_path / ".out.incomplete/out.bin").exists() or staged.stat().st_size == 0:
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -281,7 +364,7 @@ def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_pat
     (tmp_path / "in.jsonl").write_bytes(jsonl(["some words " * 200]) * 30_000)
     process = run_command(tokenizer, "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out", "--workers", "2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (partial := list(tmp_path.glob("out.bin.*.partial"))) or partial[0].stat().st_size == 0:
+    while not (staged := tmp_path / ".out.incomplete/out.bin").exists() or staged.stat().st_size == 0:
         time.sleep(0.02)
     for child in children.read_text().split():
         if b"workers import work" in Path(f"/proc/{child}/cmdline").read_bytes():

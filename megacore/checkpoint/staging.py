@@ -10,7 +10,6 @@ killed leaves nothing under the final name; what it leaves beside it is removed 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from megacore.errors import CheckpointError, DiskFullError, OutputError
+from megacore.output_lock import sole_writer
 
 
 @contextmanager
@@ -32,7 +32,9 @@ def staged_directory(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     staging = out.with_name(f".{out.name}.incomplete")
-    with _sole_writer(out), reported_as_output_error(out):
+    with reported_as_output_error(out):
+        require_absent(out)  # before a lock is made beside it
+    with reported_as_output_error(out), sole_writer(out):
         require_absent(out)
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         staging.mkdir()
@@ -96,39 +98,6 @@ def reported_as_output_error(out: Path) -> Iterator[None]:
         if out.parent in file.absolute().parents or file == out.parent:
             raise OutputError(f"{out} could not be written: {error.strerror} ({file})") from error
         raise CheckpointError(f"{file} could not be read: {error.strerror}; {out} was not written") from error
-
-
-@contextmanager
-def _sole_writer(out: Path) -> Iterator[None]:
-    """Hold the lock on the output ``out``; refuse when another process has it."""
-    lock = out.with_name(f".{out.name}.lock")
-    while True:
-        with reported_as_output_error(out):
-            require_absent(out)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(lock, descriptor):
-                break
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputError(
-                f"{out} is being written by another process: wait for it, or name another output"
-            ) from None
-        os.close(descriptor)  # its owner removed the file between our opening and locking it
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` is the file that ``descriptor`` was opened on."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _flush(path: Path) -> None:

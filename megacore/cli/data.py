@@ -179,7 +179,16 @@ def head(prefix: Path, num_documents: int, tokenizer: Path | None) -> None:
         )
 
     def shown(ids: list[int]) -> str:
-        return decoder.decode(ids) if decoder is not None else " ".join(map(str, ids))
+        if decoder is None:
+            return " ".join(map(str, ids))
+        # A dataset need not say which tokenizer made it.
+        if ids and not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
+            stranger = next(number for number in ids if not 0 <= number < decoder.vocab_size)
+            raise DataError(
+                f"{prefix} has token id {stranger}, and the vocabulary of {decoder.file} is 0 to "
+                f"{decoder.vocab_size - 1}: give the tokenizer that made the dataset"
+            )
+        return decoder.decode(ids)
 
     if has_conversations:
         conversations = InstructionDataset(prefix)

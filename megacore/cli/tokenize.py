@@ -80,9 +80,9 @@ def tokenize(
     megacore tokenize --input 'data/*.jsonl' --tokenizer published/ --out data/train --append-eod --no-new-tokens
     """
     import megacore.data
-    from megacore.data.inputs import expand
+    from megacore.data.inputs import expand, total_size
 
-    total = sum(path.stat().st_size for path in expand(inputs))
+    total = total_size(expand(inputs))
     with documents_progress("tokenizing", total) as (advance, advance_documents):
         summary = megacore.data.tokenize(
             inputs,

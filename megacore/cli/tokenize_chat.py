@@ -76,7 +76,7 @@ def tokenize_chat(
     megacore tokenize-chat --input qa.jsonl --question-key q --answer-key a --tokenizer published/ --out data/qa
     """
     import megacore.data
-    from megacore.data.inputs import expand
+    from megacore.data.inputs import expand, total_size
     from megacore.errors import DataError
 
     asks_messages, asks_questions = messages_key or tools_key, question_key or answer_key or system_key
@@ -98,7 +98,7 @@ def tokenize_chat(
         if num_told <= _SHOWN:
             print_note(f"skipped {error}")
 
-    total = sum(path.stat().st_size for path in expand(inputs))
+    total = total_size(expand(inputs))
     with bytes_progress("tokenizing", total) as advance:
         summary = megacore.data.tokenize_chat(
             inputs,

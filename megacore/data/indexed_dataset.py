@@ -17,14 +17,11 @@ document indices      int64[boundaries]  document ``d`` is the sequences ``[indi
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
-import uuid
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -32,7 +29,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megacore.errors import DataError, DiskFullError, OutputError
+from megacore.data.staged_files import StagedFiles, output_errors
+from megacore.errors import DataError
 
 DTYPE_CODES: dict[np.dtype[Any], int] = {
     np.dtype("<u1"): 1,
@@ -64,16 +62,22 @@ class IndexedDatasetWriter:
     >>> with IndexedDatasetWriter("data/train", token_dtype(vocab_size=32000)) as writer:  # doctest: +SKIP
     ...     writer.add_document([5, 6, 7])
 
-    Memory holds no ids, only 12 bytes a document. The files carry temporary names (``PREFIX.bin.….partial``) until the
-    block ends without an exception; then they are synced to disk and renamed, ``.idx`` last. An exception removes them;
-    a killed process leaves partial files that nothing reads, and that may be deleted.
+    Memory holds no ids, only 12 bytes a document. Until the block ends without an exception the files are in a hidden
+    directory beside (:mod:`~megacore.data.staged_files`); then they are synced to disk and renamed, ``.idx`` last. An
+    exception leaves nothing; what a killed process leaves is removed by the next that writes the same dataset.
+
+    Args:
+        prefix: the dataset.
+        dtype: how ids are stored.
+        files: those that the dataset appears together with; by default it appears by itself.
 
     Raises:
         DataError: ``dtype`` is none of the format's integer types, or ids do not fit it.
-        OutputError: an output file exists or cannot be written (:class:`DiskFullError` when there is no room).
+        OutputError: an output file exists, is being written by another process or cannot be written
+            (:class:`DiskFullError` when there is no room).
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, *, files: StagedFiles | None = None) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in DTYPE_CODES:
@@ -82,15 +86,25 @@ class IndexedDatasetWriter:
         self._sizes = array("i")
         self._document_indices = array("q", [0])
         self._description: str | None = None
-        self._partial_suffix = f".{uuid.uuid4().hex[:8]}.partial"
+        self._files = files
         self._bin: BinaryIO
 
     def __enter__(self) -> Self:
-        self._refuse_existing()
-        with _output_errors(self.prefix):
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._partial(".bin").open("xb", buffering=1 << 20)
+        with ExitStack() as stack:
+            if self._files is None:
+                self._files = stack.enter_context(StagedFiles(self.prefix))
+            # A description (.json) left behind by another dataset would be taken for this one's.
+            self._files.claim(self.prefix, [".bin", ".idx", ".json"])
+            with output_errors(self.prefix):
+                self._bin = self._open(".bin")
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def add_document(self, *sequences: ArrayLike) -> None:
         """Append one document: as a rule one sequence of ids, ``[length]``; several where they are to be told apart.
@@ -101,7 +115,7 @@ class IndexedDatasetWriter:
         arrays = [self._stored(sequence) for sequence in sequences]
         for ids in arrays:
             self._check_length(len(ids))
-        with _output_errors(self.prefix):
+        with output_errors(self.prefix):
             for ids in arrays:
                 self._bin.write(ids.data)
                 self._sizes.append(len(ids))
@@ -112,7 +126,7 @@ class IndexedDatasetWriter:
         assert int(lengths.sum()) == len(ids)
         self._check_length(int(lengths.max(initial=0)))
         stored = self._stored(ids)
-        with _output_errors(self.prefix):
+        with output_errors(self.prefix):
             self._bin.write(stored.data)
         first = len(self._sizes)
         self._sizes.frombytes(lengths.astype(np.int32).tobytes())
@@ -123,7 +137,7 @@ class IndexedDatasetWriter:
         for start in range(0, dataset.num_tokens, _COPIED_AT_ONCE):
             ids = dataset.tokens(start, min(start + _COPIED_AT_ONCE, dataset.num_tokens))
             stored = self._stored(ids)
-            with _output_errors(self.prefix):
+            with output_errors(self.prefix):
                 self._bin.write(stored.data)
             advance(ids.nbytes)
         first = len(self._sizes)
@@ -133,20 +147,6 @@ class IndexedDatasetWriter:
     def describe(self, text: str) -> None:
         """Have ``PREFIX.json`` written with this text; it is in place before the dataset is."""
         self._description = text
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                with _output_errors(self.prefix):
-                    self._finish()
-        finally:
-            # What is still buffered cannot be flushed to a full disk, and is thrown away here anyway.
-            with suppress(OSError):
-                self._bin.close()
-            for suffix in (".bin", ".json", ".idx"):
-                self._partial(suffix).unlink(missing_ok=True)
 
     def _check_length(self, length: int) -> None:
         if length > _LONGEST_SEQUENCE:
@@ -167,22 +167,22 @@ class IndexedDatasetWriter:
                 )
         return np.ascontiguousarray(ids, self.dtype)
 
-    def _finish(self) -> None:
-        _sync(self._bin)
-        self._bin.close()
-        if self._description is not None:
-            with self._partial(".json").open("xb") as file:
-                file.write(self._description.encode())
-                _sync(file)
-        with self._partial(".idx").open("xb") as file:
-            self._write_index(file)
-            _sync(file)
-        # Another process may have written the same dataset in the meantime; renaming would replace its files.
-        self._refuse_existing()
-        for suffix in (".bin", ".json", ".idx"):
-            if self._partial(suffix).exists():
-                self._partial(suffix).rename(_with_suffix(self.prefix, suffix))
-        _sync_directory(self.prefix.parent)
+    def _finish(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write what comes after the ids, or throw all away."""
+        if kind is not None:
+            # What is still buffered cannot be flushed to a full disk, and is of no use.
+            with suppress(OSError):
+                self._bin.close()
+            return
+        with output_errors(self.prefix):
+            self._bin.close()
+            if self._description is not None:
+                with self._open(".json") as file:
+                    file.write(self._description.encode())
+            with self._open(".idx") as file:
+                self._write_index(file)
 
     def _write_index(self, file: BinaryIO) -> None:
         sizes = np.frombuffer(self._sizes, np.int32)
@@ -194,17 +194,9 @@ class IndexedDatasetWriter:
         file.write((ends - sizes * np.int64(self.dtype.itemsize)).astype("<i8").data)
         file.write(boundaries.astype("<i8").data)
 
-    def _partial(self, suffix: str) -> Path:
-        return _with_suffix(self.prefix, suffix + self._partial_suffix)
-
-    def _refuse_existing(self) -> None:
-        # A description (.json) left behind by another dataset would be taken for this one's.
-        existing = [str(path) for s in (".bin", ".idx", ".json") if (path := _with_suffix(self.prefix, s)).exists()]
-        if existing:
-            raise OutputError(
-                f"{' and '.join(existing)} exist{'s' if len(existing) == 1 else ''}: "
-                f"delete what is not needed, or choose another output prefix"
-            )
+    def _open(self, suffix: str) -> BinaryIO:
+        assert self._files is not None, "used as a context manager"
+        return self._files.path(_with_suffix(self.prefix, suffix)).open("xb", buffering=1 << 20)
 
 
 class IndexedDataset:
@@ -341,7 +333,11 @@ class IndexedDataset:
                 raise DataError(f"{path}: is damaged: sequence {number} does not begin where the one before ends")
             end = int(ends[-1])
         boundaries = self.document_indices
-        if len(boundaries) == 0 or boundaries[0] != 0 or (boundaries[1:] < boundaries[:-1]).any():
+        is_ascending = bool(len(boundaries) and boundaries[0] == 0)
+        for first in range(0, len(boundaries), _CHECKED_AT_ONCE):
+            part = boundaries[first : first + _CHECKED_AT_ONCE + 1]  # with the first of the next
+            is_ascending &= not bool((part[1:] < part[:-1]).any())
+        if not is_ascending:
             raise DataError(f"{path}: is damaged: the document boundaries do not ascend from 0")
         if boundaries[-1] > len(self):
             raise DataError(f"{path}: is damaged: a document ends at sequence {boundaries[-1]} of {len(self)}")
@@ -379,27 +375,3 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
 def _with_suffix(prefix: str | Path, suffix: str) -> Path:
     # Not Path.with_suffix, which would take away what follows the last dot of the prefix.
     return Path(f"{prefix}{suffix}")
-
-
-@contextmanager
-def _output_errors(prefix: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (DiskFullError if full else OutputError)(
-            f"{error.filename or prefix}: cannot be written: {error.strerror}. No dataset was left behind"
-        ) from error
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

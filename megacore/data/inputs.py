@@ -7,6 +7,7 @@ import importlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from megacore.errors import DataError
 PIECE_BYTES = 1 << 20
 """Enough for a process to be busy for a while, little enough for memory to stay small."""
 
-_READ_AT_ONCE = 1 << 14
-"""Of a compressed file: what is very repetitive grows to a thousand times of it."""
+_READ_AT_ONCE = {".gz": 1 << 13, ".zst": 1 << 8}
+"""Of a compressed file, so that it becomes some 8 MiB at most. Where all is alike deflate makes 1032 bytes of one, and
+Zstandard a block of 128 KiB of four; the latter's decompressor takes no limit."""
 
 _NOT_READ = {".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".arrow"}
 """What somebody may name, and would not want to be taken for text."""
@@ -45,13 +47,17 @@ class Piece(ABC):
     num_input_bytes: int
     is_first: bool
 
-    @abstractmethod
     def read(self, keys: Sequence[str]) -> Reading:
         """The records, with what they have under ``keys`` at least.
 
         Raises:
-            DataError: when the file is damaged.
+            DataError: when the file is damaged or cannot be read.
         """
+        with _input_errors(self.path):
+            return self._read(keys)
+
+    @abstractmethod
+    def _read(self, keys: Sequence[str]) -> Reading: ...
 
     def where(self, position: int) -> str:
         """A place for people: ``position`` counts from 0 over all pieces of the file."""
@@ -64,7 +70,7 @@ class LineRange(Piece):
 
     start: int
 
-    def read(self, keys: Sequence[str]) -> Reading:
+    def _read(self, keys: Sequence[str]) -> Reading:
         stop = self.start + self.num_input_bytes
         with self.path.open("rb") as file:
             if self.start == 0:
@@ -87,7 +93,7 @@ class LineBlock(Piece):
 
     content: bytes
 
-    def read(self, keys: Sequence[str]) -> Reading:
+    def _read(self, keys: Sequence[str]) -> Reading:
         return _json_lines(self.content)
 
 
@@ -95,7 +101,7 @@ class LineBlock(Piece):
 class WholeText(Piece):
     """A file of plain text, compressed or not, which is one record: the text, under any key."""
 
-    def read(self, keys: Sequence[str]) -> Reading:
+    def _read(self, keys: Sequence[str]) -> Reading:
         if (suffix := self.path.suffix.lower()) in _COMPRESSED:
             content = b"".join(block for block, _ in _decompressed(self.path, suffix))
         else:
@@ -112,7 +118,7 @@ class RowGroup(Piece):
 
     group: int
 
-    def read(self, keys: Sequence[str]) -> Reading:
+    def _read(self, keys: Sequence[str]) -> Reading:
         file = _parquet_file(self.path)
         try:
             names = file.schema_arrow.names
@@ -134,24 +140,42 @@ def expand(patterns: Iterable[str | Path]) -> list[Path]:
     """The files that paths and patterns (``data/*.jsonl``, ``**`` for any depth) stand for; a pattern's are sorted.
 
     Raises:
-        DataError: when one stands for no file.
+        DataError: when one stands for no file, or for what is no regular file.
     """
     files: list[Path] = []
     for pattern in map(Path, patterns):
-        if pattern.is_file():
-            files.append(pattern)
-        elif pattern.is_dir():
-            raise DataError(f"{pattern}: is a directory, not a file")
-        elif glob.has_magic(str(pattern)):
-            # Path.glob takes no absolute pattern.
-            names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-            found = sorted(path for path in map(Path, names) if path.is_file())
-            if not found:
-                raise DataError(f"{pattern}: no file matches this pattern")
-            files += found
-        else:
-            raise DataError(f"{pattern}: no such file")
+        with _input_errors(pattern):
+            files += _expanded(pattern)
     return files
+
+
+def _expanded(pattern: Path) -> list[Path]:
+    if pattern.is_file():
+        return [pattern]
+    if pattern.is_dir():
+        raise DataError(f"{pattern}: is a directory, not a file")
+    if pattern.exists():
+        raise DataError(
+            f"{pattern}: is not a regular file but a pipe or device; inputs are read in parts, by several processes: "
+            "write it into a file first"
+        )
+    if not glob.has_magic(str(pattern)):
+        raise DataError(f"{pattern}: no such file")
+    # Path.glob takes no absolute pattern.
+    names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+    found = sorted(path for path in map(Path, names) if path.is_file())
+    if not found:
+        raise DataError(f"{pattern}: no file matches this pattern")
+    return found
+
+
+def total_size(paths: Iterable[Path]) -> int:
+    """The bytes of all these files. Raises :class:`DataError` where one cannot be found any more."""
+    total = 0
+    for path in paths:
+        with _input_errors(path):
+            total += path.stat().st_size
+    return total
 
 
 def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
@@ -161,9 +185,14 @@ def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
         text_keys: the columns that a parquet file must have, of strings.
 
     Raises:
-        DataError: the file is damaged, of a kind that is not read, has no such columns, or needs a package that is not
-            installed.
+        DataError: the file is damaged, cannot be read, is of a kind that is not read, has no such columns, or needs a
+            package that is not installed.
     """
+    with _input_errors(path):
+        yield from _pieces(path, text_keys)
+
+
+def _pieces(path: Path, text_keys: Sequence[str]) -> Iterator[Piece]:
     size = path.stat().st_size
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _NOT_READ:
@@ -179,6 +208,15 @@ def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
     else:
         for start in range(0, size, PIECE_BYTES):
             yield LineRange(path, min(PIECE_BYTES, size - start), start == 0, start)
+
+
+@contextmanager
+def _input_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to read an input into an error that says which."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _json_lines(content: bytes) -> Reading:
@@ -217,21 +255,26 @@ def _decompressed(path: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
         DataError: the file is damaged or ends too early.
     """
     new_decompressor, errors = _COMPRESSED[suffix]()
-    decompressor, has_begun = new_decompressor(), False
+    decompressor, has_begun, follows_another = new_decompressor(), False, False
+    num_read = 0
     with path.open("rb") as file:
-        while block := file.read(_READ_AT_ONCE):
-            num_read = len(block)
+        while block := file.read(_READ_AT_ONCE[suffix]):
+            num_read += len(block)
             while block:
+                if follows_another and not has_begun and not (block := block.lstrip(b"\0")):
+                    break  # zeros may fill up the last block of a tape
                 try:
-                    yield decompressor.decompress(block), num_read
+                    content = decompressor.decompress(block)
                 except errors as error:
                     raise DataError(f"{path}: is damaged, or not compressed as its name says: {error}") from error
+                yield content, num_read
                 num_read, has_begun, block = 0, True, b""
                 if decompressor.eof:
-                    block = decompressor.unused_data.lstrip(b"\0")  # which may fill up the last block of a tape
-                    decompressor, has_begun = new_decompressor(), False
+                    block = decompressor.unused_data
+                    decompressor, has_begun, follows_another = new_decompressor(), False, True
     if has_begun:
         raise DataError(f"{path}: ends in the middle: it was not written or copied as a whole")
+    yield b"", num_read
 
 
 def _gzip() -> tuple[Any, type[Exception]]:

@@ -7,8 +7,6 @@ lengths, one a conversation, with ids in the first and a :class:`Role` for each 
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +19,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megacore.data.description import Description
 from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megacore.errors import DataError, DiskFullError, OutputError
+from megacore.data.staged_files import StagedFiles, output_errors
+from megacore.errors import DataError
 
 
 class Role(IntEnum):
@@ -70,7 +69,8 @@ class InstructionDataset:
         lengths: int32, ``[conversations]``, tokens in each.
 
     Raises:
-        DataError: a file is missing or damaged, or the two datasets do not belong together.
+        DataError: a file is missing or damaged, or the two datasets do not belong together; and when a conversation is
+            read that has a role which the format does not know.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -92,14 +92,29 @@ class InstructionDataset:
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self.text[number], self.roles[number]
+        roles = self.roles[number]
+        # Else what is not the assistant's would not be learned, whatever it is.
+        if len(roles) and not min(Role) <= roles.min() <= roles.max() <= max(Role):
+            stranger = next(role for role in roles.tolist() if role not in set(Role))
+            names = ", ".join(f"{role.value} {role.name.lower()}" for role in Role)
+            raise DataError(
+                f"{self.roles.prefix}: conversation {number} has role {stranger}, and the format's are {names}: make "
+                "the datasets anew, of single conversations (data.packing packs them)"
+            )
+        return self.text[number], roles
 
 
 class InstructionWriter:
-    """Takes conversations for instruction data; see :func:`writing_instruction_data`."""
+    """Takes conversations for instruction data; see :func:`writing_instruction_data`.
 
-    def __init__(self, text: IndexedDatasetWriter, roles: IndexedDatasetWriter) -> None:
+    Attributes:
+        files: the files of the two datasets, for what is to appear together with them.
+        description: what they are described with.
+    """
+
+    def __init__(self, text: IndexedDatasetWriter, roles: IndexedDatasetWriter, files: StagedFiles) -> None:
         self._text, self._roles = text, roles
+        self.files = files
         self.description: InstructionDescription | None = None
 
     def add(self, ids: ArrayLike, roles: ArrayLike) -> None:
@@ -118,40 +133,23 @@ def writing_instruction_data(prefix: str | Path, dtype: DTypeLike) -> Iterator[I
     file to appear, and without it nothing reads the others: a killed process leaves no half of the pair in use.
 
     Raises:
-        OutputError: an output file exists or cannot be written (:class:`DiskFullError` when there is no room).
+        OutputError: an output file exists, is being written by another process or cannot be written
+            (:class:`DiskFullError` when there is no room).
     """
     text, role = prefixes(prefix)
-    json_path = Path(f"{prefix}.json")
-    if json_path.exists():
-        raise OutputError(f"{json_path} exists: delete what is not needed, or choose another output prefix")
-    published: list[Path] = []
-    try:
-        with IndexedDatasetWriter(text, dtype) as ids:
-            with IndexedDatasetWriter(role, np.uint16) as roles:
-                writer = InstructionWriter(ids, roles)
-                yield writer
-            published += [Path(f"{role}.bin"), Path(f"{role}.idx")]
-            if writer.description is not None:
-                _write_new(json_path, writer.description.to_json(), published)
-    except BaseException:
-        for path in published:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _write_new(path: Path, text: str, published: list[Path]) -> None:
-    """Write a file that does not exist yet, down to the disk, and enter it among what is ``published``."""
-    try:
-        with path.open("xb") as file:
-            published.append(path)
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (DiskFullError if full else OutputError)(
-            f"{path}: cannot be written: {error.strerror}. No dataset was left behind"
-        ) from error
+    with StagedFiles(Path(prefix)) as files:
+        description = Path(f"{prefix}.json")
+        files.claim(Path(prefix), [".json"])
+        # Their indexes get their names in this order.
+        with (
+            IndexedDatasetWriter(role, np.uint16, files=files) as roles,
+            IndexedDatasetWriter(text, dtype, files=files) as ids,
+        ):
+            writer = InstructionWriter(ids, roles, files)
+            yield writer
+        if writer.description is not None:
+            with output_errors(description):
+                files.path(description).write_text(writer.description.to_json(), encoding="utf-8")
 
 
 def prefixes(prefix: str | Path) -> tuple[Path, Path]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megacore.data.description import DatasetDescription
 from megacore.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megacore.data.tokenization import DatasetDescription
+from megacore.data.staged_files import StagedFiles
 from megacore.data.tokenizer import directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.errors import DataError
 
@@ -42,13 +43,13 @@ def merge_datasets(
         description = dataclasses.replace(description, tokenizer_directory=directory.name)
         is_saved(tokenizer, directory)  # refused now, not after the work
     dtype = np.result_type(*(dataset.dtype for dataset in datasets))
-    with IndexedDatasetWriter(out, dtype) as writer:
+    with StagedFiles(Path(out)) as files, IndexedDatasetWriter(out, dtype, files=files) as writer:
         for dataset in datasets:
             writer.add_dataset(dataset, advance)
         if description is not None:
             writer.describe(description.to_json())
         if tokenizer is not None:
-            save_tokenizer(tokenizer, directory)
+            save_tokenizer(tokenizer, directory, files)
     return IndexedDataset(out)
 
 

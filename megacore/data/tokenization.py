@@ -15,9 +15,10 @@ from typing import Any, Literal
 from megacore.data.description import DatasetDescription
 from megacore.data.encoding import NUM_PROBLEMS_NAMED, EncodedDocuments, EncodedPiece, Job
 from megacore.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megacore.data.inputs import Piece, expand, pieces
+from megacore.data.inputs import Piece, expand, pieces, total_size
 from megacore.data.new_tokens import NewTokens
 from megacore.data.records import Problem
+from megacore.data.staged_files import StagedFiles, require_name
 from megacore.data.tokenizer import Tokenizer, directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.data.workers import Encoders
 from megacore.errors import DataError
@@ -100,11 +101,14 @@ def tokenize(
         advance_documents: is told of every few documents done, in the same way.
 
     Raises:
-        DataError: an input or the tokenizer is missing or malformed (the message has file and line), or holds no text.
-        OutputError: an output file exists or cannot be written. After any error nothing is left of the dataset.
+        DataError: an input or the tokenizer is missing, cannot be read or is malformed (the message has file and line),
+            or holds no text.
+        OutputError: an output file exists, is being written by another process or cannot be written. After any error
+            nothing is left of the dataset.
         WorkerError: a process died.
     """
     started = time.monotonic()
+    require_name(Path(out))
     paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     if not keys or len(set(keys)) < len(keys):
@@ -190,10 +194,10 @@ class _Run:
         if self.vocabulary.new_tokens:
             is_saved(self.vocabulary, self.tokenizer_directory)  # refused now, not after the work
         total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
-        with ExitStack() as stack:
+        with StagedFiles(self.out) as files, ExitStack() as stack:
+            dtype = token_dtype(self.vocabulary.vocab_size)
             writers = [
-                stack.enter_context(IndexedDatasetWriter(prefix, token_dtype(self.vocabulary.vocab_size)))
-                for prefix in self.prefixes
+                stack.enter_context(IndexedDatasetWriter(prefix, dtype, files=files)) for prefix in self.prefixes
             ]
             for encoded in self._checked(encoders.encode(self._pieces()), total):
                 for writer, counts, documents in zip(writers, total.by_key, encoded.by_key, strict=True):
@@ -204,7 +208,7 @@ class _Run:
             for writer, counts in zip(writers, total.by_key, strict=True):
                 writer.describe(self._description(counts).to_json())
             if self.vocabulary.new_tokens:
-                save_tokenizer(self.vocabulary, self.tokenizer_directory)
+                save_tokenizer(self.vocabulary, self.tokenizer_directory, files)
         return total.summed()
 
     def _require_text(self, total: _Counts) -> None:
@@ -314,5 +318,4 @@ def _require_framing(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bo
 
 def _default_workers(paths: Iterable[Path]) -> int:
     """As many processes as there are cores, but none for so little that it would be done before they have started."""
-    num_bytes = sum(path.stat().st_size for path in paths)
-    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // _WORTH_A_PROCESS))
+    return max(1, min(len(os.sched_getaffinity(0)), total_size(paths) // _WORTH_A_PROCESS))

@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 import shutil
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megacore.data.new_tokens import NewTokens, extend_sentencepiece, extend_tokenizer_json
+from megacore.data.staged_files import StagedFiles, output_errors, require_name
 from megacore.errors import DataError, OutputError
 
 EOD_TOKEN = "<EOD>"
@@ -345,39 +345,44 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def directory_beside(prefix: Path) -> Path:
     """Where the tokenizer of a dataset is, if tokens were added to it."""
+    require_name(prefix)
     return prefix.with_name(f"{prefix.name}-tokenizer")
 
 
 def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
     """Whether the tokenizer is in ``directory``. Raises :class:`OutputError` when something else is."""
-    if not directory.exists():
-        return False
-    copy = directory / _file_name(tokenizer)
-    if copy.is_file() and copy.read_bytes() == tokenizer.definition:
-        return True
+    with output_errors(directory):
+        if not directory.exists():
+            return False
+        copy = directory / _file_name(tokenizer)
+        if copy.is_file() and copy.read_bytes() == tokenizer.definition:
+            return True
     raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, files: StagedFiles | None = None) -> None:
     """Write the tokenizer, with the tokens that were added, to ``directory``; what lies beside its file comes along.
 
+    It appears together with ``files``, or by itself.
+
     Raises:
-        OutputError: the directory exists with another tokenizer, or cannot be written.
+        OutputError: the directory exists with another tokenizer, is being written by another process, or cannot be
+            written.
     """
     if is_saved(tokenizer, directory):
         return
-    staging = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        staging.mkdir(parents=True)
-        (staging / _file_name(tokenizer)).write_bytes(tokenizer.definition)
+    if files is None:
+        with StagedFiles(directory) as files:
+            save_tokenizer(tokenizer, directory, files)
+        return
+    files.claim(directory)
+    staged = files.path(directory)
+    with output_errors(directory):
+        staged.mkdir()
+        (staged / _file_name(tokenizer)).write_bytes(tokenizer.definition)
         for name in _BESIDE:
             if (beside := tokenizer.file.with_name(name)).is_file():
-                shutil.copyfile(beside, staging / name)
-        staging.rename(directory)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+                shutil.copyfile(beside, staged / name)
 
 
 def _file_name(tokenizer: Tokenizer) -> str:
