@@ -201,6 +201,8 @@ def test_a_report_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monke
     with pytest.raises(OutputError, match=r"report\.html cannot be written: No space left"):
         megacore.report(run)
     assert (run / "report.html").read_text() == first
+    names = sorted(file.name for file in run.iterdir())
+    assert names == ["metrics.jsonl", "report.html", "run.toml", "versions.json"]
 
 
 def test_the_command_writes_a_report_and_refuses_what_is_no_run(tmp_path):

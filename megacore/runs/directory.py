@@ -121,13 +121,21 @@ def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, whenever the process is killed."""
+    """Write a file that is there whole or as it was before, whenever the process is killed.
+
+    Raises:
+        OSError: when it cannot be written; nothing of it is left.
+    """
     staging = path.with_name(f".{path.name}.incomplete")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def _told(value: Any) -> str:
