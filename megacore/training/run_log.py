@@ -31,8 +31,8 @@ Target = TypeVar("Target")
 _PAUSE = 60.0
 """Seconds in which somebody who could not be told is left alone: each attempt may wait for a network."""
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-"""In the name of an environment variable whose value is never shown."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|AUTHORIZ", re.IGNORECASE)
+"""In the name of an environment variable whose value is never shown; not in ``GIT_AUTHOR_NAME``."""
 
 
 def check_run_log(run: RunConfig, *, resumed_run_id: str | None = None) -> None:
