@@ -9,6 +9,7 @@ import os
 import pty
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -509,6 +510,17 @@ def test_a_mistake_in_the_call_is_said_and_ends_with_2(options, said, checkpoint
     result = run(checkpoint, *options)
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_command_ends_without_a_word_when_its_reader_is_gone_as_before_head(tp, checkpoint):
+    command = [sys.executable, "-m", "megacore", "generate", checkpoint, "--prompt", "ab", "--tp", str(tp)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+
+    told = process.stderr.read()
+
+    assert (process.wait(timeout=60), told) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_said_to_be_one(tmp_path):
