@@ -85,3 +85,12 @@ class WorkerError(MegacoreError):
     """A process that was started for the work died."""
 
     exit_code = 1
+
+
+class ReaderGoneError(MegacoreError):
+    """Who read the output has left: there is nothing more to do, and nobody to tell of it.
+
+    The command line ends without a word, and with the code that a shell gives to a program which SIGPIPE has ended.
+    """
+
+    exit_code = 141

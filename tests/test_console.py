@@ -108,6 +108,19 @@ def test_an_evaluation_is_a_line(capsys):
     assert capsys.readouterr().out == "valid at iteration 50 | loss 1.25 | token accuracy 0.5\n"
 
 
+def test_evaluations_stay_above_the_panel_however_many_steps_follow(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with Console() as console:
+        for number in range(1, 100):
+            console(a_step(number))
+            if number in (1, 50):
+                console.evaluation(Evaluation(number, "valid", {"loss": number / 8, "a[b]": 0.5}))
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("valid at iteration 1 | loss 0.125 | a[b] 0.5 ") == 1
+    assert shown.count("valid at iteration 50 | loss 6.25 | a[b] 0.5 ") == 1
+
+
 def test_a_console_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(Console(log_interval=7))).log_interval == 7
 

@@ -337,6 +337,13 @@ def test_a_metric_is_of_the_tokens_that_its_mask_has(name, expected):
     assert metric.finish(float(total) / float(count)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("loss", [0.0, 3.0, 1e4, np.inf, np.nan])
+def test_the_perplexity_is_the_exponential_of_any_loss(loss):
+    perplexity = metrics_of(["perplexity"], conversations=False)["perplexity"]
+    with np.errstate(over="ignore"):
+        assert perplexity.finish(loss) == pytest.approx(np.exp(loss), nan_ok=True)
+
+
 def test_a_metric_of_ones_own_is_named_by_its_module(place, tmp_path):
     run = run_of(place, tmp_path / "out", 'evaluation.metrics=["training_on_rank:share_of_certain"]')
 

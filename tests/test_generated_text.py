@@ -9,6 +9,7 @@ import os
 import pty
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,9 +94,65 @@ def json_bytes(tmp_path_factory, pieces) -> Path:
     return directory
 
 
-@pytest.fixture(params=["byte_level", "pieces", "json_bytes"])
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory) -> Path:
+    """A SentencePiece model with its own defaults: it drops all spaces at the beginning of a text."""
+    directory = tmp_path_factory.mktemp("squeezed")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat and looked at the moon"] * 20),
+        model_writer=model,
+        vocab_size=60,
+        user_defined_symbols=["▁▁", "<x>"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def word_pieces(tmp_path_factory) -> Path:
+    """BERT's kind of ``tokenizer.json``: words are parted by spaces, which are taken away before full stops."""
+    directory = tmp_path_factory.mktemp("word pieces")
+    words = ["[UNK]", "the", "cat", "##s", "sat", ".", ",", "do", "n't", "'", "m", "##."]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.add_special_tokens(["[SEP]"])
+    tokenizer.decoder = tokenizers.decoders.WordPiece(cleanup=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def suffixes(tmp_path_factory) -> Path:
+    """CLIP's kind of ``tokenizer.json``: the end of a word is a space, but not that of the last one."""
+    directory = tmp_path_factory.mktemp("suffixes")
+    words = ["a", "b", "a</w>", "b</w>", "</w>", "é</w>"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.decoder = tokenizers.decoders.BPEDecoder()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+KINDS = ["byte_level", "pieces", "json_bytes"]
+
+
+@pytest.fixture(params=KINDS)
 def tokenizer(request):
     return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(params=[*KINDS, "squeezed", "word_pieces", "suffixes"])
+def any_tokenizer(request):
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+def decoded_by_its_library(tokenizer, ids: list[int]) -> str:
+    if tokenizer.file.suffix == ".model":
+        return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.file)).decode(ids)
+    return tokenizers.Tokenizer.from_file(str(tokenizer.file)).decode(ids, skip_special_tokens=False)
 
 
 def streamed(tokenizer, prompt: list[int], ids: list[int], *stop: str) -> list[str]:
@@ -124,11 +181,60 @@ def test_the_parts_of_a_text_are_the_whole_and_no_part_ends_in_half_a_character(
     assert not any("�" in part for part in parts)
 
 
-def test_so_they_are_of_tokens_in_no_order_whose_bytes_are_no_characters(tokenizer):
-    shuffled = random.Random(0)
-    for _ in range(300):
-        ids = [shuffled.randrange(tokenizer.vocab_size) for _ in range(shuffled.randrange(1, 12))]
-        assert "".join(streamed(tokenizer, [], ids)) == tokenizer.decode(ids)
+def drawn(tokenizer, shuffled: random.Random, length: int) -> list[int]:
+    """Tokens in no order; single bytes, which some vocabularies have little beside, are every other one at most."""
+    everything = range(tokenizer.vocab_size)
+    no_bytes = [token_id for token_id in everything if not tokenizer.is_byte(token_id)]
+    return [shuffled.choice(shuffled.choice([everything, no_bytes])) for _ in range(length)]
+
+
+def test_so_they_are_of_tokens_in_no_order_whose_bytes_are_no_characters(any_tokenizer):
+    tokenizer, shuffled = any_tokenizer, random.Random(0)
+    for length in [*range(1, 30)] * 10 + [300] * 5:
+        ids = drawn(tokenizer, shuffled, length)
+        assert "".join(streamed(tokenizer, [], ids)) == decoded_by_its_library(tokenizer, ids)
+
+
+def test_so_they_are_of_few_tokens_over_and_over_behind_a_prompt(any_tokenizer):
+    """Of few, so that there are runs of spaces, of tokens without text, of bytes."""
+    tokenizer, shuffled, num_compared = any_tokenizer, random.Random(1), 0
+    for _ in range(150):
+        few, prompt = drawn(tokenizer, shuffled, 3), drawn(tokenizer, shuffled, 20)
+        before = decoded_by_its_library(tokenizer, prompt)
+        ids = shuffled.choices(few, k=shuffled.randrange(1, 60))
+        whole = decoded_by_its_library(tokenizer, prompt + ids)
+        if before.strip() and whole.startswith(before) and not (before[-1] == "�" or tokenizer.is_byte(prompt[-1])):
+            num_compared += 1
+            assert "".join(streamed(tokenizer, prompt, ids)) == whole[len(before) :]
+    assert num_compared > 50
+
+
+def test_the_text_of_any_tokens_ends_before_a_stop_text_wherever_that_is(any_tokenizer):
+    tokenizer, shuffled = any_tokenizer, random.Random(2)
+    num_stopped = 0
+    for _ in range(100):
+        ids = drawn(tokenizer, shuffled, 40)
+        whole = decoded_by_its_library(tokenizer, ids)
+        first = shuffled.randrange(len(whole))
+        stop = whole[first : first + shuffled.randrange(1, 6)]
+        if "�" not in stop:
+            num_stopped += 1
+            assert "".join(streamed(tokenizer, [], ids, stop)) == whole[: whole.index(stop)]
+    assert num_stopped > 20
+
+
+def test_a_token_costs_as_much_in_a_long_text_as_in_a_short_one(any_tokenizer, monkeypatch):
+    tokenizer, shuffled = any_tokenizer, random.Random(3)
+    ids = drawn(tokenizer, shuffled, 2000)
+    decode, num_decoded = tokenizer.decode, []
+
+    def counted(some: list[int]) -> str:
+        num_decoded.append(len(some))
+        return decode(some)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    streamed(tokenizer, [], ids, "a stop text")
+    assert sum(num_decoded) < 60 * len(ids)
 
 
 def test_a_text_begins_with_the_space_that_parts_it_from_the_prompt(tokenizer):
@@ -404,6 +510,17 @@ def test_a_mistake_in_the_call_is_said_and_ends_with_2(options, said, checkpoint
     result = run(checkpoint, *options)
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_command_ends_without_a_word_when_its_reader_is_gone_as_before_head(tp, checkpoint):
+    command = [sys.executable, "-m", "megacore", "generate", checkpoint, "--prompt", "ab", "--tp", str(tp)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+
+    told = process.stderr.read()
+
+    assert (process.wait(timeout=60), told) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_said_to_be_one(tmp_path):

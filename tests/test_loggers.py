@@ -19,7 +19,7 @@ from megacore.checkpoint import Checkpoint
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.training import Evaluation, Step
-from megacore.training.run_log import opened_log
+from megacore.training.run_log import Guarded, opened_log
 from tiny_run import prepare, run_of
 
 POSTCARD = '''
@@ -252,6 +252,24 @@ def test_a_logger_that_fails_is_a_warning_once_and_training_goes_on(place, tmp_p
     assert "postcard failed at iteration 3: ConnectionError: no route, key <POSTCARD_API_KEY>." in warning
     assert "sesame" not in warning and "more" not in warning
     assert (tmp_path / "out").is_dir()
+
+
+SECRET = ("HF_TOKEN", "PGPASSWORD", "MYSQL_PASSWD", "SSH_PASSPHRASE", "AWS_CREDENTIAL", "BASIC_AUTH", "AUTHORIZATION")
+HARMLESS = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_DATE", "PWD", "XAUTHORITY", "HOSTNAME")
+
+
+@pytest.mark.parametrize("name", SECRET + HARMLESS)
+def test_a_warning_has_no_value_of_a_variable_that_is_named_like_a_secret(name, monkeypatch, caplog):
+    monkeypatch.setenv(name, "sesame-0123456789")
+
+    def fail() -> None:
+        raise ConnectionError("no route for sesame-0123456789")
+
+    Guarded("postcard", object()).attempt("iteration 1", fail)
+
+    [warning] = caplog.messages
+    assert (f"no route for <{name}>." in warning) == (name in SECRET)
+    assert ("sesame" in warning) == (name in HARMLESS)
 
 
 def test_a_logger_that_failed_is_told_again_after_a_minute(place, tmp_path, postcard, monkeypatch, caplog):

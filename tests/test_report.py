@@ -169,6 +169,66 @@ def test_a_run_that_goes_on_and_has_damaged_lines_is_reported_and_they_are_count
     assert page.row("iterations") == ["3 of 9"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("versions.json", '{"starts": [3]}', r'is damaged: "starts" is to be a list of JSON objects.* or remove it'),
+        ("versions.json", '{"starts": {"torch": 2}}', "is damaged"),
+        ("versions.json", '{"starts": [{"run_id": []}]}', "is damaged"),
+        ("versions.json", "[]", "is damaged"),
+        ("versions.json", '{"starts": [', "cannot be read: Expecting value"),
+        ("run.toml", "training = 3", "is damaged: training is no section. Put back the run file"),
+        ("run.toml", "[training]\nseed = 1979-05-27", r"training\.seed is 1979-05-27, which no setting can be"),
+        ("run.toml", "[a]\nb = [{c = 07:32:00}]", r"a\.b is "),
+        ("run.toml", "training", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, file, content, said):
+    run = make_run(tmp_path / "one")
+    (run / file).write_text(content)
+
+    for runs in ([run], [run, make_run(tmp_path / "two")]):
+        told = CliRunner().invoke(cli, ["report", *map(str, runs), "--out", str(tmp_path / "out.html")])
+
+        assert told.exit_code == 2 and told.stderr.startswith(f"Error: {run / file} ")
+        assert re.search(said, told.stderr)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"iteration": 4, "time": 1e300, "loss": 9}',
+        '{"iteration": 4, "time": -1, "loss": 9}',
+        '{"iteration": 4, "time": null, "loss": 9}',
+        '{"iteration": 9300000000000000000, "loss": 9}',
+        '{"iteration": 9300000000000000000, "split": "valid", "values": {"loss": 9}}',
+        '{"iteration": -1, "loss": 9}',
+        '{"iteration": 1, "start": "2"}',
+        '{"start": 9300000000000000000}',
+    ],
+)
+def test_a_line_of_no_iteration_or_time_that_can_be_is_damaged(tmp_path, line):
+    run = make_run(tmp_path / "one")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+
+    page = Page(megacore.report(run))
+
+    assert page.row("damaged lines, left out") == ["1"]
+    assert page.row("iterations") == ["3 of 9"] and page.row("loss at the end") == ["1"]
+
+
+def test_numbers_too_large_to_be_added_and_a_line_without_a_time_are_reported(tmp_path):
+    run = make_run(tmp_path / "one")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "tokens": 1e308}\n{"iteration": 5, "tokens": 1e308}\n')
+
+    page = Page(megacore.report(run))
+
+    assert page.row("iterations") == ["5 of 9"]
+    assert page.row("last written") == ["–"]
+
+
 def test_a_run_without_a_step_is_reported(tmp_path):
     page = Page(megacore.report(make_run(tmp_path / "one", losses=())))
     assert page.row("iterations") == ["0 of 9"] and page.row("loss at the end") == ["–"]
@@ -201,6 +261,8 @@ def test_a_report_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monke
     with pytest.raises(OutputError, match=r"report\.html cannot be written: No space left"):
         megacore.report(run)
     assert (run / "report.html").read_text() == first
+    names = sorted(file.name for file in run.iterdir())
+    assert names == ["metrics.jsonl", "report.html", "run.toml", "versions.json"]
 
 
 def test_the_command_writes_a_report_and_refuses_what_is_no_run(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import tiny_run
 from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, OutputError
+from megacore.parallel import ParallelContext
 from megacore.training import RunConfig
 from megacore.training.checkpoint_directory import CheckpointDirectory
 from megacore.training.layout import parallel_sizes
@@ -26,6 +28,7 @@ from megacore.training.starting_point import StartingPoint
 from tiny_llama import write_dataset
 from tiny_models import tied_multi_query_falcon
 from tiny_run import weights
+from training_on_rank import num_bytes_to_save
 
 STEPS = 6
 
@@ -150,6 +153,27 @@ def test_a_run_goes_on_at_other_layouts_as_if_nothing_had_happened(ranks, place,
     ]
     assert len([name for name in states[0] if name.startswith("optimizer.exp_avg_sq.")]) > 20
     assert_equal(*states, tolerance=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.nproc_per_node=2",),
+        ("parallel.nproc_per_node=4", "parallel.data_parallel=hybrid", "parallel.shard_size=2"),
+    ],
+    ids=["replicated", "hybrid"],
+)
+def test_each_replica_copies_its_own_share_of_the_state_and_no_more(ranks, place, tmp_path, layout):
+    run = run_of(place, tmp_path / "out", *layout)
+    whole = num_bytes_to_save(ParallelContext.single(), run_of(place, tmp_path / "single"))
+
+    of_ranks = ranks.run(num_bytes_to_save, run, sizes=parallel_sizes(run))
+
+    together = sum(map(Counter, of_ranks), Counter())
+    of_each = ("random.", "optimizer.step.")  # each has random numbers of its own, and each shard counts the steps
+    shared = [name for name in whole if not name.startswith(of_each)]
+    assert {name: together[name] for name in shared} == {name: whole[name] for name in shared}
+    assert max(sum(of_rank.values()) for of_rank in of_ranks) < 1.3 * sum(together.values()) / len(of_ranks)
 
 
 @pytest.mark.soak

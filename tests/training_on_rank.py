@@ -20,6 +20,7 @@ from megacore.training.exits import Exits
 from megacore.training.loop import _train_on_rank
 from megacore.training.metrics import Sums, TokenScores
 from megacore.training.progress import Progress
+from megacore.training.run_state import state_tensors
 from megacore.training.training_section import TrainingSection
 
 
@@ -69,6 +70,14 @@ class _Counting(TorchDispatchMode):
             name = func.overloadpacket.__name__
             self.times[name] = self.times.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+def num_bytes_to_save(parallel: ParallelContext, run: RunConfig) -> dict[str, int]:
+    """Of each tensor that this rank saves after a step, and so copies first when it goes on training meanwhile."""
+    checkpoint = Checkpoint(run.model.checkpoint)
+    engine = Engine(run, checkpoint, parallel)
+    engine.step(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)), lr=1e-3)
+    return {name: tensor.part.nbytes for name, tensor in state_tensors(engine).items()}
 
 
 def collectives_of_a_step(parallel: ParallelContext, run: RunConfig) -> dict[str, int]:

@@ -29,7 +29,7 @@ from megacore.cli.tokenize_chat import tokenize_chat
 from megacore.cli.train import train
 from megacore.cli.translate import translate
 from megacore.cli.verify import verify
-from megacore.errors import MegacoreError
+from megacore.errors import MegacoreError, ReaderGoneError
 from megacore.signals import Leave
 
 _LET_THE_FIRST_SPEAK = 10.0
@@ -46,6 +46,8 @@ class CommandGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ReaderGoneError as error:
+            ctx.exit(error.exit_code)
         except MegacoreError as error:
             if error.rank is not None:
                 click.echo(f"Error on rank {error.rank}: {error}", err=True)

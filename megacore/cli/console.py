@@ -73,27 +73,28 @@ class Console:
         self._losses.append(step.loss)
         is_first, self._last = self._last is None, step
         if is_first or step.is_logged(self.log_interval):
-            self._tell(step_line(step, seconds_left=self._pace.seconds_left(step)))
+            line = step_line(step, seconds_left=self._pace.seconds_left(step))
+            if self._live is None:
+                self._print(line)
+            else:
+                self._lines.append(line)
         for note in step.notes:
-            self._note(note)
+            if self._live is None:
+                print_note(note)
+            else:
+                self._print(f"Note: {note}.")
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Show an evaluation."""
-        self._tell(evaluation_line(evaluation))
+        """Show an evaluation. It stays, above the panel too, whose lines the next steps take the place of."""
+        self._print(evaluation_line(evaluation))
 
-    def _note(self, note: str) -> None:
-        if self._live is None:
-            print_note(note)
-        else:
-            with printing():
-                self._live.console.print(f"Note: {note}.", markup=False, highlight=False)
-
-    def _tell(self, line: str) -> None:
-        if self._live is None:
-            with printing():
+    def _print(self, line: str) -> None:
+        """Print a line, above the panel where that is shown."""
+        with printing():
+            if self._live is None:
                 click.echo(line)
-        else:
-            self._lines.append(line)
+            else:
+                self._live.console.print(line, markup=False, highlight=False)
 
     def _panel(self) -> RenderableType:
         """The last lines, and what a person wants to know at a glance."""

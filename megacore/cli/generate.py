@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megacore.cli.notes import print_note
+from megacore.cli.notes import print_note, printing_for_a_reader
 from megacore.cli.options import DtypeType, checkpoint_argument, parallel_size_option
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def generate(
         return
     for number, (text, result) in enumerate(zip(texts, results, strict=True), start=1):
         if as_json:
-            click.echo(json.dumps({"prompt": text, **result.to_json()}, ensure_ascii=False))
+            print_text(json.dumps({"prompt": text, **result.to_json()}, ensure_ascii=False) + "\n")
         elif note := note_on(result, max_new_tokens):
             print_note(f"the text {note}" if len(texts) == 1 else f"text {number} {note}")
 
@@ -175,6 +175,12 @@ def note_on(result: Generated, max_new_tokens: int) -> str | None:
     return None
 
 
+def print_text(text: str) -> None:
+    """Print what was asked for, as it is; see :func:`~megacore.cli.notes.printing_for_a_reader`."""
+    with printing_for_a_reader():
+        click.echo(text, nl=False)
+
+
 class TextPrinter:
     """Prints the texts one after the other, each as it comes; what comes of a later one waits."""
 
@@ -191,13 +197,13 @@ class TextPrinter:
             self.ended.add(index)
         while self.current < len(self.prompts):
             if not self.has_title:
-                click.echo(f"==> {self.prompts[self.current]}")
+                print_text(f"==> {self.prompts[self.current]}\n")
                 self.has_title = True
-            click.echo(self.waiting[self.current], nl=False)
+            print_text(self.waiting[self.current])
             self.waiting[self.current] = ""
             if self.current not in self.ended:
                 return
-            click.echo()
+            print_text("\n")
             self.current += 1
             self.has_title = False
 
@@ -227,7 +233,7 @@ class Terminal:
 
 def print_answer(turn: int, text: str) -> None:
     """Print some of an answer, and two line ends after it."""
-    click.echo(text or "\n", nl=not text)
+    print_text(text or "\n\n")
 
 
 def print_refusal(reason: str) -> None:

@@ -87,9 +87,13 @@ class RunDirectory:
             ) from error
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The run file. Raises :class:`~megacore.errors.DataError` when there is none, or it cannot be read."""
+        """The run file.
+
+        Raises:
+            DataError: when there is none, or it is none.
+        """
         try:
-            return tomllib.loads(self.run_file.read_text(encoding="utf-8"))
+            tables = tomllib.loads(self.run_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError(
                 f"{self.path} is not the directory of a run, which has a run.toml: give the one that output.directory "
@@ -97,15 +101,49 @@ class RunDirectory:
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{self.run_file} cannot be read: {error}") from error
+        for section, table in tables.items():
+            if not isinstance(table, dict):
+                raise self._damaged_run_file(f"{section} is no section")
+            for key, value in table.items():
+                if not _is_json(value):
+                    raise self._damaged_run_file(f"{section}.{key} is {value}, which no setting can be")
+        return tables
 
     def starts(self) -> list[dict[str, Any]]:
-        """What ran, at each start; nothing where that was never written."""
+        """What ran, at each start; nothing where that was never written.
+
+        Raises:
+            DataError: when it cannot be read, or says something else.
+        """
         try:
-            return json.loads(self.versions_file.read_text(encoding="utf-8"))["starts"]
+            versions = json.loads(self.versions_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.versions_file} cannot be read: {error}") from error
+        starts = versions.get("starts") if isinstance(versions, dict) else None
+        if not isinstance(starts, list) or not all(_is_start(start) for start in starts):
+            raise DataError(
+                f'{self.versions_file} is damaged: "starts" is to be a list of JSON objects, one a start. Put back the '
+                "file that the run has written, or remove it; then nothing is known of what ran"
+            )
+        return starts
+
+    def _damaged_run_file(self, what: str) -> DataError:
+        return DataError(f"{self.run_file} is damaged: {what}. Put back the run file that the run has written")
+
+
+def _is_start(start: Any) -> bool:
+    return isinstance(start, dict) and isinstance(start.get("run_id", ""), str)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON can say a value of TOML, which has dates and times too."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
@@ -121,13 +159,21 @@ def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, whenever the process is killed."""
+    """Write a file that is there whole or as it was before, whenever the process is killed.
+
+    Raises:
+        OSError: when it cannot be written; nothing of it is left.
+    """
     staging = path.with_name(f".{path.name}.incomplete")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def _told(value: Any) -> str:

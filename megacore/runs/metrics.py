@@ -28,6 +28,9 @@ import orjson
 
 from megacore.errors import DataError, OutputError
 
+_YEAR_10000 = 253_402_300_799
+"""In seconds since 1970, less one: dates end there."""
+
 
 class MetricsFile:
     """Appends to a metrics file, which one process at a time may do. Each line is handed to the system at once.
@@ -134,7 +137,7 @@ class Metrics:
         steps: ``loss``, ``lr``, ``grad_norm`` and so on, over iterations.
         evaluations: likewise, by the name of the split.
         starts: after which iteration the run was started, each time; of the first it is 0.
-        num_damaged: lines that are no JSON object, which were left out.
+        num_damaged: lines that are no JSON object, or of no iteration or time that can be; they were left out.
     """
 
     steps: Series = field(default_factory=Series)
@@ -169,10 +172,21 @@ def _entries(lines: Iterator[bytes], metrics: Metrics) -> Iterator[dict[str, Any
             entry = orjson.loads(line)
         except orjson.JSONDecodeError:
             entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("iteration", entry.get("start")), int):
+        if isinstance(entry, dict) and _is_possible(entry):
             yield entry
         else:
             metrics.num_damaged += 1
+
+
+def _is_possible(entry: dict[str, Any]) -> bool:
+    """Whether a line is of an iteration and, if it says one, of a time that a run can have."""
+    iteration, written = entry.get("start", entry.get("iteration")), entry.get("time", 0)
+    return (
+        isinstance(iteration, int)
+        and 0 <= iteration < 2**63
+        and isinstance(written, int | float)
+        and 0 <= written < _YEAR_10000
+    )
 
 
 def _take(entry: dict[str, Any], metrics: Metrics) -> None:

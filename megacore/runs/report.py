@@ -153,12 +153,13 @@ def _last(series: Series, key: str) -> str:
 
 
 def _total(series: Series, key: str) -> str:
-    return told(math.fsum(value for value in series.values.get(key, ()) if math.isfinite(value)))
+    return told(sum(value for value in series.values.get(key, ()) if math.isfinite(value)))
 
 
 def _when(series: Series) -> str:
     times = series.values.get("time")
-    return datetime.fromtimestamp(times[-1], UTC).isoformat(" ", "seconds") if times else "–"
+    known = times and math.isfinite(times[-1])  # a line may lack it
+    return datetime.fromtimestamp(times[-1], UTC).isoformat(" ", "seconds") if times and known else "–"
 
 
 def _value(value: Any) -> str:

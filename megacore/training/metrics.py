@@ -75,7 +75,7 @@ def count_instruct_mask(scores: TokenScores) -> Sums:
 
 
 def _exponential(mean_loss: float) -> float:
-    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+    return math.inf if mean_loss >= 700 else math.exp(mean_loss)  # of NaN it is NaN
 
 
 LOSS = Metric(loss)

@@ -40,8 +40,8 @@ _PATIENCE = 60.0
 _MOST_WAITING = 10_000
 """Entries that a logger may be behind."""
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-"""In the name of an environment variable whose value is never shown."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|AUTHORIZ", re.IGNORECASE)
+"""In the name of an environment variable whose value is never shown; not in ``GIT_AUTHOR_NAME``."""
 
 
 def check_run_log(run: RunConfig, *, resumed_run_id: str | None = None) -> None:

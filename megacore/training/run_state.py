@@ -22,15 +22,32 @@ ANY_PROCESS = "torch.distributed is disabled"
 
 
 def state_tensors(engine: Engine) -> dict[str, PlacedTensor]:
-    """What this process holds of the run's state. The tensors are those that training goes on with, not copies."""
-    tensors = {}
+    """What this process saves of the run's state. The tensors are those that training goes on with, not copies."""
+    tensors: dict[str, PlacedTensor] = {}
     for name, parameter in engine.parameters.items():
         tensors[f"model.{name}"] = _placed(parameter, parameter, name, engine)
         for kind, value in state_of(engine.optimizer, parameter).items():
             tensors[f"optimizer.{kind}.{name}"] = _placed(value, parameter, name, engine)
+    tensors = _share_of_replica(tensors, engine.parallel)
     for device, state in _random_states(engine.parallel):
         tensors[_random_name(device, engine.parallel)] = PlacedTensor.whole(state)
     return tensors
+
+
+def _share_of_replica(tensors: dict[str, PlacedTensor], parallel: ParallelContext) -> dict[str, PlacedTensor]:
+    """Of tensors that all replicas of data parallelism hold alike, those that this one saves: about as much as each.
+
+    torch would let one of them write each tensor, but only decides which when all have copied what they hold. Who saves
+    which follows from the sizes, in the same order on each replica.
+    """
+    num_bytes = [0] * parallel.sizes.dp_replicate
+    own = {}
+    for name, tensor in tensors.items():
+        replica = num_bytes.index(min(num_bytes))
+        num_bytes[replica] += tensor.part.nbytes
+        if replica == parallel.dp_replicate_rank:
+            own[name] = tensor
+    return own
 
 
 def restore_tensors(engine: Engine, checkpoint: Checkpoint, *, same_layout: bool) -> None:
