@@ -559,6 +559,31 @@ def test_an_output_without_a_name_is_refused(tmp_path, conversations, monkeypatc
         tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer", out=".", vocab_extra_ids_list=added)
 
 
+def test_the_pair_its_description_and_the_tokenizer_appear_together_or_not_at_all(tmp_path, conversations, monkeypatch):
+    write_tokenizer(tmp_path / "tokenizer", CHATML)
+    whole = ["out-role.bin", "out-role.idx", "out-text.bin", "out-text.idx", "out-tokenizer", "out.json"]
+    rename = Path.rename
+    for number in range(len(whole) + 1):
+        renamed: list[Path] = []
+
+        def fail_after(path: Path, target: Path, renamed: list[Path] = renamed, number: int = number) -> Path:
+            renamed.append(target)
+            if len(renamed) > number:
+                raise OSError(28, "No space left on device")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fail_after)
+        arguments = {"tokenizer": tmp_path / "tokenizer", "out": tmp_path / "out", "vocab_extra_ids_list": ["<new>"]}
+        if number == len(whole):
+            tokenize_chat(conversations, **arguments)
+            assert renamed[-1] == tmp_path / "out-text.idx"
+        else:
+            with pytest.raises(OutputError, match=r"No space left on device\. No dataset was left behind"):
+                tokenize_chat(conversations, **arguments)
+            assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", conversations.name}
+    assert sorted(path.name for path in tmp_path.glob("out*")) == whole
+
+
 def test_when_the_second_of_the_pair_cannot_appear_the_first_does_not_stay(tmp_path, conversations, monkeypatch):
     write_tokenizer(tmp_path / "tokenizer", CHATML)
     rename = Path.rename

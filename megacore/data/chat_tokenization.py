@@ -197,7 +197,7 @@ def tokenize_chat(
             tokenizer_directory=tokenizer_directory.name if tokenizer_directory is not None else None,
         )
         if tokenizer_directory is not None:
-            save_tokenizer(loaded, tokenizer_directory)
+            save_tokenizer(loaded, tokenizer_directory, writer.files)
     return ChatSummary(
         prefix=Path(out),
         num_conversations=num_conversations,

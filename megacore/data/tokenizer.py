@@ -360,20 +360,16 @@ def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
     raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path, files: StagedFiles | None = None) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, files: StagedFiles) -> None:
     """Write the tokenizer, with the tokens that were added, to ``directory``; what lies beside its file comes along.
 
-    It appears together with ``files``, or by itself.
+    It appears together with ``files``.
 
     Raises:
         OutputError: the directory exists with another tokenizer, is being written by another process, or cannot be
             written.
     """
     if is_saved(tokenizer, directory):
-        return
-    if files is None:
-        with StagedFiles(directory) as files:
-            save_tokenizer(tokenizer, directory, files)
         return
     files.claim(directory)
     staged = files.path(directory)
