@@ -184,7 +184,9 @@ def _on_started_rank(
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
     except Exception:
-        sys.exit(1)  # it is reported; torch would write it to one more file, which it leaves behind
+        # It is reported. torch would write it to one more file, which it leaves behind; and nothing that a logger has
+        # registered for the exit, such as to wait for a network, is to keep the other ranks waiting.
+        end_process(1)
     atexit.register(end_process, 0)
     return result
 

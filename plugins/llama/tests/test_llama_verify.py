@@ -530,7 +530,7 @@ def test_a_dataset_with_ids_beyond_the_vocabulary_is_a_mistake(published, ckpt, 
 
 
 def test_too_little_data_is_a_mistake(published, ckpt, tmp_path):
-    result = verify(ckpt, published, ids=("--data", write_dataset(tmp_path / "data", some_ids(60))))
+    result = verify(ckpt, published, ids=("--data", write_dataset(tmp_path / "data", some_ids(41))))
 
     assert result.exit_code == 2
     assert "holds 2 samples of 20 tokens, not 3" in result.stderr
