@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +144,9 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def rewrites_text(self) -> bool:
         """Whether the model changes other characters than spaces, or their number, before it encodes."""
-        surrogates = range(0xD800, 0xE000)
-        text = "x  y" + "".join(chr(code) for code in range(1, 0x110000) if code not in surrogates) + " "
+        codes = array("I", [*range(1, 0xD800), *range(0xE000, 0x110000)])  # all but surrogates
+        every_character = codes.tobytes().decode(f"utf-32-{sys.byteorder[0]}e")  # ten times as fast as chr for each
+        text = f"x  y{every_character} "
         return self._processor.normalize(text).lstrip("▁") != text.replace(" ", "▁")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
