@@ -135,6 +135,7 @@ def test_wandb_has_the_losses_and_the_settings_and_goes_on_under_the_same_name(p
     with opened_log(run, ParallelContext.single()) as log:
         log.step(a_step(1, loss=3.5))
         log.step(a_step(2, loss=2.5))
+    time.sleep(1.1)  # wandb names what it keeps by the second in which it starts
     with opened_log(run, ParallelContext.single(), iteration=1) as log:
         log.step(a_step(2, loss=1.5))  # wandb's own step would not fall back to 2
         log.evaluation(Evaluation(2, "valid", {"loss": 9.0}))
