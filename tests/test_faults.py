@@ -171,7 +171,7 @@ with stop_requests() as request:
 
     process.send_signal(signal.SIGTERM)
 
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
     assert process.stderr is not None
     assert process.stderr.read() == "Note: SIGTERM: stopping once the last step is saved; again ends at once.\n"
 

@@ -36,8 +36,8 @@ from megacore.training.layout import parallel_sizes
 from tiny_llama import published_model, write_dataset
 
 ROOT = Path(__file__).parent.parent
-BOUND = 180
-"""Seconds within which a run must be over; it takes some 10 of them on an idle machine."""
+BOUND = 90
+"""Seconds within which a run must be over; it takes a tenth of that on an idle machine."""
 
 SETTINGS = (
     *("training.train_iters=3", "training.global_batch_size=4", "data.seq_length=8"),
