@@ -23,12 +23,12 @@ MAY_IMPORT = {
     "hookspecs": {"config", "errors"},
     "plugins": {"hookspecs", "config", "errors"},
     "signals": set(),
-    "output_lock": {"errors"},
+    "outputs": {"errors"},
     "parallel": {"signals", "config", "errors"},
-    "checkpoint": {"data", "output_lock", "parallel", "config", "errors"},
+    "checkpoint": {"data", "outputs", "parallel", "config", "errors"},
     "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
     "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
-    "data": {"output_lock", "parallel", "config", "errors"},
+    "data": {"outputs", "parallel", "config", "errors"},
     "runs": {"errors"},
 }
 """What each part of the package may import while it runs; imports for type checkers alone are free."""

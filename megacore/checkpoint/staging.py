@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from megacore.errors import CheckpointError, DiskFullError, OutputError
-from megacore.output_lock import sole_writer
+from megacore.outputs import flush, sole_writer
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
         try:
             yield staging
             for path in (*staging.rglob("*"), staging):
-                _flush(path)
+                flush(path)
             _publish(staging, out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -58,7 +58,7 @@ def _publish(staging: Path, out: Path) -> None:
         staging.rename(kept)
         raise OutputError(f"{out} was created by somebody else meanwhile; what was made is kept as {kept}") from error
     try:
-        _flush(out.parent)
+        flush(out.parent)
     except OSError as error:
         raise OutputError(f"{out} is in place, but the disk did not confirm it: {error.strerror}") from error
 
@@ -98,12 +98,3 @@ def reported_as_output_error(out: Path) -> Iterator[None]:
         if out.parent in file.absolute().parents or file == out.parent:
             raise OutputError(f"{out} could not be written: {error.strerror} ({file})") from error
         raise CheckpointError(f"{file} could not be read: {error.strerror}; {out} was not written") from error
-
-
-def _flush(path: Path) -> None:
-    """Wait until ``path``, a file or a directory, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,6 @@ same output.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from megacore.errors import DiskFullError, OutputError
-from megacore.output_lock import sole_writer
+from megacore.outputs import flush, sole_writer
 
 
 class StagedFiles:
@@ -81,7 +80,7 @@ class StagedFiles:
 
     def _publish(self) -> None:
         for path in (*self._directory.rglob("*"), self._directory):
-            _flush(path)
+            flush(path)
         for claimed in self._claimed:
             # No other megacore, but somebody else may have written one; renaming would replace it.
             _refuse_existing(claimed)
@@ -91,7 +90,7 @@ class StagedFiles:
         try:
             for final in written:
                 self.path(final).rename(final)
-            _flush(self.out.parent)
+            flush(self.out.parent)
         except BaseException as error:
             published = [final for final in reversed(written) if not self.path(final).exists()]
             if remaining := [str(final) for final in published if not _removed(final)]:
@@ -136,12 +135,3 @@ def _removed(path: Path) -> bool:
     with suppress(OSError):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return not path.exists()
-
-
-def _flush(path: Path) -> None:
-    """Wait until ``path``, a file or a directory, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

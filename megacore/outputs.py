@@ -1,4 +1,4 @@
-"""A lock beside an output, so that two processes never write the same one."""
+"""What every output takes: a lock beside it, so that two processes never write the same one, and to be on the disk."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def sole_writer(out: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # unlocked it is in nobody's way
             lock.unlink()
+        os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """Wait until ``path``, a file or a directory, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
         os.close(descriptor)
 
 
