@@ -29,9 +29,9 @@ from parallel import write_inputs
 from megacore.checkpoint import Checkpoint
 from megacore.parallel import ParallelContext
 from megacore.training import Batch, Engine, RunConfig, batches
-from megacore.training.checkpoints import RunCheckpoints
+from megacore.training.checkpointing.final_model import ReservedOutput
+from megacore.training.checkpointing.manager import RunCheckpoints
 from megacore.training.progress import Progress
-from megacore.training.saving import ReservedOutput
 from megacore.training.step_guard import StepGuard
 
 GOAL = 0.20

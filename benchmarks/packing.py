@@ -14,7 +14,7 @@ import tracemalloc
 
 import numpy as np
 
-from megacore.data.packing import pack
+from megacore.data.sampling.packing import pack
 
 
 def main(num_conversations: int) -> None:

@@ -27,7 +27,7 @@ from megacore.checkpoint.matrix import StoredMatrix
 from megacore.checkpoint.writing import Parameter, write_checkpoint
 from megacore.data import IndexedDatasetWriter
 from megacore.model import model_specs
-from megacore.parallel import ParallelContext, ParallelSizes, on_ranks
+from megacore.parallel import ParallelContext, ParallelSizes, run_on_ranks
 from megacore.training import Engine, RunConfig, batches
 
 NUM_MICRO_BATCHES = 8
@@ -117,7 +117,7 @@ def measure(directory: Path, num_steps: int, layout: str) -> float:
         dp_shard=None if run.parallel.data_parallel == "sharded" else 1,
         sequence_parallel=run.parallel.sequence_parallel,
     )
-    return on_ranks(step_seconds, run, sizes=sizes)
+    return run_on_ranks(step_seconds, run, sizes=sizes)
 
 
 def main() -> None:

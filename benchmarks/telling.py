@@ -21,7 +21,7 @@ from rich.live import Live
 from megacore.cli.console import Console
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, Step
-from megacore.training.run_log import opened_log
+from megacore.training.loggers.dispatch import opened_log
 
 NUM_STEPS = 5000
 STEP = 0.1

@@ -13,7 +13,7 @@ from megacore.cli import cli
 from megacore.data import MessageKeys, QuestionKeys
 from megacore.training import RunConfig, Step, read_run_config
 from megacore.training.loggers import LoggedRun, Logger
-from megacore.training.run_log import values_of
+from megacore.training.loggers.dispatch import values_of
 
 ROOT = Path(__file__).parent.parent
 

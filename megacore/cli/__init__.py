@@ -94,9 +94,9 @@ def main() -> None:
         if leave.received:  # a library that is interrupted may have turned the exit into an error of its own
             sys.exit(leave.exit_code)
         if isinstance(error, SystemExit) and "RANK" in os.environ:  # of torchrun or srun
-            from megacore.parallel import end_process
+            from megacore.parallel import exit_process
 
-            end_process(int(error.code or 0))
+            exit_process(int(error.code or 0))
         raise
     finally:
         if not leave.is_granted:

@@ -81,7 +81,7 @@ def _conversations(prefix: Path) -> dict[str, Any]:
     import numpy as np
 
     from megacore.data import InstructionDataset, InstructionDescription
-    from megacore.data.instruction import Role
+    from megacore.data.datasets.instruction import Role
 
     dataset, description = InstructionDataset(prefix), InstructionDescription.read(prefix)
     of_assistant = (np.count_nonzero(dataset[number][1] == Role.ASSISTANT) for number in range(len(dataset)))
@@ -164,7 +164,7 @@ def head(prefix: Path, num_documents: int, tokenizer: Path | None) -> None:
         InstructionDescription,
         load_tokenizer,
     )
-    from megacore.data.instruction import Role
+    from megacore.data.datasets.instruction import Role
     from megacore.errors import DataError
 
     has_conversations = _has_conversations(prefix)

@@ -27,7 +27,7 @@ def permute_qkv(input_dir: Path, output_dir: Path, layout: str | None) -> None:
     \b
     megacore permute-qkv --input-dir old/ --output-dir new/ --layout halves
     """
-    from megacore.weights.rotary_update import permute_qkv
+    from megacore.weights.formats.megatron_llm.rotary_update import permute_qkv
 
     with bytes_progress("permuting", published_bytes(input_dir, "megatron-llm")) as advance:
         num_permuted = permute_qkv(input_dir, output_dir, layout=layout, report=print_note, advance=advance)

@@ -80,7 +80,7 @@ def tokenize(
     megacore tokenize --input 'data/*.jsonl' --tokenizer published/ --out data/train --append-eod --no-new-tokens
     """
     import megacore.data
-    from megacore.data.inputs import expand, total_size
+    from megacore.data.preprocess.readers import expand, total_size
 
     total = total_size(expand(inputs))
     with documents_progress("tokenizing", total) as (advance, advance_documents):

@@ -76,7 +76,7 @@ def tokenize_chat(
     megacore tokenize-chat --input qa.jsonl --question-key q --answer-key a --tokenizer published/ --out data/qa
     """
     import megacore.data
-    from megacore.data.inputs import expand, total_size
+    from megacore.data.preprocess.readers import expand, total_size
     from megacore.errors import DataError
 
     asks_messages, asks_questions = messages_key or tools_key, question_key or answer_key or system_key

@@ -20,8 +20,8 @@ from megacore.generation.prompts import Prompt, PromptReader, end_ids, is_conver
 from megacore.generation.sampling import Sampling
 from megacore.generation.text import TextStream
 from megacore.model import DecoderModel, load_model
-from megacore.parallel import ParallelContext, ParallelSizes, check_tensor_parallel, on_ranks, told_by_first
-from megacore.parallel.launch import HALF_AN_HOUR
+from megacore.parallel import ParallelContext, ParallelSizes, broadcast_object, check_tensor_parallel, run_on_ranks
+from megacore.parallel.launch.launcher import HALF_AN_HOUR
 from megacore.plugins import get_family
 
 BATCH_SIZE = 32
@@ -131,7 +131,7 @@ class TextGenerator:
         for first in range(0, len(texts), batch_size):
             batch = texts[first : first + batch_size]
             longest = max(min(len(text.prompt_ids) + limits.max_new_tokens, text.context) for text in batch)
-            told_by_first(([text.prompt_ids for text in batch], longest), self.parallel, axis="tp")
+            broadcast_object(([text.prompt_ids for text in batch], longest), self.parallel, axis="tp")
             growing = list(batch)
 
             def choose(logits: Tensor) -> list[int]:
@@ -146,13 +146,13 @@ class TextGenerator:
 
     def follow(self) -> None:
         """Take part in what the first rank generates, until it calls :meth:`end`."""
-        while (told := told_by_first(None, self.parallel, axis="tp")) is not None:
+        while (told := broadcast_object(None, self.parallel, axis="tp")) is not None:
             prompts, longest = told
             decode(self.model, prompts, longest, None)
 
     def end(self) -> None:
         """Let the other ranks return from :meth:`follow`."""
-        told_by_first(None, self.parallel, axis="tp")
+        broadcast_object(None, self.parallel, axis="tp")
 
     def _end_ids(self, prompt: Prompt, limits: Limits) -> frozenset[int]:
         tokenizer = self.prompts.tokenizer
@@ -256,7 +256,7 @@ def with_generator(
     tp = tp or opened.manifest.layout.tp
     check_tensor_parallel(opened.manifest.specs, tp)
     sizes = ParallelSizes(tp=tp)
-    return on_ranks(work_on_rank, opened.path, settings, work, arguments, sizes=sizes, timeout=timeout)
+    return run_on_ranks(work_on_rank, opened.path, settings, work, arguments, sizes=sizes, timeout=timeout)
 
 
 def work_on_rank(

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, cast
 
 from megacore.checkpoint import Checkpoint
 from megacore.data import Tokenizer, load_tokenizer
-from megacore.data.chat_template import ChatTemplate, Message, open_chat_template
+from megacore.data.tokenizers.chat_template import ChatTemplate, Message, open_chat_template
 from megacore.errors import GenerationError
 
 Prompt = str | Sequence[int] | Sequence[Message]

@@ -24,7 +24,7 @@ class ComputeOptions:
     Attributes:
         compute_dtype: of the arithmetic, where the parameters are held in a wider one; ``None`` for that of the
             parameters.
-        keeps_casts: keep what parameters are cast to, see :class:`~megacore.parallel.ParallelModule`.
+        caches_casts: keep what parameters are cast to, see :class:`~megacore.parallel.ParallelModule`.
         recompute: ``"none"``; ``"selective"``, what lies between the projections of attention; ``"full"``, layers.
         recompute_layers: of ``"full"``, how many layers at a time.
         attention_dropout: probability that an attention weight is dropped.
@@ -39,7 +39,7 @@ class ComputeOptions:
     """
 
     compute_dtype: torch.dtype | None = None
-    keeps_casts: bool = False
+    caches_casts: bool = False
     recompute: str = "none"
     recompute_layers: int = 1
     attention_dropout: float = 0.0
@@ -64,7 +64,7 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
         torch.compiler.config.cache_key_tag = f"tp {model.parallel.tp_rank} of {model.parallel.tp_size}"
     for module in model.modules():
         if isinstance(module, ParallelModule):
-            module.compute_dtype, module.keeps_casts = options.compute_dtype, options.keeps_casts
+            module.compute_dtype, module.caches_casts = options.compute_dtype, options.caches_casts
         if isinstance(module, ColumnParallelLinear):
             module.overlaps = not (options.splits_backward or options.compile)
         if isinstance(module, RMSNorm | LayerNorm):

@@ -1,7 +1,35 @@
 """The parallel runtime: where a process stands, how parameters are cut, and the layers that compute on the parts."""
 
 from megacore.parallel.context import ParallelContext, local_device, process_group
-from megacore.parallel.cuts import (
+from megacore.parallel.data_parallel import GradientBuckets, gather_parameter, local_boxes, shard
+from megacore.parallel.gradients import local_gradients, local_square_norm, scale_gradients
+from megacore.parallel.launch.failures import attribute, is_lost_connection
+from megacore.parallel.launch.launcher import is_first_process, launched_environment, run_on_ranks
+from megacore.parallel.launch.nodes import ONE_NODE, Nodes
+from megacore.parallel.launch.rounds import was_restarted
+from megacore.parallel.launch.stopping import StopRequest, exit_process, stop_requests
+from megacore.parallel.object_collectives import any_rank, broadcast_object
+from megacore.parallel.pipeline.forward_only import run_forward
+from megacore.parallel.pipeline.schedule import SCHEDULES, Pipeline, check_schedule, local_stages, stage_owners
+from megacore.parallel.pipeline.stages import Stage, balanced_stages, stages_from_counts
+from megacore.parallel.sizes import ParallelSizes
+from megacore.parallel.tensor.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    vocab_parallel_logits,
+)
+from megacore.parallel.tensor.loss import linear_cross_entropy, token_scores
+from megacore.parallel.tensor.module import (
+    ParallelModule,
+    ReplicatedModule,
+    clear_cast_cache,
+    local_tensor,
+    materialize,
+    parameter_specs,
+)
+from megacore.parallel.tensor.sharding import (
     Box,
     ParameterSpec,
     Rows,
@@ -10,34 +38,6 @@ from megacore.parallel.cuts import (
     describe_imbalance,
     join_parts,
 )
-from megacore.parallel.data_parallel import GradientBuckets, gathered, own_boxes, shard
-from megacore.parallel.failures import attribute, is_lost_connection
-from megacore.parallel.forward import run_forward
-from megacore.parallel.gradients import local_gradients, own_square_norm, scale_gradients
-from megacore.parallel.launch import is_first_process, launched_environment, on_ranks
-from megacore.parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-    vocab_parallel_logits,
-)
-from megacore.parallel.loss import linear_cross_entropy, token_scores
-from megacore.parallel.module import (
-    ParallelModule,
-    ReplicatedModule,
-    forget_casts,
-    local_part,
-    materialize,
-    parameter_specs,
-)
-from megacore.parallel.nodes import ONE_NODE, Nodes
-from megacore.parallel.pipeline import SCHEDULES, Pipeline, check_schedule, owners_of_stages, stages_on_rank
-from megacore.parallel.rounds import is_started_anew
-from megacore.parallel.sizes import ParallelSizes
-from megacore.parallel.stages import Stage, balanced_stages, stages_of
-from megacore.parallel.stopping import StopRequest, end_process, stop_requests
-from megacore.parallel.telling import holds_on_any, told_by_first
 
 __all__ = [
     "ONE_NODE",
@@ -58,39 +58,39 @@ __all__ = [
     "StopRequest",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "any_rank",
     "attribute",
     "balanced_stages",
+    "broadcast_object",
     "check_schedule",
     "check_tensor_parallel",
     "chunk_bounds",
+    "clear_cast_cache",
     "describe_imbalance",
-    "end_process",
-    "forget_casts",
-    "gathered",
-    "holds_on_any",
+    "exit_process",
+    "gather_parameter",
     "is_first_process",
     "is_lost_connection",
-    "is_started_anew",
     "join_parts",
     "launched_environment",
     "linear_cross_entropy",
+    "local_boxes",
     "local_device",
     "local_gradients",
-    "local_part",
+    "local_square_norm",
+    "local_stages",
+    "local_tensor",
     "materialize",
-    "on_ranks",
-    "own_boxes",
-    "own_square_norm",
-    "owners_of_stages",
     "parameter_specs",
     "process_group",
     "run_forward",
+    "run_on_ranks",
     "scale_gradients",
     "shard",
-    "stages_of",
-    "stages_on_rank",
+    "stage_owners",
+    "stages_from_counts",
     "stop_requests",
     "token_scores",
-    "told_by_first",
     "vocab_parallel_logits",
+    "was_restarted",
 ]

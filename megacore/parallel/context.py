@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megacore.parallel.rounds import is_started_by_torchrun, store_of_group
+from megacore.parallel.launch.rounds import is_started_by_torchrun, store_of_group
 from megacore.parallel.sizes import ParallelSizes
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from megacore.parallel.context import ParallelContext
-from megacore.parallel.cuts import Box, ParameterSpec, chunk_bounds
-from megacore.parallel.module import local_part, parameter_specs
+from megacore.parallel.tensor.module import local_tensor, parameter_specs
+from megacore.parallel.tensor.sharding import Box, ParameterSpec, chunk_bounds
 
 BUCKET_BYTES = 25 * 2**20
 """The least that a buffer of gradients has, and the most but for its last parameter."""
@@ -74,7 +74,7 @@ class GradientBuckets:
 
 class _Bucket:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        locals_ = [local_part(parameter) for parameter in parameters]
+        locals_ = [local_tensor(parameter) for parameter in parameters]
         self.num_parameters = len(parameters)
         self.num_added = 0
         self.work: dist.Work | None = None
@@ -92,13 +92,13 @@ def _in_buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
             buckets.append([])
             num_bytes = 0
         buckets[-1].append(parameter)
-        num_bytes += local_part(parameter).nbytes
+        num_bytes += local_tensor(parameter).nbytes
     return buckets
 
 
 def _as_parameter_is(flat: Tensor, parameter: nn.Parameter) -> Tensor:
     """``flat`` in the shape of ``parameter``, and a DTensor where that is one."""
-    local = flat.view(local_part(parameter).shape)
+    local = flat.view(local_tensor(parameter).shape)
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(
@@ -130,7 +130,7 @@ def shard(
     axes = ("dp_replicate", "dp_shard") if parallel.sizes.dp_replicate > 1 else ("dp_shard",)
     parameters = dict(module.named_parameters())
     dims = {
-        parameters[name]: sharded_dim(spec, tuple(local_part(parameters[name]).shape), parallel)
+        parameters[name]: sharded_dim(spec, tuple(local_tensor(parameters[name]).shape), parallel)
         for name, spec in parameter_specs(module).items()
     }
     [held_dtype] = {parameter.dtype for parameter in dims}
@@ -161,7 +161,7 @@ def sharded_dim(spec: ParameterSpec, local_shape: tuple[int, ...], parallel: Par
     return 0 if not even or 0 in even else max(even, key=lambda dim: local_shape[dim])
 
 
-def own_boxes(parameter: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> list[Box]:
+def local_boxes(parameter: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> list[Box]:
     """The boxes of the whole parameter that this process holds in its part; none where its shard is empty."""
     boxes = spec.boxes(parallel.tp_size, parallel.tp_rank)
     dim = _shard_dim(parameter, parallel)
@@ -183,12 +183,12 @@ def _shard_dim(parameter: Tensor, parallel: ParallelContext) -> int | None:
     return placement.dim
 
 
-def gathered(parameter: Tensor, parallel: ParallelContext) -> Tensor:
+def gather_parameter(parameter: Tensor, parallel: ParallelContext) -> Tensor:
     """This process's tensor-parallel part of a parameter, whole: on the first of those that share it, for it only.
 
     A collective of the processes along ``dp_shard``; the others get an empty tensor.
     """
-    local = local_part(parameter)
+    local = local_tensor(parameter)
     dim = _shard_dim(parameter, parallel)
     if dim is None:
         return local

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from megacore.parallel.context import ParallelContext
-from megacore.parallel.cuts import ParameterSpec
-from megacore.parallel.module import local_part
+from megacore.parallel.tensor.module import local_tensor
+from megacore.parallel.tensor.sharding import ParameterSpec
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This process's part of each gradient, as plain tensors that share its memory."""
-    return [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
-def own_square_norm(
+def local_square_norm(
     parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ParameterSpec], parallel: ParallelContext
 ) -> Tensor:
     """What this process adds to the square of the gradient's norm, ``[]``, in float64.

@@ -2,7 +2,7 @@
 
     DIR/run.toml          the resolved run file, every key in it; `megacore train` can be given it
     DIR/versions.json     what ran, and on what: one entry a start
-    DIR/metrics.jsonl     what was measured; see megacore.runs.metrics
+    DIR/metrics.jsonl     what was measured; see megacore.runs.metrics_file
 
 When a run goes on with other settings, the file that held until then is kept as ``run-until-ITERATION.toml``. Nothing
 of the environment is written, so no secret is.

@@ -14,7 +14,7 @@ from typing import Any
 from megacore.errors import DataError, OutputError
 from megacore.runs.chart import COLOURS, Curve, chart, told
 from megacore.runs.directory import RunDirectory, differences, write_whole
-from megacore.runs.metrics import Metrics, Series, read_metrics
+from megacore.runs.metrics_file import Metrics, Series, read_metrics
 from megacore.runs.page import MARK, page, table
 from megacore.runs.thinning import thinned
 

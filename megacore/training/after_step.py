@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from megacore.data import Split
 from megacore.errors import MegacoreError, TrainingError
 from megacore.parallel import StopRequest
-from megacore.training.checkpoints import RunCheckpoints
-from megacore.training.evaluation import Evaluation, Evaluator
+from megacore.training.checkpointing.manager import RunCheckpoints
+from megacore.training.evaluation.evaluator import Evaluation, Evaluator
 from megacore.training.exits import Exits
+from megacore.training.loggers.dispatch import RunLog
 from megacore.training.progress import Progress
-from megacore.training.run_log import RunLog
 from megacore.training.span import Spans
-from megacore.training.step import Step
 from megacore.training.step_guard import StepGuard
+from megacore.training.step_metrics import Step
 from megacore.training.stepping import who_stopped
 
 

@@ -21,12 +21,12 @@ from megacore.data import (
     check_token_ids,
     split_tokens,
 )
-from megacore.data.instruction import prefixes
+from megacore.data.datasets.instruction import prefixes
 from megacore.errors import DataError
+from megacore.training.config.run_config import RunConfig
 from megacore.training.dataset_vocabulary import require_rows
 from megacore.training.instruction_batches import collated, micro_batch_lengths, open_instruction_samples
 from megacore.training.progress import Progress
-from megacore.training.run_config import RunConfig
 from megacore.training.span import START, spans_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megacore.checkpoint import Checkpoint
 from megacore.data import DatasetDescription, InstructionDescription, load_tokenizer
-from megacore.data.tokenizer import digest_of_tokens
+from megacore.data.tokenizers.tokenizer import digest_of_tokens
 from megacore.errors import DataError
 
 Description = DatasetDescription | InstructionDescription

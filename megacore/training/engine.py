@@ -19,23 +19,23 @@ from megacore.parallel import (
     GradientBuckets,
     ParallelContext,
     Pipeline,
-    forget_casts,
+    clear_cast_cache,
     local_gradients,
-    own_square_norm,
-    owners_of_stages,
+    local_square_norm,
+    local_stages,
     parameter_specs,
     run_forward,
     scale_gradients,
     shard,
-    stages_on_rank,
+    stage_owners,
 )
 from megacore.plugins import get_family
 from megacore.training.batches import Batch
+from megacore.training.config.run_config import RunConfig
 from megacore.training.freezing import frozen_names
 from megacore.training.loss_scale import LossScale
 from megacore.training.optimizer import build_optimizer, set_rates
 from megacore.training.plan import compute_options, model_specs_of, pipeline_stages, splits_backward
-from megacore.training.run_config import RunConfig
 
 COMPUTED_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELD_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
@@ -89,7 +89,7 @@ class Engine:
         frozen = frozen_names(run.training.freeze, whole_specs) if trains else set(whole_specs)
         self.all_stages = pipeline_stages(run, config, whole_specs)
         own_stages = (
-            stages_on_rank(run.parallel.pipeline_schedule, self.all_stages, parallel)
+            local_stages(run.parallel.pipeline_schedule, self.all_stages, parallel)
             if parallel.pp_size > 1
             else self.all_stages
         )
@@ -171,7 +171,7 @@ class Engine:
     def _accumulate(self, batch: Batch, wants_stop: Callable[[], bool]) -> tuple[float, float, bool]:
         losses = self._forward_and_backward(batch)
         for model in self.stages:
-            forget_casts(model)
+            clear_cast_cache(model)
         if self._buckets is not None:
             self._buckets.finish()
         self._sum_tied_gradients()
@@ -180,7 +180,7 @@ class Engine:
             loss += micro_batch_loss.double().sum()
         if self.parallel.tp_rank > 0:
             loss.zero_()  # the first of them counts
-        square_norm = own_square_norm(self.parameters, self.specs, self.parallel)
+        square_norm = local_square_norm(self.parameters, self.specs, self.parallel)
         sums = torch.stack([loss, square_norm, loss.new_tensor(float(wants_stop()))])
         if self.parallel.mesh is not None:
             dist.all_reduce(sums)
@@ -201,7 +201,7 @@ class Engine:
             scores = self._forward(batch)
         for model in self.stages:
             model.train()
-            forget_casts(model)
+            clear_cast_cache(model)
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     # Some stay gathered until a backward pass, which does not come.
@@ -220,7 +220,7 @@ class Engine:
 
             return stage
 
-        owners = owners_of_stages(self.run.parallel.pipeline_schedule, len(self.all_stages), self.parallel.pp_size)
+        owners = stage_owners(self.run.parallel.pipeline_schedule, len(self.all_stages), self.parallel.pp_size)
         stages = {model.stage.index: through(model) for model in self.stages}
         if self.parallel.pp_size == 1:
             outputs = [stages[0](None, number) for number in range(len(micro_batches))]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from megacore.parallel import ParallelContext, holds_on_any
+from megacore.parallel import ParallelContext, any_rank
+from megacore.training.config.training import TrainingSection
 from megacore.training.progress import Progress
-from megacore.training.training_section import TrainingSection
 
 
 class Exits:
@@ -24,7 +24,7 @@ class Exits:
     def reason(self, progress: Progress) -> str | None:
         """What ends the run here; ``None`` if nothing does. For all processes, which return the same."""
         minutes, interval = self.settings.exit_duration_in_mins, self.settings.exit_interval
-        if minutes is not None and holds_on_any(time.monotonic() - self._started >= 60 * minutes, self.parallel):
+        if minutes is not None and any_rank(time.monotonic() - self._started >= 60 * minutes, self.parallel):
             return f"training.exit_duration_in_mins ({minutes:g})"
         if interval is not None and progress.iteration % interval == 0:
             return f"training.exit_interval ({interval})"

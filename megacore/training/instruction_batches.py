@@ -11,9 +11,9 @@ import torch
 
 from megacore.checkpoint import Checkpoint
 from megacore.data import InstructionDataset, InstructionDescription, InstructionSamples, Sample
-from megacore.data.instruction_samples import padded
+from megacore.data.sampling.instruction_samples import padded
+from megacore.training.config.run_config import RunConfig
 from megacore.training.dataset_vocabulary import require_rows
-from megacore.training.run_config import RunConfig
 
 _STEP = 16
 """Samples of variable length are padded to a multiple of it, as Megatron-LLM does, which kernels like."""

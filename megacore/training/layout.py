@@ -8,7 +8,7 @@ import torch
 
 from megacore.errors import LayoutError
 from megacore.parallel import ONE_NODE, Nodes, ParallelSizes, Stage, launched_environment
-from megacore.training.run_config import RunConfig
+from megacore.training.config.run_config import RunConfig
 
 
 def parallel_sizes(run: RunConfig, nodes: Nodes = ONE_NODE) -> ParallelSizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megacore.training.run_config import LossScaleSection
+from megacore.training.config.run_config import LossScaleSection
 
 
 class LossScale:

@@ -10,9 +10,9 @@ from megacore.errors import ConfigError
 from megacore.model import model_specs, read_config
 from megacore.parallel import Nodes, ParallelSizes, check_tensor_parallel, is_first_process
 from megacore.plugins import get_family
+from megacore.training.config.run_config import RunConfig
 from megacore.training.layout import describe_layout, parallel_sizes
 from megacore.training.plan import check_run, pipeline_stages
-from megacore.training.run_config import RunConfig
 from megacore.training.start import open_start
 from megacore.training.starting_point import offering_the_one_before
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megacore.parallel import ParameterSpec, local_part
-from megacore.training.run_config import OptimizerSection
+from megacore.parallel import ParameterSpec, local_tensor
+from megacore.training.config.run_config import OptimizerSection
 
 
 class Optimizer(Protocol):
@@ -71,7 +71,7 @@ class ApexAdamW:
         from apex.optimizers import FusedAdam
 
         parameters = [parameter for group in groups for parameter in group["params"]]
-        self._parts = {parameter: nn.Parameter(local_part(parameter)) for parameter in parameters}
+        self._parts = {parameter: nn.Parameter(local_tensor(parameter)) for parameter in parameters}
         of_parts = [{**group, "params": [self._parts[parameter] for parameter in group["params"]]} for group in groups]
         self._fused = FusedAdam(of_parts, adam_w_mode=True, **constants)
         self.param_groups: list[dict[str, Any]] = self._fused.param_groups
@@ -80,8 +80,8 @@ class ApexAdamW:
         """Change the parameters as their gradients say."""
         for parameter, part in self._parts.items():
             # Sharded parameters may have moved.
-            part.data = local_part(parameter)
-            part.grad = None if parameter.grad is None else local_part(parameter.grad)
+            part.data = local_tensor(parameter)
+            part.grad = None if parameter.grad is None else local_tensor(parameter.grad)
         self._fused.step()
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class ApexAdamW:
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_of` was."""
-        kept = {kind: local_part(value) for kind, value in state.items()}
+        kept = {kind: local_tensor(value) for kind, value in state.items()}
         for group in self.param_groups:  # apex counts the steps of a group
             if self._is_in(group, parameter):
                 group["step"] = int(kept.pop("step"))

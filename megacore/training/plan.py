@@ -20,12 +20,12 @@ from megacore.parallel import (
     balanced_stages,
     check_schedule,
     local_device,
-    stages_of,
+    stages_from_counts,
 )
 from megacore.plugins import get_family
+from megacore.training.config.run_config import RunConfig
+from megacore.training.evaluation.metrics import metrics_of
 from megacore.training.freezing import frozen_names
-from megacore.training.metrics import metrics_of
-from megacore.training.run_config import RunConfig
 
 
 def model_specs_of(checkpoint: Checkpoint) -> dict[str, ParameterSpec]:
@@ -47,7 +47,7 @@ def pipeline_stages(run: RunConfig, config: ModelConfig, specs: dict[str, Parame
                 f"parallel.layers_per_stage {list(counts)} must be whole numbers above 0 that add up to the model's "
                 f"{config.num_layers} layers"
             )
-        return stages_of(counts)
+        return stages_from_counts(counts)
     layer = sum(math.prod(spec.shape) for name, spec in specs.items() if name.startswith("decoder.layers.0."))
     head = config.vocab_size * config.hidden_size / layer
     # An embedding takes as much memory as the head, but hardly any time.
@@ -128,7 +128,7 @@ def compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> Comput
         compute_dtype=compute_dtype,
         # Layers that are recomputed have one cast at a time, shards are gathered as they are cast, and compiled code
         # casts as it likes.
-        keeps_casts=run.recompute.granularity != "full"
+        caches_casts=run.recompute.granularity != "full"
         and run.parallel.data_parallel == "replicated"
         and not run.kernels.compile,
         recompute=run.recompute.granularity,

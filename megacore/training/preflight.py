@@ -15,12 +15,12 @@ from megacore.model.kernels import describe_kernels
 from megacore.parallel import describe_imbalance
 from megacore.training.agreement import digest_of_dataset
 from megacore.training.batches import open_samples
+from megacore.training.checkpointing.final_model import is_result_of, kept_as
+from megacore.training.config.run_config import RunConfig
 from megacore.training.dataset_vocabulary import check_vocabulary
-from megacore.training.evaluation import num_samples_of
+from megacore.training.evaluation.evaluator import num_samples_of
 from megacore.training.instruction_batches import instruction_notes
 from megacore.training.progress import Progress
-from megacore.training.run_config import RunConfig
-from megacore.training.saving import is_result_of, kept_as
 from megacore.training.span import spans_of
 from megacore.training.starting_point import StartingPoint, changes
 

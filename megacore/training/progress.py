@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megacore.checkpoint.training_record import TrainingRecord
-from megacore.training.optimizer_section import OptimizerSection
+from megacore.training.config.optimizer import OptimizerSection
 
 
 @dataclass(kw_only=True)

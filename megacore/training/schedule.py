@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megacore.training.run_config import OptimizerSection
+from megacore.training.config.run_config import OptimizerSection
 from megacore.training.span import Spans
 
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from megacore.errors import ConfigError
+from megacore.training.config.run_config import RunConfig
 from megacore.training.progress import Progress
-from megacore.training.run_config import RunConfig
 
 START = Progress()
 

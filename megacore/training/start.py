@@ -10,7 +10,7 @@ from megacore.config import LinearScaling, ModelConfig
 from megacore.errors import ConfigError
 from megacore.model import read_config
 from megacore.plugins import get_family
-from megacore.training.run_config import ModelSection, RunConfig
+from megacore.training.config.run_config import ModelSection, RunConfig
 
 
 def open_start(run: RunConfig, path: Path | None = None) -> Checkpoint:

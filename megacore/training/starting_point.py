@@ -13,9 +13,9 @@ from typing import Any, Literal
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.training_record import TrainingRecord
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from megacore.parallel import is_started_anew
-from megacore.training.checkpoint_directory import CheckpointDirectory
-from megacore.training.run_config import RunConfig
+from megacore.parallel import was_restarted
+from megacore.training.checkpointing.directory import CheckpointDirectory
+from megacore.training.config.run_config import RunConfig
 
 Resume = bool | Literal["auto"]
 """Whether to go on from the newest checkpoint of the run; ``"auto"``: if there is one."""
@@ -56,7 +56,7 @@ class StartingPoint:
                 "one of them"
             )
         # Asked first: until all have answered, a process that torchrun is ending may still complete a checkpoint.
-        is_anew = is_started_anew(timedelta(seconds=run.parallel.timeout))
+        is_anew = was_restarted(timedelta(seconds=run.parallel.timeout))
         own = CheckpointDirectory.of_run(run)
         newest = own.newest()
         if is_anew or resume == "auto":

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from megacore.training.checkpoint_config import FaultsSection
+from megacore.training.config.checkpoints import FaultsSection
 from megacore.training.engine import StepResult
 
 

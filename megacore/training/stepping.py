@@ -9,14 +9,14 @@ from megacore.checkpoint import Checkpoint
 from megacore.parallel import StopRequest
 from megacore.training.batches import Batch
 from megacore.training.engine import Engine
+from megacore.training.flops import ModelFlops, work_of_step
 from megacore.training.plan import model_specs_of
 from megacore.training.prefetch import prefetched
 from megacore.training.progress import Progress
 from megacore.training.schedule import learning_rate, weight_decay
 from megacore.training.span import Spans
-from megacore.training.step import Step
 from megacore.training.step_guard import StepGuard
-from megacore.training.work import ModelFlops, work_of_step
+from megacore.training.step_metrics import Step
 
 
 def take_steps(

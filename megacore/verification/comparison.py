@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from megacore.checkpoint import Checkpoint
 from megacore.errors import CheckpointError, VerificationError
 from megacore.model import load_model
-from megacore.parallel import ParallelContext, ParallelSizes, check_tensor_parallel, on_ranks
+from megacore.parallel import ParallelContext, ParallelSizes, check_tensor_parallel, run_on_ranks
 from megacore.plugins import get_family
 
 
@@ -153,7 +153,7 @@ def verify(
     get_family(opened.manifest.family)  # a missing plugin is better reported before processes are started
     tp = tp or opened.manifest.layout.tp
     check_tensor_parallel(opened.manifest.specs, tp)
-    iterations = on_ranks(
+    iterations = run_on_ranks(
         _compare_on_rank, opened.path, reference, samples, dtype, on_iteration, sizes=ParallelSizes(tp=tp)
     )
     name = str(dtype).removeprefix("torch.")

@@ -52,7 +52,7 @@ def weight_map(config: FalconConfig, source: str) -> WeightMap:
 @hookimpl
 def qkv_permutation(config: FalconConfig, source: str) -> Sequence[int]:
     if source == "megatron-llm":
-        from megacore.weights.megatron_llm_map import interleaved_qkv_rows
+        from megacore.weights.formats.megatron_llm.weight_map import interleaved_qkv_rows
 
         return interleaved_qkv_rows(config)
     _require_hf(source)

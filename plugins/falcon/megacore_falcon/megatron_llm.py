@@ -7,7 +7,12 @@ from typing import Any
 
 from megacore.errors import ConfigError
 from megacore.weights import Copy, Rule, WeightMap
-from megacore.weights.megatron_llm_map import require, rules_of_every_decoder, sizes_from_args, sizes_to_args
+from megacore.weights.formats.megatron_llm.weight_map import (
+    require,
+    rules_of_every_decoder,
+    sizes_from_args,
+    sizes_to_args,
+)
 from megacore_falcon.config import FalconConfig
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from megacore.errors import ConfigError, CorruptCheckpointError, LayoutError
 from megacore.weights import convert, export
-from megacore.weights.rotary_update import permute_qkv
+from megacore.weights.formats.megatron_llm.rotary_update import permute_qkv
 from megatron_llm_files import (
     Model,
     assert_same_tensors,

@@ -17,7 +17,7 @@ OWN_ROTARY_METHODS = {"llama3": FrequencyBandScaling}
 def config_from_source(published: Mapping[str, Any], source: str) -> ModelConfig:
     """Read a parsed ``config.json`` or ``params.json``. Raises :class:`ConfigError` for what is not implemented."""
     from megacore.weights import ROTARY_METHODS, config_from_meta, standard_config_from_hf
-    from megacore.weights.megatron_llm_map import gated_config_from_args
+    from megacore.weights.formats.megatron_llm.weight_map import gated_config_from_args
 
     if source == "megatron-llm":
         return gated_config_from_args(published, family="llama")
@@ -29,7 +29,7 @@ def config_from_source(published: Mapping[str, Any], source: str) -> ModelConfig
 def config_to_source(config: ModelConfig, source: str) -> dict[str, Any]:
     """The configuration file of ``config``, the inverse of :func:`config_from_source`."""
     from megacore.weights import ROTARY_METHODS, config_to_meta, standard_config_to_hf
-    from megacore.weights.megatron_llm_map import gated_config_to_args
+    from megacore.weights.formats.megatron_llm.weight_map import gated_config_to_args
 
     if source == "megatron-llm":
         return gated_config_to_args(config)

@@ -18,7 +18,7 @@ CONTEXT_LENGTHS = {"llama2": 4096, "codellama": 16384}
 def config_from_source(published: Mapping[str, Any], source: str, *, family: str) -> ModelConfig:
     """Read a parsed ``config.json`` or ``params.json``. Raises :class:`ConfigError` for what is not implemented."""
     from megacore.weights import config_from_meta, standard_config_from_hf
-    from megacore.weights.megatron_llm_map import gated_config_from_args
+    from megacore.weights.formats.megatron_llm.weight_map import gated_config_from_args
 
     if source == "megatron-llm":
         return gated_config_from_args(published, family=family)
@@ -30,7 +30,7 @@ def config_from_source(published: Mapping[str, Any], source: str, *, family: str
 def config_to_source(config: ModelConfig, source: str) -> dict[str, Any]:
     """The configuration file of ``config``, the inverse of :func:`config_from_source`."""
     from megacore.weights import config_to_meta, standard_config_to_hf
-    from megacore.weights.megatron_llm_map import gated_config_to_args
+    from megacore.weights.formats.megatron_llm.weight_map import gated_config_to_args
 
     if source == "megatron-llm":
         return gated_config_to_args(config)

@@ -11,7 +11,7 @@ from functools import partial
 
 from megacore import ModelConfig
 from megacore.weights import WeightMap, grouped_qkv_rows, meta_map, standard_hf_map
-from megacore.weights.megatron_llm_map import gated_weight_map, interleaved_qkv_rows
+from megacore.weights.formats.megatron_llm.weight_map import gated_weight_map, interleaved_qkv_rows
 
 WEIGHT_MAPS: dict[str, Callable[[ModelConfig], WeightMap]] = {
     "hf": standard_hf_map,

@@ -16,7 +16,8 @@ from megacore.checkpoint.torch_file import (
     write_torch_file,
 )
 from megacore.errors import LayoutError
-from megacore.weights.formats.megatron_llm.layout import (
+from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
+from megacore.weights.formats.megatron_llm.sharding import (
     EMBEDDING,
     HEAD,
     INTERLEAVED,
@@ -27,7 +28,6 @@ from megacore.weights.formats.megatron_llm.layout import (
     WEIGHTS,
     cut_of,
 )
-from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
 from megacore.weights.formats.published import CheckpointFormat, Publication
 
 _DIVISIBLE_BY = 128

@@ -1,0 +1,1 @@
+"""Datasets on disk: the indexed and the instruction dataset, their description, merging and splits."""

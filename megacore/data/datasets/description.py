@@ -1,0 +1,88 @@
+"""``PREFIX.json``: what a dataset says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+from megacore.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What is known of data, in a JSON file beside it that says its format and version first."""
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    NUMBERS: ClassVar[tuple[str, ...]]
+    """Which fields must be whole numbers."""
+
+    def to_json(self) -> str:
+        content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> Self | None:
+        """The description of what is at ``prefix``; None where it has none, as datasets of other programs do.
+
+        Raises:
+            DataError: the file is damaged, or of a newer version.
+        """
+        path = Path(f"{prefix}.json")
+        # A file of this name may also be another program's, and of any size: only ours says so at its start.
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            if f'"{cls.FORMAT}"'.encode() not in file.read(100):
+                return None
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path}: is damaged: {error}") from error
+        if content.get("version") != cls.VERSION:
+            raise DataError(
+                f"{path}: version {content.get('version')} of the description; this megacore reads {cls.VERSION}"
+            )
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        required = {
+            name
+            for name, entry in fields.items()
+            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - content.keys()):
+            raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
+        if not all(isinstance(content[key], int) for key in cls.NUMBERS):
+            raise DataError(f"{path}: is damaged: its numbers are none")
+        return cls(**{name: content[name] for name in fields.keys() & content.keys()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription(Description):
+    """``PREFIX.json``: which tokenizer made a dataset, so that it is not used with a model of another vocabulary."""
+
+    FORMAT = "megacore-dataset"
+    VERSION = 1
+    NUMBERS = ("vocab_size", "num_documents", "num_tokens")
+
+    tokenizer_file: str
+    """Its name, without directories."""
+    tokenizer_sha256: str
+    vocab_size: int
+    """Larger than every id that the tokenizer can give."""
+    eod_id: int | None
+    append_eod: bool
+    """Whether every document ends with ``eod_id``."""
+    num_documents: int
+    num_tokens: int
+    megacore_version: str
+    prepend_bos: bool = False
+    """Whether every document begins with the tokenizer's begin token."""
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: str | None = None
+    """Where the tokenizer with these tokens is, beside the dataset."""
+    known_tokens_sha256: str | None = None
+    """Of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""

@@ -1,0 +1,1 @@
+"""Text and conversations to datasets: readers, records, the encoder and its worker pool."""

@@ -1,0 +1,321 @@
+"""``tokenize``: text files to an indexed dataset, with a description of what was tokenized how."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from megacore.data.datasets.description import DatasetDescription
+from megacore.data.datasets.indexed import IndexedDatasetWriter, token_dtype
+from megacore.data.preprocess.encoder import NUM_PROBLEMS_NAMED, EncodedDocuments, EncodedPiece, Job
+from megacore.data.preprocess.readers import Piece, expand, pieces, total_size
+from megacore.data.preprocess.records import Problem
+from megacore.data.preprocess.worker_pool import Encoders
+from megacore.data.staged_files import StagedFiles, require_name
+from megacore.data.tokenizers.added_tokens import NewTokens
+from megacore.data.tokenizers.tokenizer import Tokenizer, directory_beside, is_saved, load_tokenizer, save_tokenizer
+from megacore.errors import DataError
+
+_WORTH_A_PROCESS = 4 << 20
+"""Bytes of input that a process must have for its start to pay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeSummary:
+    """What :func:`tokenize` wrote."""
+
+    prefix: Path
+    num_documents: int
+    num_tokens: int
+    """End-of-document tokens included."""
+    num_text_bytes: int
+    """The UTF-8 bytes of the documents' text, without what JSON adds."""
+    num_empty_documents: int
+    """Documents without a token, which were skipped."""
+    num_erroneous_documents: int
+    """Malformed records, which were skipped."""
+    first_errors: tuple[str, ...]
+    """What was wrong with the first few of them, and where."""
+    prefixes: tuple[Path, ...]
+    """The datasets: ``prefix``, or of several keys ``prefix_KEY`` each; the numbers are of all together."""
+    new_tokens: dict[str, int]
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: Path | None
+    """Where the tokenizer with these tokens is; None where none was added."""
+    engine: str
+    """What has encoded."""
+    seconds: float
+
+
+def tokenize(
+    inputs: str | Path | Iterable[str | Path],
+    *,
+    tokenizer: str | Path,
+    out: str | Path,
+    json_key: str | Sequence[str] = "text",
+    append_eod: bool = False,
+    prepend_bos: bool = False,
+    new_tokens: bool = True,
+    vocab_extra_ids: int = 0,
+    vocab_extra_ids_list: Sequence[str] = (),
+    on_error: Literal["stop", "skip"] = "stop",
+    workers: int | None = None,
+    report: Callable[[str], None] = lambda note: None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+    advance_documents: Callable[[int], None] = lambda num_documents: None,
+) -> TokenizeSummary:
+    """Tokenize text files into the dataset ``out`` (``out.bin``, ``out.idx``) and its description (``out.json``).
+
+    A ``.jsonl`` or ``.json`` file holds one JSON object a line, each a document with its text under ``json_key``, and
+    blank lines are passed over; a ``.parquet`` file has the texts in the column of that name. Any other file is plain
+    text and one document as a whole, held in memory while it is encoded. Files of lines or text may be compressed
+    (``.gz``, ``.zst``). Text is UTF-8; a byte order mark is dropped, line ends are kept as they are. Documents keep
+    their order; those without a token are skipped and counted, with no other token either.
+
+    The ids are those of the library that defines the tokenizer. A faster one does the work where it is installed and
+    takes the file, compared on passages of every mebibyte; where they differ all is done again without it.
+
+    Args:
+        inputs: files, or patterns such as ``data/*.jsonl``.
+        tokenizer: a tokenizer's file or directory, see :func:`~megacore.data.load_tokenizer`, which also says what
+            becomes of text that spells a special token.
+        json_key: where a record has its text. Of several keys each makes a dataset of its own, ``out_KEY``.
+        append_eod: end every document with the tokenizer's end-of-document token.
+        prepend_bos: begin every document with the tokenizer's begin token.
+        new_tokens: add ``<CLS> <SEP> <EOD> <MASK> <PAD>`` to the vocabulary, ``<PAD>`` where it has no padding token.
+        vocab_extra_ids: add so many tokens ``<extra_id_0>``…, even where ``new_tokens`` is false.
+        vocab_extra_ids_list: add these tokens, even where ``new_tokens`` is false. Where any token is new, the
+            tokenizer that knows it is written to ``out-tokenizer/``.
+        on_error: whether a malformed record ends the work or is skipped and counted.
+        workers: processes; by default as many as there are cores, and none but this one for a small input. They import
+            the script that was started, which must call this under ``if __name__ == "__main__":``.
+        report: is told what a person should know, a sentence at a time.
+        advance: is told of every few input bytes done; of a negative number when work is done again.
+        advance_documents: is told of every few documents done, in the same way.
+
+    Raises:
+        DataError: an input or the tokenizer is missing, cannot be read or is malformed (the message has file and line),
+            or holds no text.
+        OutputError: an output file exists, is being written by another process or cannot be written. After any error
+            nothing is left of the dataset.
+        WorkerError: a process died.
+    """
+    started = time.monotonic()
+    require_name(Path(out))
+    paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
+    keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
+    if not keys or len(set(keys)) < len(keys):
+        raise DataError(f"the JSON keys must be different ones, at least one: {', '.join(keys) or 'none is given'}")
+    if len(keys) > 1 and (unnameable := [key for key in keys if "/" in key]):
+        raise DataError(
+            f"the JSON key {unnameable[0]!r} cannot be a part of the name of its dataset: tokenize it alone, without "
+            "other keys"
+        )
+    added = NewTokens(standard=new_tokens, num_extra_ids=vocab_extra_ids, named=tuple(vocab_extra_ids_list))
+    job = Job(
+        tokenizer=Path(tokenizer),
+        new_tokens=added,
+        use_fast=True,
+        json_keys=keys,
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
+        skip_erroneous=on_error == "skip",
+    )
+    workers = workers or _default_workers(paths)
+    with Encoders(job, num_workers=workers, report=report) as encoders:
+        vocabulary = load_tokenizer(tokenizer, added)  # as the processes do at the same time
+        _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
+        run = _Run(
+            job=job,
+            paths=paths,
+            vocabulary=vocabulary,
+            out=Path(out),
+            advance=advance,
+            advance_documents=advance_documents,
+        )
+        try:
+            counts = run.write(encoders)
+        except EnginesDisagreeError as found:
+            report(f"{found}; all is tokenized again with {vocabulary.library} alone")
+            advance(-found.num_bytes_done)
+            advance_documents(-found.num_documents_done)
+            counts = None
+    if counts is None:
+        with Encoders(dataclasses.replace(job, use_fast=False), num_workers=workers) as encoders:
+            counts = run.write(encoders)
+    return TokenizeSummary(
+        prefix=Path(out),
+        prefixes=tuple(run.prefixes),
+        tokenizer_directory=run.tokenizer_directory if vocabulary.new_tokens else None,
+        new_tokens=vocabulary.new_tokens,
+        seconds=time.monotonic() - started,
+        **counts,
+    )
+
+
+class EnginesDisagreeError(DataError):
+    """The fast engine and the defining one give a document different ids: what was encoded cannot be trusted."""
+
+    def __init__(self, message: str, *, num_bytes_done: int, num_documents_done: int) -> None:
+        super().__init__(message)
+        self.num_bytes_done = num_bytes_done
+        self.num_documents_done = num_documents_done
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One passage over the input, from the first piece to datasets that are whole."""
+
+    job: Job
+    paths: list[Path]
+    vocabulary: Tokenizer
+    out: Path
+    advance: Callable[[int], None]
+    advance_documents: Callable[[int], None]
+
+    @property
+    def prefixes(self) -> list[Path]:
+        keys = self.job.json_keys
+        return [self.out] if len(keys) == 1 else [self.out.with_name(f"{self.out.name}_{key}") for key in keys]
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return directory_beside(self.out)
+
+    def write(self, encoders: Encoders) -> dict[str, Any]:
+        """Write the datasets; return what is to be counted, by the names of the summary."""
+        if self.vocabulary.new_tokens:
+            is_saved(self.vocabulary, self.tokenizer_directory)  # refused now, not after the work
+        total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
+        with StagedFiles(self.out) as files, ExitStack() as stack:
+            dtype = token_dtype(self.vocabulary.vocab_size)
+            writers = [
+                stack.enter_context(IndexedDatasetWriter(prefix, dtype, files=files)) for prefix in self.prefixes
+            ]
+            for encoded in self._checked(encoders.encode(self._pieces()), total):
+                for writer, counts, documents in zip(writers, total.by_key, encoded.by_key, strict=True):
+                    for ids, lengths in zip(documents.ids, documents.lengths, strict=True):
+                        writer.add_documents(ids, lengths)
+                    counts.add(documents)
+            self._require_text(total)
+            for writer, counts in zip(writers, total.by_key, strict=True):
+                writer.describe(self._description(counts).to_json())
+            if self.vocabulary.new_tokens:
+                save_tokenizer(self.vocabulary, self.tokenizer_directory, files)
+        return total.summed()
+
+    def _require_text(self, total: _Counts) -> None:
+        counts = zip(self.job.json_keys, total.by_key, strict=True)
+        if empty := [repr(key) for key, of_key in counts if of_key.num_documents == 0]:
+            files = ", ".join(map(str, self.paths)) or "no input file"
+            where = f" under {' or '.join(empty)}" if len(self.job.json_keys) > 1 else ""
+            raise DataError(f"{files}: no text to tokenize{where}")
+
+    def _pieces(self) -> Iterator[Piece]:
+        for path in self.paths:
+            yield from pieces(path, self.job.json_keys)
+
+    def _checked(self, work: Iterator[tuple[Piece, EncodedPiece]], total: _Counts) -> Iterator[EncodedPiece]:
+        """The encoded pieces, once it is sure that they may be written."""
+        file: Path | None = None
+        begins = num_bytes = num_documents = 0
+        for piece, encoded in work:
+            if piece.path != file or piece.is_first:
+                file, begins = piece.path, 0
+            if encoded.problems and not self.job.skip_erroneous:
+                raise DataError(_told(piece, begins, encoded.problems[0]))
+            if encoded.disagreement is not None:
+                raise EnginesDisagreeError(
+                    f"{piece.where(begins + encoded.disagreement)}: "
+                    f"the engine is {encoded.engine}, and they give this document different ids",
+                    num_bytes_done=num_bytes,
+                    num_documents_done=num_documents,
+                )
+            total.engine = encoded.engine
+            total.num_erroneous += encoded.num_problems
+            room = NUM_PROBLEMS_NAMED - len(total.first_errors)
+            total.first_errors += [_told(piece, begins, problem) for problem in encoded.problems[:room]]
+            begins += encoded.num_positions
+            yield encoded
+            num_bytes += piece.num_input_bytes
+            done = sum(len(lengths) for lengths in encoded.by_key[0].lengths)
+            num_documents += done
+            self.advance(piece.num_input_bytes)
+            self.advance_documents(done)
+
+    def _description(self, counts: _CountsOfKey) -> DatasetDescription:
+        return DatasetDescription(
+            tokenizer_file=self.vocabulary.file.name,
+            tokenizer_sha256=self.vocabulary.sha256,
+            vocab_size=self.vocabulary.vocab_size,
+            eod_id=self.vocabulary.eod_id,
+            append_eod=self.job.append_eod,
+            num_documents=counts.num_documents,
+            num_tokens=counts.num_tokens,
+            megacore_version=version("megacore"),
+            prepend_bos=self.job.prepend_bos,
+            new_tokens=self.vocabulary.new_tokens,
+            known_tokens_sha256=self.vocabulary.known_tokens_sha256(),
+            tokenizer_directory=self.tokenizer_directory.name if self.vocabulary.new_tokens else None,
+        )
+
+
+@dataclass
+class _CountsOfKey:
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_text_bytes: int = 0
+    num_empty_documents: int = 0
+
+    def add(self, documents: EncodedDocuments) -> None:
+        self.num_documents += sum(len(lengths) for lengths in documents.lengths)
+        self.num_tokens += sum(len(ids) for ids in documents.ids)
+        self.num_text_bytes += documents.num_text_bytes
+        self.num_empty_documents += documents.num_empty
+
+
+@dataclass
+class _Counts:
+    by_key: list[_CountsOfKey]
+    engine: str = ""
+    num_erroneous: int = 0
+    first_errors: list[str] = field(default_factory=list)
+
+    def summed(self) -> dict[str, Any]:
+        names = [of.name for of in dataclasses.fields(_CountsOfKey)]
+        return {
+            **{name: sum(getattr(counts, name) for counts in self.by_key) for name in names},
+            "num_erroneous_documents": self.num_erroneous,
+            "first_errors": tuple(self.first_errors),
+            "engine": self.engine,
+        }
+
+
+def _told(piece: Piece, begins: int, problem: Problem) -> str:
+    return f"{piece.where(begins + problem.position)}: {problem.message}"
+
+
+def _require_framing(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
+    """Raises :class:`DataError` when the tokenizer lacks a token that is to be at an end of every document."""
+    lacking = []
+    if append_eod and vocabulary.eod_id is None:
+        lacking.append(("end-of-document token is not known, so none can be appended", "eos_token", "--append-eod"))
+    if prepend_bos and vocabulary.bos_id is None:
+        lacking.append(("begin token is not known, so none can be prepended", "bos_token", "--prepend-bos"))
+    for what, name, option in lacking:
+        raise DataError(
+            f"{vocabulary.file}: its {what}: name it as {name} in a tokenizer_config.json beside a tokenizer.json, or "
+            f"leave out {option}"
+        )
+
+
+def _default_workers(paths: Iterable[Path]) -> int:
+    """As many processes as there are cores, but none for so little that it would be done before they have started."""
+    return max(1, min(len(os.sched_getaffinity(0)), total_size(paths) // _WORTH_A_PROCESS))

@@ -1,0 +1,1 @@
+"""Training samples: windows of text, conversations, packing and mixtures."""

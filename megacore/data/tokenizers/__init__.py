@@ -1,0 +1,1 @@
+"""Tokenizers: the defining libraries, added tokens, fast engines and chat templates."""

@@ -1,0 +1,272 @@
+"""Saving a trained model as a native checkpoint: every rank writes its own part, the first one makes it visible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
+from megacore.checkpoint.manifest import ParameterEntry, WeightFile, read_manifest, write_manifest
+from megacore.checkpoint.matrix import StoredMatrix, count
+from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
+from megacore.checkpoint.staging import reported_as_output_error, require_absent, require_space, staged_directory
+from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
+from megacore.errors import CheckpointError, MegacoreError, OutputError
+from megacore.model import DecoderModel
+from megacore.parallel import ParallelContext, ParameterSpec, Stage, broadcast_object, gather_parameter, parameter_specs
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class ReservedOutput:
+    """An output that is created and locked before training begins, so that a run does not end without a place for it.
+
+    Attributes:
+        out: its final name.
+        staging: the directory to write into, the same for all ranks.
+        tokenizer: the digests of the tokenizer's files, which are there already; on rank 0.
+    """
+
+    out: Path
+    staging: Path
+    tokenizer: Mapping[str, str]
+
+
+@contextmanager
+def reserve_output(
+    out: Path, parallel: ParallelContext, *, started_from: Checkpoint, num_bytes: int
+) -> Iterator[ReservedOutput]:
+    """Create the output of a run, which becomes visible when the block ends without an exception. For all ranks.
+
+    Raises:
+        OutputError: when ``out`` exists, is being written, or cannot be created.
+        DiskFullError: when ``num_bytes`` do not fit.
+    """
+    if parallel.rank > 0:
+        with reported_as_output_error(out):
+            staging = Path(broadcast_object("", parallel))
+            if not staging.is_dir():
+                raise OutputError(
+                    f"rank {parallel.rank} does not see {staging}, which rank 0 has created: the output must lie on a "
+                    "file system that all nodes share"
+                )
+            yield ReservedOutput(out, staging, {})
+        _wait_for_all(parallel)  # no rank goes on before the output is visible
+        return
+    with staged_directory(out) as staging:
+        require_space(staging, num_bytes, out)
+        tokenizer = copy_tokenizer(started_from.tokenizer_files(), staging)
+        yield ReservedOutput(out, Path(broadcast_object(str(staging), parallel)), tokenizer)
+    _wait_for_all(parallel)
+
+
+def is_result_of(out: Path, checkpoint: Checkpoint) -> bool:
+    """Whether ``out`` is what the run that saved the training checkpoint has made at its end."""
+    training = checkpoint.manifest.training
+    try:
+        history = read_manifest(out).history
+    except CheckpointError:
+        return False
+    return training is not None and bool(history) and history[-1].get("run_id") == training.run_id
+
+
+def keep_earlier_result(out: Path, checkpoint: Checkpoint) -> None:
+    """Rename ``out`` where :func:`is_result_of` holds, to make room for what more iterations make.
+
+    Raises:
+        OutputError: when there is something of that name.
+    """
+    if is_result_of(out, checkpoint):
+        kept = kept_as(out)
+        require_absent(kept)
+        out.rename(kept)
+
+
+def kept_as(out: Path) -> Path:
+    """The name that the result ``out`` is given when its run goes on."""
+    return out.with_name(f"{out.name}-iteration-{read_manifest(out).history[-1]['iterations']:07d}")
+
+
+def save_stages(
+    output: ReservedOutput,
+    models: list[DecoderModel],
+    stages: list[Stage],
+    parallel: ParallelContext,
+    *,
+    started_from: Checkpoint,
+    details: dict[str, Any],
+) -> None:
+    """Write a model into ``output``, cut as it is held. Called on every rank.
+
+    Args:
+        output: where to.
+        models: the stages of this process.
+        stages: of all processes.
+        parallel: the place of this process.
+        started_from: whose origin the result has.
+        details: for the history.
+
+    Raises:
+        MegacoreError: on every rank, what the first one raised that could not write its part. What was begun is
+            removed, so that there is room for something else.
+    """
+    written: dict[str, WeightFile] = {}
+    entries: dict[str, ParameterEntry] = {}
+    failures: dict[str, MegacoreError] = {}
+    for model in models:
+        specs = parameter_specs(model)
+        parameters = model.own_parameters()
+        entries |= {name: ParameterEntry(specs[name], DTYPE_NAMES[p.dtype]) for name, p in parameters.items()}
+        try:
+            written |= _write_stage(output, model, parallel)
+        except MegacoreError as error:
+            failures.setdefault(f"rank {parallel.rank}", error)
+    all_written, all_entries = _gather(written, parallel), _gather(entries, parallel)
+    failures = _gather(failures, parallel)
+    if not failures and parallel.rank == 0:
+        try:
+            with _reported(output.out):
+                _complete(
+                    output, all_written, all_entries, stages, parallel, started_from=started_from, details=details
+                )
+        except MegacoreError as error:
+            failures["rank 0"] = error
+    failures = broadcast_object(failures, parallel)
+    if failures:
+        if parallel.rank == 0:
+            _remove_what_was_begun(output)
+        raise next(iter(failures.values()))
+
+
+def _write_stage(output: ReservedOutput, model: DecoderModel, parallel: ParallelContext) -> dict[str, WeightFile]:
+    """Write what this rank stores of its stage ``model``.
+
+    Raises:
+        MegacoreError: when it cannot be written. The ranks that share the parameters notice nothing of that.
+    """
+    if parallel.dp_replicate_rank > 0:
+        return {}
+    specs, parameters = parameter_specs(model), model.own_parameters()
+    stored = {name: p for name, p in parameters.items() if specs[name].is_stored_by(parallel.tp_rank)}
+    not_gathered = dict(stored)
+
+    def gather(name: str) -> Tensor:
+        return gather_parameter(not_gathered.pop(name), parallel)
+
+    def gather_the_rest() -> None:
+        for name in list(not_gathered):
+            gather(name)
+
+    if parallel.dp_shard_rank > 0:  # the first of the shard gathers its parts, one parameter after the other
+        gather_the_rest()
+        return {}
+    tensors = _output_tensors(stored, specs, parallel, gather)
+    try:
+        with _reported(output.out):
+            return write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
+    except MegacoreError:
+        gather_the_rest()
+        raise
+
+
+def _complete(
+    output: ReservedOutput,
+    written: dict[str, WeightFile],
+    entries: dict[str, ParameterEntry],
+    stages: list[Stage],
+    parallel: ParallelContext,
+    *,
+    started_from: Checkpoint,
+    details: dict[str, Any],
+) -> None:
+    """Write the manifest, on rank 0."""
+    source = started_from.manifest
+    manifest = Manifest(
+        family=source.family,
+        config=source.config,
+        layout=Layout(tp=parallel.tp_size, stages=tuple((stage.start, stage.stop) for stage in stages)),
+        parameters={name: entries[name] for name in source.parameters},
+        files=dict(sorted(written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
+        tokenizer=dict(output.tokenizer),
+        origin=source.origin,
+        history=train_history(started_from, details),
+    )
+    write_manifest(output.staging, manifest)
+
+
+@contextmanager
+def _reported(out: Path) -> Iterator[None]:
+    """Turn all that the system says against writing ``out`` into errors of ours, which other ranks can be told."""
+    try:
+        with reported_as_output_error(out):
+            yield
+    except OSError as error:
+        raise OutputError(f"{out} could not be written: {error}") from error
+
+
+def _remove_what_was_begun(output: ReservedOutput) -> None:
+    """Make room again; the tokenizer stays, which training checkpoints have too."""
+    for path in output.staging.iterdir():
+        if path.is_file():
+            path.unlink()
+
+
+def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The history of what is trained from ``started_from``: one entry a run, however often it was resumed.
+
+    Its source is what the run began with.
+    """
+    history = started_from.manifest.history
+    own = next((entry for entry in history if entry.get("run_id") == details["run_id"]), None)
+    source = str(started_from.path) if own is None else own["source"]
+    return (*(entry for entry in history if entry is not own), history_entry("train", source=source, **details))
+
+
+def _output_tensors(
+    parameters: Mapping[str, Tensor],
+    specs: Mapping[str, ParameterSpec],
+    parallel: ParallelContext,
+    gather: Callable[[str], Tensor],
+) -> list[OutputTensor]:
+    """What the file of this tensor-parallel rank holds of each parameter, gathered when it is first read.
+
+    They must be read in their order; one at a time is in memory.
+    """
+
+    @lru_cache(maxsize=1)
+    def stored(name: str) -> Tensor:
+        whole = gather(name)
+        for dim, size in enumerate(specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)):
+            whole = whole.narrow(dim, 0, size)  # replicas are the last entries
+        return whole.contiguous()
+
+    tensors = []
+    for name, parameter in parameters.items():
+        rows, columns = specs[name].stored_block(parallel.tp_size, parallel.tp_rank)
+        width = columns.stop - columns.start
+        matrix = StoredMatrix(count(rows), width, parameter.dtype, partial(stored, name))
+        shape = specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)
+        tensors.append(OutputTensor(name, shape, parameter.dtype, matrix))
+    return tensors
+
+
+def _gather(own: dict[str, Entry], parallel: ParallelContext) -> dict[str, Entry]:
+    """All ranks' entries together."""
+    if parallel.mesh is None:
+        return own
+    gathered_: list[dict[str, Entry]] = [{} for _ in range(parallel.sizes.world)]
+    dist.all_gather_object(gathered_, own)
+    return {name: entry for part in gathered_ for name, entry in part.items()}
+
+
+def _wait_for_all(parallel: ParallelContext) -> None:
+    if parallel.mesh is not None:
+        dist.barrier()

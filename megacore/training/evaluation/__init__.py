@@ -1,0 +1,1 @@
+"""Evaluation: the command, the evaluator that training uses too, and the metrics."""

@@ -1,0 +1,131 @@
+"""Updating a checkpoint in the format megatron-llm from rotary halves to interleaved pairs, which came later."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megacore.checkpoint.matrix import RowsOf
+from megacore.checkpoint.safetensors_file import OutputTensor
+from megacore.checkpoint.staging import require_space, staged_directory
+from megacore.checkpoint.torch_file import MappedMatrix, output_tensor, write_torch_file
+from megacore.errors import ConfigError, OutputError
+from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
+from megacore.weights.formats.megatron_llm.sharding import (
+    HALVES,
+    INTERLEAVED,
+    RECORD,
+    TRACKER,
+    TRAINING_STATE,
+    RankFiles,
+    flattened,
+    trained_spelling,
+)
+from megacore.weights.formats.published import TOKENIZER_FILES
+
+
+def permute_qkv(
+    source: Path | str,
+    out: Path | str,
+    *,
+    layout: str | None = None,
+    report: Callable[[str], None] = lambda note: None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> int:
+    """Write the checkpoint in directory ``source``, cut in any way, to ``out`` with its rotary pairs interleaved.
+
+    Query and key rows of each head go from halves, pairs ``(i, i + head_dim / 2)``, to pairs ``(2i, 2i + 1)``. The
+    files that are written record that. The state of the training run is left behind, because the optimizer's copies of
+    the weights are in the old order too.
+
+    Args:
+        source: a checkpoint in the format megatron-llm, made at its system's commit 332cf3c or earlier.
+        out: is created; must not exist.
+        layout: of ``source``: ``"halves"``. Needed unless its files record it, as nothing else tells.
+        report: is told what a person should know of the output, a sentence at a time.
+        advance: is told of every few bytes written.
+
+    Returns:
+        the number of QKV projections of the whole model.
+
+    Raises:
+        ConfigError: when the layout is neither given nor recorded, is interleaved already, or contradicts the record;
+            when the saved arguments do not say what the heads are.
+        CheckpointError: when ``source`` is no such checkpoint.
+    """
+    source, out = Path(source), Path(out)
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise OutputError(f"{out} lies in the checkpoint that is read; a checkpoint is never changed in place")
+    files = RankFiles.open(source)
+    _require_halves(files, layout)
+    args = files.args
+    dropped = sorted(
+        {key for stage in files.documents for document in stage for key in TRAINING_STATE if key in document}
+    )
+    num_permuted = 0
+    with staged_directory(out) as staging:
+        require_space(staging, sum(_num_bytes(document) for stage in files.documents for document in stage), out)
+        for paths, documents in zip(files.paths, files.documents, strict=True):
+            for rank, (path, document) in enumerate(zip(paths, documents, strict=True)):
+                model, permuted = _updated(document["model"], args, path)
+                num_permuted += permuted if rank == 0 else 0
+                record = {**document.get(RECORD, {}), "rotary_layout": INTERLEAVED}
+                kept = {key: value for key, value in document.items() if key not in TRAINING_STATE}
+                updated = staging / path.relative_to(source)
+                updated.parent.mkdir(parents=True)
+                write_torch_file(updated, {**kept, "model": model, RECORD: record}, advance=advance)
+        for name in (TRACKER, *TOKENIZER_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
+    if dropped:
+        report(
+            f"{', '.join(dropped)} were left behind, being of the old layout: training goes on from the weights "
+            "(--finetune), not from the optimizer's state"
+        )
+    return num_permuted
+
+
+def _require_halves(files: RankFiles, layout: str | None) -> None:
+    recorded = files.rotary_layout
+    if recorded == INTERLEAVED:
+        raise ConfigError(
+            f"{files.directory} records that its rotary pairs are interleaved already: permuting again would ruin it"
+        )
+    if layout is None and recorded is None:
+        raise ConfigError(
+            f"{files.directory} does not record its rotary layout, and nothing else tells. If it was converted at "
+            f"commit 332cf3c of its system or earlier, say --layout {HALVES}; if later, it needs no update"
+        )
+    if layout not in (None, HALVES):
+        raise ConfigError(f"only the layout {HALVES!r} can be updated, not {layout!r}")
+
+
+def _updated(
+    tree: Mapping[str, Any], args: Mapping[str, Any], file: Path, prefix: str = ""
+) -> tuple[dict[str, Any], int]:
+    """The model of one rank with its tensors to be written anew, and how many QKV projections are in it."""
+    updated: dict[str, Any] = {}
+    permuted = 0
+    for key, value in tree.items():
+        name = prefix + str(key)
+        if isinstance(value, Mapping):
+            updated[key], below = _updated(value, args, file, f"{name}.")
+            permuted += below
+        elif not isinstance(value, Tensor):
+            updated[key] = value
+        elif ".query_key_value." in (spelt := trained_spelling(name)):
+            matrix = MappedMatrix(value)
+            order = interleaved_from_halves(args, matrix.rows, spelt, file)
+            updated[key] = OutputTensor(name, tuple(value.shape), value.dtype, RowsOf(matrix, order))
+            permuted += 1
+        else:
+            updated[key] = output_tensor(name, value)
+    return updated, permuted
+
+
+def _num_bytes(document: Mapping[str, Any]) -> int:
+    return sum(tensor.nbytes for _, tensor in flattened(document["model"]))

@@ -1,0 +1,20 @@
+"""Training on ranks that can import what lies in a directory; in a module of its own, so that the ranks find it."""
+
+from __future__ import annotations
+
+import sys
+
+from megacore.parallel import ParallelContext
+from megacore.training import RunConfig, Step
+from megacore.training.trainer import _train_on_rank
+
+
+def trained_with(parallel: ParallelContext, run: RunConfig, site: str) -> list[Step]:
+    """The steps of the run, with the packages in ``site``."""
+    sys.path.insert(0, site)
+    try:
+        return _train_on_rank(parallel, run, None)
+    finally:
+        sys.path.remove(site)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+            del sys.modules[name]
