@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from megacore.parallel import ParallelContext
-    from megacore.weights import WeightMap
+    from megacore.weights.rules import WeightMap
 
 PROJECT = "megacore"
 """The name of the pluggy project, and of the entry-point group that plugins register in."""

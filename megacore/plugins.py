@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megacore.config import ModelConfig
     from megacore.hookspecs import ReferenceModel
     from megacore.parallel import ParallelContext
-    from megacore.weights import WeightMap
+    from megacore.weights.rules import WeightMap
 
 log = logging.getLogger(__name__)
 

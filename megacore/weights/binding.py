@@ -93,7 +93,7 @@ def bind(family: Family, config: ModelConfig, source: str) -> BoundMap:
             + "\n".join(problems)
         )
     by_name = {rule.native: rule for rule in rules}
-    order = QKVOrder.of(config, family.qkv_permutation(config, source))
+    order = QKVOrder.from_permutation(config, family.qkv_permutation(config, source))
     return BoundMap({name: by_name[name] for name in specs}, specs, order, weight_map)
 
 

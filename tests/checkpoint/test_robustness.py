@@ -39,7 +39,7 @@ NOBODY = 65534
 
 SERVER = """if True:
     import json, os, resource, signal, sys, time
-    import megacore.cli, megacore.weights, megacore_llama.config, megacore_llama.layer, megacore_llama.weights
+    import megacore.cli, megacore.weights.conversion, megacore.weights.exporting, megacore_llama.layer
     from megacore import get_family
     get_family("llama")
     print("ready", flush=True)

@@ -633,7 +633,7 @@ def test_a_program_of_its_own_fetches_by_the_environment_and_draws_nothing_into_
     assert Checkpoint(tmp_path / "ckpt").manifest.family == "llama"
 
 
-@pytest.mark.parametrize("what", ["import megacore.cli", "import megacore.weights, megacore.weights.hub"])
+@pytest.mark.parametrize("what", ["import megacore.cli", "import megacore.weights.conversion, megacore.weights.hub"])
 def test_the_library_of_the_hub_is_imported_only_to_fetch(what):
     check = f"{what}\nimport sys; sys.exit('huggingface_hub' in sys.modules)"
 

@@ -38,7 +38,7 @@ from megacore.checkpoint.torch_file import MappedMatrix, check_dtypes, read_torc
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, LayoutError
 from megacore.hookspecs import ModelFamily
 from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint, Shape
-from megacore.weights.meta_config import merged_params
+from megacore.weights.standard_decoder.meta import merged_params
 
 PARAMS_FILE = "params.json"
 TOKENIZER_FILE = "tokenizer.model"

@@ -18,7 +18,7 @@ from megacore.checkpoint.torch_file import (
 from megacore.errors import ConfigError, CorruptCheckpointError
 from megacore.hookspecs import ModelFamily
 from megacore.plugins import default_registry
-from megacore.weights.formats.megatron_llm.sharding import (
+from megacore.weights.formats.megatron_llm.rank_files import (
     EMBEDDING,
     HALVES,
     HEAD,
@@ -31,8 +31,8 @@ from megacore.weights.formats.megatron_llm.sharding import (
     flattened,
     trained_spelling,
 )
-from megacore.weights.formats.megatron_llm.weight_map import half_from_interleaved_rows
 from megacore.weights.formats.published import PublishedCheckpoint, Shape
+from megacore.weights.rules import half_from_interleaved_rows
 
 _KEPT_ARGS = {"make_vocab_size_divisible_by": int, "model_name": str, "seq_length": int, "tokenizer_type": str}
 """Of what a checkpoint says beside its architecture. Not more: the rest may hold paths, and keys to services."""

@@ -14,8 +14,7 @@ from megacore.checkpoint.safetensors_file import OutputTensor
 from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.checkpoint.torch_file import MappedMatrix, output_tensor, write_torch_file
 from megacore.errors import ConfigError, OutputError
-from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
-from megacore.weights.formats.megatron_llm.sharding import (
+from megacore.weights.formats.megatron_llm.rank_files import (
     HALVES,
     INTERLEAVED,
     RECORD,
@@ -25,6 +24,7 @@ from megacore.weights.formats.megatron_llm.sharding import (
     flattened,
     trained_spelling,
 )
+from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
 from megacore.weights.formats.published import TOKENIZER_FILES
 
 

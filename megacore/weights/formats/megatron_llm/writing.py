@@ -16,8 +16,7 @@ from megacore.checkpoint.torch_file import (
     write_torch_file,
 )
 from megacore.errors import LayoutError
-from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
-from megacore.weights.formats.megatron_llm.sharding import (
+from megacore.weights.formats.megatron_llm.rank_files import (
     EMBEDDING,
     HEAD,
     INTERLEAVED,
@@ -28,6 +27,7 @@ from megacore.weights.formats.megatron_llm.sharding import (
     WEIGHTS,
     cut_of,
 )
+from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
 from megacore.weights.formats.published import CheckpointFormat, Publication
 
 _DIVISIBLE_BY = 128
