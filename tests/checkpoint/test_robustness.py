@@ -580,7 +580,7 @@ def test_a_checkpoint_that_is_not_there_is_told_beside_a_directory_that_may_not_
 @pytest.mark.parametrize(
     "file, message",
     [
-        ("config.json", r" holds no checkpoint in a format that is known \(.*hf.*\)"),
+        ("config.json", r" holds no checkpoint in a known format \(.*hf.*\)"),
         ("b.safetensors", r"/b\.safetensors is missing"),
         ("model.safetensors.index.json", r" has neither model\.safetensors nor model\.safetensors\.index\.json"),
     ],
