@@ -15,10 +15,10 @@ def published_directory(
     Raises:
         MegacoreError: when it cannot be had, or, before anything is fetched, when ``out`` exists.
     """
-    from megacore.checkpoint.staging import reported_as_output_error, require_absent
+    from megacore.atomic_output import output_errors, require_absent
     from megacore.weights.hub import fetch, locate, provenance
 
-    with reported_as_output_error(out):
+    with output_errors(out):
         require_absent(out)  # said before a download, not after it
     find = fetch if is_on_hub else locate
     directory = find(origin, cache_dir=cache_dir, revision=revision)

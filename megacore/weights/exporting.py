@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.matrix import LazyMatrix
 from megacore.checkpoint.reading import checked_meanwhile
 from megacore.checkpoint.safetensors_file import DTYPES, MAX_FILE_BYTES, OutputTensor
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.checkpoint.writing import Parameter
 from megacore.model import read_config
 from megacore.plugins import get_family

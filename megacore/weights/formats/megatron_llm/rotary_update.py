@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint.matrix import RowsOf
 from megacore.checkpoint.safetensors_file import OutputTensor
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.checkpoint.torch_file import MappedMatrix, output_tensor, write_torch_file
 from megacore.errors import ConfigError, OutputError
 from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
