@@ -65,7 +65,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/generating.py
-	$(BIN)/python benchmarks/telling.py
+	$(BIN)/python benchmarks/logging_overhead.py
 
 clean:
 	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache
