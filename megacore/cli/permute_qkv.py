@@ -1,4 +1,4 @@
-"""``megacore permute-qkv``."""
+"""``megacore permute-qkv``: an old Megatron-LLM checkpoint to the current rotary layout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megacore.cli.progress import bytes_progress, published_bytes
 @click.option(
     "--layout",
     type=click.Choice(["halves"]),
-    help="How the rotary pairs lie in the checkpoint to update. Needed unless its files record it.",
+    help="Rotary layout of the input. Required unless its files record it.",
 )
 def permute_qkv(input_dir: Path, output_dir: Path, layout: str | None) -> None:
-    """Update a Megatron-LLM checkpoint of commit 332cf3c or earlier to the later order of query and key rows.
+    """Update the query and key rows of a Megatron-LLM checkpoint of its commit 332cf3c or earlier.
 
-    Sharded checkpoints are updated rank by rank and stay as they are cut. The result records its layout, so that it is
-    not updated twice.
+    Sharded checkpoints are updated rank by rank and keep their sharding. The output records its rotary layout, and
+    is refused as an input.
 
     \b
     megacore permute-qkv --input-dir old/ --output-dir new/ --layout halves
