@@ -99,8 +99,8 @@ def merge(prefixes: tuple[Path, ...], out: Path) -> None:
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="tokenizer.json, tokenizer.model, or a directory with one of them, to print text instead of ids.  [default: "
-    "the tokenizer that `megacore tokenize` wrote beside the dataset, if it added tokens]",
+    help="A tokenizer.json, a tokenizer.model, or a directory with one of them, to print text instead of ids.  "
+    "[default: the tokenizer that `megacore tokenize` wrote beside the dataset, if it added tokens]",
 )
 def head(prefix: Path, num_documents: int, tokenizer: Path | None) -> None:
     """Print the first documents of the dataset PREFIX, as text if the tokenizer is known, else as ids.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "document per row; any other file is plain text and a single document."
 )
 @tokenizer_option(
-    "tokenizer.json, tokenizer.model, or a directory with one of them. If it has both, tokenizer.json is used."
+    "A tokenizer.json, a tokenizer.model, or a directory with one of them. If it has both, tokenizer.json is used."
 )
 @prefix_option(
     "Prefix of the output: PREFIX.bin, PREFIX.idx and PREFIX.json and, if tokens are added, the extended tokenizer "

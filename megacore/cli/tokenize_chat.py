@@ -26,7 +26,7 @@ _MAX_SKIP_NOTES = 10
 @click.command(name="tokenize-chat", cls=MultiInputCommand)
 @inputs_option("Conversations: one JSON object per line of a .jsonl or .json file, or one row of a .parquet file.")
 @tokenizer_option(
-    "tokenizer.json, or the directory with it, its tokenizer_config.json and its chat template. With --markup "
+    "A tokenizer.json, or the directory with it, its tokenizer_config.json and its chat template. With --markup "
     "megatron-llm also a tokenizer.model."
 )
 @prefix_option(

@@ -34,8 +34,8 @@ class _ResumeType(click.Choice[str]):
     "--load",
     metavar="CKPT",
     type=click.Path(path_type=Path),
-    help="Native checkpoint to start from instead of model.checkpoint; or training checkpoint, or directory of them, to "
-    "resume from.",
+    help="Native checkpoint to start from instead of model.checkpoint; or training checkpoint, or directory of them, "
+    "to resume from.",
 )
 @run_options
 @click.option("--plain", is_flag=True, help="Print lines instead of the live panel on a terminal too.")
