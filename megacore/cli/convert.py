@@ -56,7 +56,9 @@ def convert(
     true_vocab_size: int | None,
     add_tokens: Path | None,
 ) -> None:
-    """Convert a published checkpoint to megacore's native format, streaming from file to file.
+    """Convert a published checkpoint to the native format.
+
+    Tensors are streamed from file to file; the model is never in memory as a whole.
 
     \b
     megacore convert --model mpt --from published/ --out ckpt/

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per split.")
 def evaluate(run_file: Path, load: Path | None, as_json: bool, **options: Any) -> None:
-    """Evaluate a model on the validation and test data of RUN.toml, without training.
+    """Evaluate a model on the data of RUN.toml.
+
+    The metrics are those of the run file, on its validation and its test data. Nothing is trained.
 
     The command starts the processes that the run needs. Under torchrun or srun it joins the existing processes.
 

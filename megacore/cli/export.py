@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @tp_option
 @pp_option
 def export(checkpoint: Path, out: Path, format: str, dtype: torch.dtype | None, tp: int, pp: int) -> None:
-    """Export CKPT to a published format: weights, index, configuration and tokenizer.
+    """Export CKPT to a published format.
+
+    The output has the weights, their index, the configuration and the tokenizer.
 
     \b
     megacore export ckpt/ --out exported/

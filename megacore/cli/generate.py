@@ -107,7 +107,9 @@ def generate(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Generate text with the model of CKPT and print it as it is generated.
+    """Generate text with the model of CKPT.
+
+    The text is printed as it is generated.
 
     \b
     megacore generate ckpt/ --prompt "The capital of France is"

@@ -19,10 +19,11 @@ from megacore.cli.progress import bytes_progress, published_bytes
     help="Rotary layout of the input. Required unless its files record it.",
 )
 def permute_qkv(input_dir: Path, output_dir: Path, layout: str | None) -> None:
-    """Update the query and key rows of a Megatron-LLM checkpoint of its commit 332cf3c or earlier.
+    """Update the rotary layout of an old Megatron-LLM checkpoint.
 
-    Sharded checkpoints are updated rank by rank and keep their sharding. The output records its rotary layout, and
-    is refused as an input.
+    Checkpoints of its commit 332cf3c or earlier have another order of query and key rows. Sharded
+    checkpoints are updated rank by rank and keep their sharding. The output records its rotary layout and is refused
+    as an input.
 
     \b
     megacore permute-qkv --input-dir old/ --output-dir new/ --layout halves

@@ -16,9 +16,10 @@ import click
     help="File to write.  [default: report.html in the directory of a single run]",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Write an HTML page with the curves of one or several runs, which may still be running.
+    """Write an HTML page with the curves of runs.
 
-    RUN is the output.directory of a run file. The page is self-contained: it needs no network and no other file.
+    RUN is the output.directory of a run file, which may still be running. The page is self-contained: it
+    needs no network and no other file.
 
     \b
     megacore report runs/first

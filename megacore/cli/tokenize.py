@@ -74,7 +74,7 @@ def tokenize(
     on_error: Literal["stop", "skip"],
     workers: int | None,
 ) -> None:
-    """Tokenize text into an indexed dataset for training and verification.
+    """Tokenize text into an indexed dataset.
 
     Documents keep their order. Documents without a token are skipped and counted.
 

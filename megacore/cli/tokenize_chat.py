@@ -71,9 +71,10 @@ def tokenize_chat(
     vocab_extra_ids_list: str,
     on_error: Literal["stop", "skip"],
 ) -> None:
-    """Tokenize conversations into instruction data: token ids and the role of each.
+    """Tokenize conversations into instruction data.
 
-    With data.kind = "instruction", the training loss covers the assistant's tokens, including the end of its turns.
+    The output has token ids and the role of each. With data.kind = "instruction", the training loss covers the
+    assistant's tokens, including the end of its turns.
 
     \b
     megacore tokenize-chat --input chats.jsonl --tokenizer published/ --out data/chats

@@ -46,9 +46,10 @@ def train(
     plain: bool,
     **options: Any,
 ) -> None:
-    """Train a model as RUN.toml describes and save it as a native checkpoint.
+    """Train a model as RUN.toml describes.
 
-    The command starts the processes that the run needs. Under torchrun or srun it joins the existing processes.
+    The trained model is saved as the native checkpoint output.checkpoint. The command starts the processes that the
+    run needs; under torchrun or srun it joins the existing ones.
 
     \b
     megacore train run.toml --tp 2 --set optimizer.lr=1e-4

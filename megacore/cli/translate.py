@@ -52,7 +52,9 @@ def translate(
     pp: int,
     true_vocab_size: int | None,
 ) -> None:
-    """Convert a published checkpoint to another published format, streaming from file to file.
+    """Convert a published checkpoint to another format.
+
+    Tensors are streamed from file to file; the model is never in memory as a whole.
 
     \b
     megacore translate --model mpt --from published/ --out translated/

@@ -68,7 +68,9 @@ def verify(
     tolerance: float | None,
     json_file: Path | None,
 ) -> None:
-    """Compare the logits of CKPT with those of the reference implementation. Exit with code 1 if they differ.
+    """Compare the logits of CKPT with a reference.
+
+    The reference is an independent implementation on the published weights. The exit code is 1 if the logits differ.
 
     \b
     megacore verify ckpt/ --reference published/ --data data/text
