@@ -463,7 +463,7 @@ def test_the_command_prints_the_text_and_says_that_it_was_cut_off(checkpoint, ge
     expected = generated(generator, "ab", max_new_tokens=9)
     assert expected.ended_by == "max_new_tokens"
     assert result.stdout == expected.text + "\n"
-    assert result.stderr == "Note: the text was cut off after 9 tokens: --max-new-tokens lets it go on.\n"
+    assert result.stderr == "Note: the text was cut off after 9 tokens; increase --max-new-tokens for more.\n"
 
 
 def test_the_command_reads_prompts_from_files_and_from_standard_input(checkpoint, tmp_path):

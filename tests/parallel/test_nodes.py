@@ -501,8 +501,14 @@ def test_the_world_is_the_processes_of_a_node_times_the_nodes(place, overrides, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--nodes 2 --node-rank 0", "say with --node-rank which of them this is (0 to 1) and with --addr the address"),
-        ("--nodes 2 --addr node1", "say with --node-rank which of them this is (0 to 1) and with --addr the address"),
+        (
+            "--nodes 2 --node-rank 0",
+            "requires --node-rank, the rank of this node (0 to 1), and --addr",
+        ),
+        (
+            "--nodes 2 --addr node1",
+            "requires --node-rank, the rank of this node (0 to 1), and --addr",
+        ),
         ("--nodes 2 --node-rank 2 --addr node1", "no node of rank 2: with 2 in all, --node-rank is 0 to 1"),
         ("--node-rank 1", "no node of rank 1: with 1 in all, --node-rank is 0"),
         (

@@ -397,7 +397,7 @@ def test_the_command_prints_evaluations_and_why_it_stops(place, tmp_path):
     assert "| not taken" in skipped and "not taken" not in step
     assert re.fullmatch(r"valid at iteration 1 \| loss \d\.\d+ \| perplexity \d+\.?\d*", first)
     assert re.fullmatch(r"valid at iteration 2 \| loss \d\.\d+ \| perplexity \d+\.?\d*", second)
-    assert stopped == "Stopped by training.exit_interval (2) after iteration 2; --resume goes on from there."
+    assert stopped == "Stopped by training.exit_interval (2) after iteration 2; resume with --resume."
     assert not (tmp_path / "out").exists()
 
 

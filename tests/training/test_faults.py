@@ -102,7 +102,7 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
     assert process.returncode == 0, errors
     name = "SIGTERM" if layout else number.name  # which is what the ranks get
     [stopped] = steps_in(tmp_path / "out-checkpoints")
-    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; --resume goes on from there.")
+    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; resume with --resume.")
     assert f"Note: {name}: stopping once the last step is saved" in errors
     assert "Traceback" not in errors
     assert not out.exists()

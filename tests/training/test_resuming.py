@@ -286,7 +286,7 @@ def test_a_run_file_after_resume_is_told_where_it_belongs():
     refused = CliRunner().invoke(cli, ["train", "--resume", "run.toml"])
 
     assert refused.exit_code == 2
-    assert "it is followed by auto or nothing: megacore train run.toml --resume, perhaps?" in refused.stderr
+    assert "the only value is auto. Did you mean: megacore train run.toml --resume" in refused.stderr
 
 
 def test_a_run_that_has_checkpoints_is_neither_begun_anew_nor_silently_resumed(place, begun):
