@@ -38,7 +38,7 @@ from megacore.checkpoint.safetensors_file import (
     split_by_size,
     write_safetensors,
 )
-from megacore.checkpoint.training_record import Chunk, StoredTensor, key_of
+from megacore.checkpoint.training_record import Chunk, StoredTensor, chunk_key
 from megacore.errors import OutputError
 from megacore.parallel import ParallelContext
 
@@ -98,7 +98,7 @@ class SafetensorsWriter(StorageWriter):
                 continue
             name = f"rank-{self.parallel.rank:05d}-{number:03d}.safetensors"
             with output_errors(self.out):
-                record = write_safetensors(self._staging / name, group, is_alone=self._is_alone)
+                record = write_safetensors(self._staging / name, group, limit_threads=self._is_alone)
             file = WeightFile(self.parallel.tp_rank, self.parallel.pp_rank, (), record)
             for tensor, item in zip(group, items, strict=False):  # the items go on into the next file
                 results.append(WriteResult(item.index, tensor.num_bytes, (name, file)))
@@ -160,7 +160,7 @@ def _output_tensor(item: WriteItem, planner: SavePlanner) -> OutputTensor:
         return shard.contiguous().view(-1, 1)
 
     matrix = StoredMatrix(shard.numel(), 1, shard.dtype, flat)
-    return OutputTensor(key_of(item.index.fqn, item.index.offset), tuple(shard.shape), shard.dtype, matrix)
+    return OutputTensor(chunk_key(item.index.fqn, item.index.offset), tuple(shard.shape), shard.dtype, matrix)
 
 
 class SafetensorsReader(StorageReader):
