@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
 from megacore.cli.console import Console
 from megacore.cli.notes import print_note, printing
 from megacore.cli.run_options import read_run, run_file_argument, run_options
-
-if TYPE_CHECKING:
-    from megacore.training.starting_point import Resume
 
 
 class _HowToResume(click.Choice[str]):
@@ -62,11 +59,10 @@ def train(
     from megacore.parallel import is_first_process
     from megacore.training import train
 
-    going_on: Resume = "auto" if resume == "auto" else resume is not None
     console = Console(log_interval=run.logging.log_interval, plain=plain)
-    steps = train(
+    result = train(
         run,
-        resume=going_on,
+        resume="auto" if resume == "auto" else resume is not None,
         load=load,
         nodes=nodes,
         on_note=print_note,
@@ -75,9 +71,10 @@ def train(
     )
     if not is_first_process(nodes):
         return
-    told = f"Saved {run.output.checkpoint}."
-    if steps and steps[-1].stopped_by:
-        last = steps[-1]
-        told = f"Stopped by {last.stopped_by} after iteration {last.iteration}; --resume goes on from there."
+    message = f"Saved {run.output.checkpoint}."
+    if result.stopped_by is not None and result.last_step is not None:
+        message = (
+            f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; --resume goes on from there."
+        )
     with printing():
-        click.echo(told)
+        click.echo(message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -44,14 +44,17 @@ def load_stages(
     *,
     dtype: torch.dtype,
     on_layer: Callable[[nn.Module], None] = lambda layer: None,
+    specs: Mapping[str, ParameterSpec] | None = None,
 ) -> list[DecoderModel]:
     """As :func:`load_model`, several stages of one model; ``None`` stands for the whole.
 
     ``on_layer`` is given each layer as soon as it is loaded. If it shards it, a whole layer is all that is in memory.
+    ``specs`` are the parameters of the whole model, where they are known already.
     """
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
-    specs = model_specs(config, family.build_layer)
+    if specs is None:
+        specs = model_specs(config, family.build_layer)
     check_tensor_parallel(specs, parallel.tp_size)
     checkpoint.check_parameters(specs)
 

@@ -30,7 +30,7 @@ def shown(capsys, console: Console, *steps: Step) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_line_tells_the_share_of_the_measured_peak_and_of_the_loss_scale(capsys):
+def test_a_line_tells_the_share_of_the_measure_peak_flops_and_of_the_loss_scale(capsys):
     [line] = shown(capsys, Console(), a_step(1, peak=10e12, loss_scale=1024.0, num_skipped=3))
     assert line == (
         "iteration     1/1000 | loss 2.500000 | lr 1.000e-04 | grad norm 1.2500 | 12,346 tokens/s | "
@@ -53,7 +53,7 @@ for line in ("one", "two"):
     assert (ended.returncode, ended.stderr) == (0, told)
 
 
-def test_without_a_measured_peak_no_share_is_told(capsys):
+def test_without_a_measure_peak_flops_no_share_is_told(capsys):
     [line] = shown(capsys, Console(), a_step(7))
     assert line.endswith("| 2.5 TFLOP/s")
 
