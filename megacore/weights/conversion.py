@@ -75,9 +75,9 @@ def convert(
         parameters, tokenizer_files = added.resize_embeddings(parameters), added.tokenizer_files(tokenizer_files)
         config = dataclasses.replace(config, vocab_size=added.vocab_size(config.vocab_size))
         details |= {"added_tokens": str(added.directory), "vocab_size": config.vocab_size}
-    description = ModelDescription(
-        family=family.name, config=config.to_dict(), origin=opened.published.origin()
-    ).after("convert", source=str(directory), format=opened.source, plugin=family.label, **details)
+    description = ModelDescription(family=family.name, config=config.to_dict(), origin=opened.published.origin()).after(
+        "convert", source=str(directory), format=opened.source, plugin=family.label, **details
+    )
     return write_checkpoint(
         Path(out),
         parameters,

@@ -32,7 +32,7 @@ from megacore.parallel.context import interface_towards
 from megacore.parallel.launch.failures import Failure
 from megacore.parallel.launch.nodes import Link, joined_nodes
 from megacore.training import read_run_config
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes
 from tiny_llama import published_model, write_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -495,7 +495,7 @@ def test_ranks_that_the_nodes_cannot_share_equally_are_refused():
 def test_the_world_is_the_processes_of_a_node_times_the_nodes(place, overrides, nodes, expected):
     run = read_run_config(run_file(place), [f"parallel.{override}" for override in overrides])
 
-    assert parallel_sizes(run, Nodes(nodes, 0)) == expected
+    assert parallel_sizes(run.parallel, Nodes(nodes, 0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -537,7 +537,7 @@ def test_more_processes_than_a_node_has_gpus_are_refused(place, monkeypatch):
     run = read_run_config(run_file(place), ["parallel.nproc_per_node=8"])
 
     with pytest.raises(LayoutError, match=r"^parallel.nproc_per_node is 8, and this node has 4 GPUs$"):
-        parallel_sizes(run)
+        parallel_sizes(run.parallel)
 
 
 def started_by_torchrun(monkeypatch, num_here: int) -> None:
@@ -552,7 +552,7 @@ def test_under_torchrun_another_number_of_processes_than_it_started_is_refused(p
     run = read_run_config(run_file(place), ["parallel.nproc_per_node=4"])
 
     with pytest.raises(LayoutError, match=r"nproc_per_node is 4, and 2 processes were started on this node"):
-        parallel_sizes(run)
+        parallel_sizes(run.parallel)
 
 
 def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, monkeypatch):
@@ -560,14 +560,14 @@ def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, m
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     with pytest.raises(LayoutError, match=r"^4 processes were started on this node, which has 2 GPUs$"):
-        parallel_sizes(read_run_config(run_file(place), []))
+        parallel_sizes(read_run_config(run_file(place), []).parallel)
 
 
 def test_a_rank_in_the_environment_without_the_rest_of_what_torchrun_says_is_refused(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
 
     with pytest.raises(ConfigError, match=r"but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT of"):
-        parallel_sizes(read_run_config(run_file(place), []))
+        parallel_sizes(read_run_config(run_file(place), []).parallel)
 
 
 def test_under_torchrun_the_option_nodes_is_refused(place, monkeypatch):
