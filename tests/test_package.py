@@ -26,13 +26,13 @@ MAY_IMPORT = {
     "hookspecs": {"config", "errors"},
     "plugins": {"hookspecs", "config", "errors"},
     "signals": set(),
-    "outputs": {"errors"},
+    "atomic_output": {"errors"},
     "parallel": {"signals", "config", "errors"},
-    "checkpoint": {"data", "outputs", "parallel", "config", "errors"},
+    "checkpoint": {"data", "atomic_output", "parallel", "config", "errors"},
     "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
-    "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
-    "data": {"outputs", "parallel", "config", "errors"},
-    "runs": {"errors"},
+    "weights": {"atomic_output", "model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
+    "data": {"atomic_output", "parallel", "config", "errors"},
+    "runs": {"atomic_output", "errors"},
 }
 """What each part of the package may import while it runs; imports for type checkers alone are free."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint.safetensors_file import MAX_FILE_BYTES
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.plugins import Family, get_family
 from megacore.weights.binding import bind
 from megacore.weights.conversion import open_published

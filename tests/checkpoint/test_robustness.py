@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megacore
-from megacore.checkpoint.staging import staged_directory
+from megacore.atomic_output import staged_directory
 from megacore.errors import CheckpointError, CorruptCheckpointError, DiskFullError, MegacoreError, OutputError
 
 COMMANDS = ("convert", "split", "export")
@@ -405,7 +405,7 @@ def test_what_is_finished_is_kept_when_somebody_created_the_output_meanwhile(sma
         (room / "out" / "theirs").touch()
 
     with pytest.raises(
-        OutputError, match=r"out was created by somebody else meanwhile; what was made is kept as .*out-2"
+        OutputError, match=r"out was created by another program in the meantime; the finished output is kept as .*out-2"
     ):
         small.call("split", room / "out", advance=create_the_output)
 

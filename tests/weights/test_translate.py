@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import megacore
 from megacore.cli import cli
-from megacore.cli.options import FORMAT_NAMES
 from megacore.cli.progress import published_bytes
+from megacore.cli.published_options import FORMAT_NAMES
 from megacore.errors import CheckpointError, ConfigError
 from megacore.weights.formats import FORMATS
 from megatron_llm_files import TRACKER, model_of, write_megatron_llm
