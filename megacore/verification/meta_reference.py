@@ -1,7 +1,7 @@
 """The reference of checkpoints in Meta's own format: Meta's implementation, which is built on fairscale.
 
-Which package that is, the plugin says. The files are read here on their own terms, by the names of their tensors and
-not by megacore's reader, so that a fault of that one does not hide on both sides.
+The plugin names the package. The files are read here by the names of their tensors and not by megacore's reader, so
+that a fault of that reader cannot affect both models.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from megacore.checkpoint.input_files import read_json_object
 from megacore.errors import CheckpointError, PluginError
 
-_SIDE_BY_SIDE = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
-"""The dimension along which the ranks' parts of a layer's weight lie beside one another; norms are whole in each."""
+_CONCATENATED_ALONG = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+"""The dimension along which the ranks' parts of a weight are concatenated; every rank has the norms whole."""
 
 _ROPE_THETA = 10000.0
-"""What a file means that does not say it: the constant of the implementations that these files were written for."""
+"""The value for a file without the key: the constant of the implementations that such files were written for."""
 
 
 class MetaReference:
@@ -35,7 +35,7 @@ class MetaReference:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Whole sequences, so that the model's key-value cache, as long as they are, only passes them through."""
+        """Return the logits. The key-value cache is as long as the sequences, so that it has no effect."""
         for layer in self.model.layers:
             attention = layer.attention
             shape = (*input_ids.shape, attention.n_local_kv_heads, attention.head_dim)
@@ -57,16 +57,16 @@ class MetaReference:
         """Load the checkpoint in ``path``, of any number of model-parallel ranks, into one model.
 
         Args:
-            path: a directory in Meta's format.
-            implementation: the package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``).
-            extra: what to ``pip install`` to have it.
-            max_seq_len: the longest sequence that is to be compared.
-            dtype: to load into.
-            device: to load onto.
+            path: A directory in Meta's format.
+            implementation: The package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``).
+            extra: The argument of ``pip install`` that installs it.
+            max_seq_len: The longest sequence to compare.
+            dtype: The dtype to load into.
+            device: The device to load onto.
 
         Raises:
-            PluginError: when the implementation is not installed.
-            CheckpointError: when ``path`` cannot be loaded into it.
+            PluginError: if the implementation is not installed.
+            CheckpointError: if ``path`` cannot be loaded into it.
         """
         try:
             arguments_class = import_module(f"{implementation}.args").ModelArgs
@@ -86,9 +86,9 @@ class MetaReference:
         params |= {"vocab_size": len(state["output.weight"]), "max_seq_len": max_seq_len, "max_batch_size": 1}
         with _model_parallel_group_of_this_rank():
             model = transformer_class(arguments_class(**{"rope_theta": _ROPE_THETA, **params}))
-        for layer in model.layers:  # a call makes its own; these are of the longest sequence there may be
+        for layer in model.layers:  # each call creates its own; these have the maximum length
             layer.attention.cache_k = layer.attention.cache_v = None
-        weights = {name: state.pop(name).to(device, dtype) for name in list(state)}  # never two models
+        weights = {name: state.pop(name).to(device, dtype) for name in list(state)}  # never two models in memory
         try:
             missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
         except RuntimeError as error:
@@ -99,21 +99,21 @@ class MetaReference:
 
 
 def _merged_state(path: Path, dim: int) -> dict[str, Tensor]:
-    """The tensors of all ranks' files, merged."""
+    """Return the tensors of all ranks' files, merged."""
     files = sorted(path.glob("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"the reference {path} has no consolidated.*.pth")
     try:
         shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
         return {name: _merged(name, [shard[name] for shard in shards], dim) for name in shards[0]}
-    except Exception as error:  # whatever torch says of a file that it cannot read
+    except Exception as error:  # torch raises many kinds for a file that it cannot read
         raise CheckpointError(f"the reference {path} cannot be read: {error}") from error
 
 
 def _merged(name: str, parts: list[Tensor], dim: int) -> Tensor:
     module = name.removesuffix(".weight").rpartition(".")[2]
-    if len(parts) > 1 and module in _SIDE_BY_SIDE:
-        return torch.cat(parts, dim=_SIDE_BY_SIDE[module])
+    if len(parts) > 1 and module in _CONCATENATED_ALONG:
+        return torch.cat(parts, dim=_CONCATENATED_ALONG[module])
     if len(parts) > 1 and module == "tok_embeddings":
         return torch.cat(parts, dim=1 if parts[0].shape[1] < dim else 0)
     return parts[0]
@@ -121,11 +121,10 @@ def _merged(name: str, parts: list[Tensor], dim: int) -> Tensor:
 
 @contextmanager
 def _model_parallel_group_of_this_rank() -> Iterator[None]:
-    """Let fairscale's layers find a model-parallel group in which this rank is alone, within the block.
+    """Give fairscale's layers a model-parallel group of this rank alone within the block.
 
-    Not by its ``initialize_model_parallel``: all ranks of the default process group would have to call it, and it is
-    the first rank alone that has a reference. Whatever groups there were, in torch and in fairscale, are there again
-    afterwards.
+    fairscale's ``initialize_model_parallel`` must be called on all ranks of the default process group, but only the
+    first rank has a reference. The previous groups of torch and fairscale are restored afterwards.
     """
     initialize: Any = import_module("fairscale.nn.model_parallel.initialize")
     before = initialize._MODEL_PARALLEL_GROUP

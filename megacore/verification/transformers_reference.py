@@ -1,4 +1,4 @@
-"""The reference of families that transformers implements; the model class comes from the plugin, not from here."""
+"""The reference of families that transformers implements. The plugin passes the model class."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class TransformersReference:
         device: torch.device,
         attention: str,
     ) -> TransformersReference:
-        """Load the checkpoint in ``path`` or, when that is ``None``, make a model of random weights.
+        """Load the checkpoint in ``path`` or, if that is ``None``, make a model of random weights.
 
         Args:
-            model_class: of transformers, for example ``MptForCausalLM``.
-            published_config: what ``config.json`` says, for random weights.
-            path: a local directory in the Hugging Face format.
-            dtype: to load into.
-            device: to load onto.
-            attention: ``"eager"``, attention written out in matrix products, so that a fault in a fused kernel does not
-                hide on both sides; or another of transformers' implementations where that one is not to be trusted.
+            model_class: The model class of transformers, for example ``MptForCausalLM``.
+            published_config: The ``config.json`` for random weights.
+            path: A local directory in the Hugging Face format.
+            dtype: The dtype to load into.
+            device: The device to load onto.
+            attention: ``"eager"``, attention in plain matrix products, so that a fault in a fused kernel cannot affect
+                both models; or another implementation of transformers if that one is faulty.
 
         Raises:
-            CheckpointError: when transformers cannot load ``path``, or would invent weights that it lacks.
+            CheckpointError: if transformers cannot load ``path``, or would replace missing weights by random ones.
         """
         # transformers draws its bar into files and logs too. It is imported already, as model_class is one of its own.
         import_module("transformers.utils.logging").disable_progress_bar()
