@@ -4,7 +4,7 @@
 
 The forward and backward pass of the attention of one layer is timed, without projections: one row, 16 query heads of 64
 on 4 key-value heads, float32, one thread. The lengths of segments have an exponential distribution. Each is compared
-with the same attention through a mask over the whole row. The variants alternate, ``--rounds`` times; the median counts.
+with the same attention with a mask over the whole row. The variants alternate, ``--rounds`` times; the median counts.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/tokenizing.py [--megabytes 160]
 
 `tokenizers.encode_batch_fast` and sentencepiece get the texts in memory, on all cores, and write nothing; megacore is
-the whole command, from JSON Lines and the start of its process to a dataset that is synced to disk. The last columns are
-the total peak memory of its processes for four and for sixteen times the text, which must be about the same: the
+the whole command, from JSON Lines and the start of its process to a dataset that is synced to disk. The last columns
+are the total peak memory of its processes for four and for sixteen times the text, which must be about the same: the
 libraries' caches of words are full by then.
 
 The module is not called `tokenize.py`, which would shadow Python's own module in all scripts beside it.
@@ -51,8 +51,8 @@ def main() -> None:
 def median_seconds(tokenizer: Path, source: Path, texts: list[str]) -> tuple[float, float]:
     """Return the median seconds of the library and of megacore, which alternate, so that other work slows both down.
 
-    The library leaves gigabytes behind that the kernel clears page by page: the first command after it took up to 2.3 s,
-    the next ones 1.5 s. The first one is not counted.
+    The library leaves gigabytes behind that the kernel clears page by page: the first command after it took up to
+    2.3 s, the next ones 1.5 s. The first one is not counted.
     """
     theirs, ours = [], []
     for _ in range(3):
