@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint.layout import Layout
 from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, ParameterEntry, WeightFile, write_manifest
 from megacore.checkpoint.matrix import LazyMatrix, block_of
@@ -20,7 +21,6 @@ from megacore.checkpoint.safetensors_file import (
     split_by_size,
     write_safetensors,
 )
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.parallel import ParameterSpec, check_tensor_parallel
 
 Advance = Callable[[int], None]

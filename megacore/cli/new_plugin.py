@@ -39,7 +39,7 @@ def new_plugin(name: str, out: Path | None) -> None:
     \b
     megacore new-plugin mpt --out megacore-mpt/
     """
-    from megacore.checkpoint.staging import staged_directory
+    from megacore.atomic_output import staged_directory
 
     plugin = render_plugin(name)
     out = out or Path(_distribution(name))

@@ -61,10 +61,10 @@ def find_published(
     Raises:
         MegacoreError: The checkpoint is not available, or ``out`` exists.
     """
-    from megacore.checkpoint.staging import reported_as_output_error, require_absent
+    from megacore.atomic_output import output_errors, require_absent
     from megacore.weights.hub import fetch, locate, provenance
 
-    with reported_as_output_error(out):
+    with output_errors(out):
         require_absent(out)
     find = fetch if is_on_hub else locate
     directory = find(origin, cache_dir=cache_dir, revision=revision)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megacore.atomic_output import require_absent
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.staging import require_absent
 from megacore.checkpoint.training_record import TrainingRecord
 from megacore.data import DatasetDescription, InstructionDescription, InstructionSamples, MixedSamples, Split
 from megacore.errors import ConfigError

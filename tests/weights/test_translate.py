@@ -84,5 +84,5 @@ def test_progress_counts_the_tracked_iteration_alone(tmp_path, tracked, folder):
 
 
 def test_progress_of_what_is_no_checkpoint_is_refused_as_the_work_would_be(tmp_path):
-    with pytest.raises(CheckpointError, match="in a format that is known"):
+    with pytest.raises(CheckpointError, match="in a known format"):
         published_bytes(tmp_path)

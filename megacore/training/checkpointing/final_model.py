@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from megacore.atomic_output import output_errors, require_absent, require_space, staged_directory
 from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
 from megacore.checkpoint.manifest import ParameterEntry, WeightFile, read_manifest, write_manifest
 from megacore.checkpoint.matrix import StoredMatrix, count
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
-from megacore.checkpoint.staging import reported_as_output_error, require_absent, require_space, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
 from megacore.errors import CheckpointError, MegacoreError, OutputError
 from megacore.model import DecoderModel
@@ -51,7 +51,7 @@ def reserve_output(
         DiskFullError: when ``num_bytes`` do not fit.
     """
     if parallel.rank > 0:
-        with reported_as_output_error(out):
+        with output_errors(out):
             staging = Path(broadcast_object("", parallel))
             if not staging.is_dir():
                 raise OutputError(
@@ -133,7 +133,7 @@ def save_stages(
     failures = _gather(failures, parallel)
     if not failures and parallel.rank == 0:
         try:
-            with _reported(output.out):
+            with output_errors(output.out):
                 _complete(
                     output, all_written, all_entries, stages, parallel, started_from=started_from, details=details
                 )
@@ -170,7 +170,7 @@ def _write_stage(output: ReservedOutput, model: DecoderModel, parallel: Parallel
         return {}
     tensors = _output_tensors(stored, specs, parallel, gather)
     try:
-        with _reported(output.out):
+        with output_errors(output.out):
             return write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
     except MegacoreError:
         gather_the_rest()
@@ -200,16 +200,6 @@ def _complete(
         history=train_history(started_from, details),
     )
     write_manifest(output.staging, manifest)
-
-
-@contextmanager
-def _reported(out: Path) -> Iterator[None]:
-    """Turn all that the system says against writing ``out`` into errors of ours, which other ranks can be told."""
-    try:
-        with reported_as_output_error(out):
-            yield
-    except OSError as error:
-        raise OutputError(f"{out} could not be written: {error}") from error
 
 
 def _remove_what_was_begun(output: ReservedOutput) -> None:

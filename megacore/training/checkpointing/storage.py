@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megacore.atomic_output import output_errors, require_space, staged_directory
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.manifest import WeightFile
 from megacore.checkpoint.matrix import StoredMatrix
@@ -37,7 +38,6 @@ from megacore.checkpoint.safetensors_file import (
     split_by_size,
     write_safetensors,
 )
-from megacore.checkpoint.staging import reported_as_output_error, require_space, staged_directory
 from megacore.checkpoint.training_record import Chunk, StoredTensor, key_of
 from megacore.errors import OutputError
 from megacore.parallel import ParallelContext
@@ -97,7 +97,7 @@ class SafetensorsWriter(StorageWriter):
             if not group:
                 continue
             name = f"rank-{self.parallel.rank:05d}-{number:03d}.safetensors"
-            with reported_as_output_error(self.out):
+            with output_errors(self.out):
                 record = write_safetensors(self._staging / name, group, is_alone=self._is_alone)
             file = WeightFile(self.parallel.tp_rank, self.parallel.pp_rank, (), record)
             for tensor, item in zip(group, items, strict=False):  # the items go on into the next file
@@ -121,7 +121,7 @@ class SafetensorsWriter(StorageWriter):
             for name, tensor in metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
-        with reported_as_output_error(self.out):
+        with output_errors(self.out):
             self._finish(self._staging, dict(result.storage_data for result in written), tensors)
         assert self._staged is not None
         staged, self._staged = self._staged, None
