@@ -296,8 +296,8 @@ def test_without_a_network_and_with_nothing_cached_the_answer_says_so(hub, monke
     told = message(FetchError, fetch, NAME)
 
     assert told == (
-        f"{NAME} could not be fetched (ConnectError). Check the network and run the command again: the files fetched so "
-        f"far are kept in {tmp_path / 'default-cache'}. Or pass a directory that holds the checkpoint (--from, "
+        f"{NAME} could not be fetched (ConnectError). Check the network and run the command again: the files fetched "
+        f"so far are kept in {tmp_path / 'default-cache'}. Or pass a directory that holds the checkpoint (--from, "
         "--reference)"
     )
 

@@ -221,7 +221,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
                 "--true-vocab-size"
             )
 
-    def _tokens(self) -> int | None:
+    def _num_tokens(self) -> int | None:
         """Return the number of tokens in ``tokenizer.model``; ``None`` if there is no such file."""
         path = self.directory / "tokenizer.model"
         if not path.is_file():
