@@ -21,7 +21,7 @@ from rich.live import Live
 from megacore.cli.console import Console
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, Step
-from megacore.training.loggers.dispatch import opened_log
+from megacore.training.loggers.dispatch import open_run_log
 
 NUM_STEPS = 5000
 STEP = 0.1
@@ -102,8 +102,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as opened:
         place = Path(directory)
         alone = ParallelContext.single()
-        print_row("run directory", seconds_a_step(opened.enter_context(opened_log(a_run(place / "one"), alone)).step))
-        log = opened.enter_context(opened_log(a_run(place / "two", loggers=["tensorboard"]), alone))
+        print_row("run directory", seconds_a_step(opened.enter_context(open_run_log(a_run(place / "one"), alone)).step))
+        log = opened.enter_context(open_run_log(a_run(place / "two", loggers=["tensorboard"]), alone))
         # The thread that writes for TensorBoard shares the interpreter with the thread that trains, so its time counts.
         print_row("run directory and TensorBoard", seconds_a_step(log.step, wait=log.loggers[0].waiting.join))
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), Console() as console:

@@ -117,7 +117,7 @@ def generate(
     """
     if not chat and (system is not None or chat_template is not None):
         raise click.UsageError("--system and --chat-template require --chat.")
-    from megacore.generation import Limits, Sampling, converse, generate, with_generator
+    from megacore.generation import Limits, Sampling, converse, generate, run_with_generator
     from megacore.parallel import is_first_process
 
     settings: dict[str, Any] = {"dtype": dtype, "add_bos": add_bos, "chat_template": chat_template}
@@ -126,7 +126,7 @@ def generate(
         raise click.UsageError("Give --prompt, --prompt-file, or a prompt on standard input.")
     if is_interactive:
         seeded = {} if seed is None else {"seed": seed}
-        with_generator(
+        run_with_generator(
             checkpoint,
             converse,
             Limits(max_new_tokens=max_new_tokens, stop=stop),

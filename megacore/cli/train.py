@@ -61,7 +61,7 @@ def train(
     from megacore.training import train
 
     console = Console(log_interval=run.logging.log_interval, plain=plain)
-    steps = train(
+    result = train(
         run,
         resume="auto" if resume == "auto" else resume is not None,
         load=load,
@@ -73,8 +73,7 @@ def train(
     if not is_first_process(nodes):
         return
     outcome = f"Saved {run.output.checkpoint}."
-    if steps and steps[-1].stopped_by:
-        last = steps[-1]
-        outcome = f"Stopped by {last.stopped_by} after iteration {last.iteration}; resume with --resume."
+    if result.stopped_by is not None and result.last_step is not None:
+        outcome = f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; resume with --resume."
     with printing():
         click.echo(outcome)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from megacore.checkpoint import Layout, Manifest, Parameter, history_entry, write_checkpoint
-from megacore.checkpoint.matrix import Cast, LazyMatrix, equal
-from megacore.checkpoint.new_rows import AddedTokens
+from megacore.checkpoint import Layout, Manifest, ModelDescription, Parameter, write_checkpoint
+from megacore.checkpoint.matrix import Cast, LazyMatrix, equal_matrices
+from megacore.checkpoint.resized_embeddings import ExtendedTokenizer
 from megacore.config import ModelConfig
 from megacore.errors import ConfigError, WeightMapError
 from megacore.plugins import Family, get_family
@@ -71,21 +71,19 @@ def convert(
     details |= provenance(directory)
     parameters, config, tokenizer_files = opened.parameters, opened.config, opened.published.tokenizer_files()
     if add_tokens is not None:
-        added = AddedTokens.read(add_tokens, known=tokenizer_files)
-        parameters, tokenizer_files = added.grow(parameters), added.tokenizer_files(tokenizer_files)
+        added = ExtendedTokenizer.read(add_tokens, known=tokenizer_files)
+        parameters, tokenizer_files = added.resize_embeddings(parameters), added.tokenizer_files(tokenizer_files)
         config = dataclasses.replace(config, vocab_size=added.vocab_size(config.vocab_size))
         details |= {"added_tokens": str(added.directory), "vocab_size": config.vocab_size}
+    description = ModelDescription(family=family.name, config=config.to_dict(), origin=opened.published.origin()).after(
+        "convert", source=str(directory), format=opened.source, plugin=family.label, **details
+    )
     return write_checkpoint(
         Path(out),
         parameters,
-        family=family.name,
-        config=config.to_dict(),
+        description,
         layout=Layout.even(tp=tp, pp=pp, num_layers=opened.config.num_layers),
         tokenizer_files=tokenizer_files,
-        origin=opened.published.origin(),
-        history=(
-            history_entry("convert", source=str(directory), format=opened.source, plugin=family.label, **details),
-        ),
         advance=advance,
     )
 
@@ -205,7 +203,9 @@ def _check_aliases(bound: BoundMap, published: PublishedCheckpoint, found: Mappi
         if alias not in found:
             continue
         shape = found[original]
-        if found[alias] != shape or not equal(published.matrix(alias, shape), published.matrix(original, shape)):
+        if found[alias] != shape or not equal_matrices(
+            published.matrix(alias, shape), published.matrix(original, shape)
+        ):
             raise WeightMapError(
                 f"{published.directory}: {published.config_file.name} ties {alias} to {original}, but the two tensors "
                 'differ. If the head has weights of its own, set "tie_word_embeddings": false there'

@@ -10,7 +10,7 @@ import torch
 from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.matrix import LazyMatrix
-from megacore.checkpoint.reading import checked_meanwhile
+from megacore.checkpoint.reading import check_in_background
 from megacore.checkpoint.safetensors_file import DTYPES, MAX_FILE_BYTES, OutputTensor
 from megacore.checkpoint.writing import Parameter
 from megacore.model import read_config
@@ -70,7 +70,7 @@ def export(
         report=report,
     )
     out = Path(out)
-    with checked_meanwhile(source) as wait_for_check, staged_directory(out) as staging:
+    with check_in_background(source) as wait_for_check, staged_directory(out) as staging:
         require_space(staging, publication.num_bytes, out)
         writer.write(staging, publication, advance=advance)
         wait_for_check()

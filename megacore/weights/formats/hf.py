@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megacore.checkpoint.json_file import read_json_object
+from megacore.checkpoint.input_files import read_json_object
 from megacore.checkpoint.matrix import LazyMatrix
 from megacore.checkpoint.safetensors_file import SafetensorsFile, split_by_size, write_safetensors
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError

@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.checkpoint.json_file import read_json_object
-from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, block_of
+from megacore.checkpoint.input_files import read_json_object
+from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, as_matrix, block_of
 from megacore.checkpoint.safetensors_file import OutputTensor
-from megacore.checkpoint.torch_file import MappedMatrix, check_dtypes, read_torch_file, write_torch_file
+from megacore.checkpoint.torch_file import check_dtypes, read_torch_file, write_torch_file
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, LayoutError
 from megacore.hookspecs import ModelFamily
 from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint, Shape
@@ -87,7 +87,7 @@ class MetaCheckpoint(PublishedCheckpoint):
     def matrix(self, name: str, shape: Shape) -> LazyMatrix:
         tensors = [shard[name] for shard in self._shards]
         cut = _cut_by_shape([tuple(tensor.shape) for tensor in tensors], shape)
-        parts = [MappedMatrix(tensor) for tensor in tensors]
+        parts = [as_matrix(tensor) for tensor in tensors]
         if cut == 0:
             return ConcatenatedRows(parts)
         if cut == 1:

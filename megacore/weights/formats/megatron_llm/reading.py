@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.checkpoint.matrix import LazyMatrix, RowsOf, equal
-from megacore.checkpoint.torch_file import MappedMatrix, check_dtypes
+from megacore.checkpoint.matrix import LazyMatrix, RowsOf, as_matrix, equal_matrices
+from megacore.checkpoint.torch_file import check_dtypes
 from megacore.errors import ConfigError, CorruptCheckpointError
 from megacore.hookspecs import ModelFamily
 from megacore.plugins import default_registry
@@ -158,7 +158,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         return parts
 
     def _whole(self, name: str) -> LazyMatrix:
-        parts = [MappedMatrix(part) for part in self._parts[name]]
+        parts = [as_matrix(part) for part in self._parts[name]]
         cut = cut_of(name, is_gated=bool(self.config.get("glu_activation")))
         if len(parts) == 1:
             return parts[0]
@@ -182,7 +182,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         if TIED_HEAD not in self._parts:
             return
         head, embedding = self._whole(TIED_HEAD), self._whole(EMBEDDING)
-        if (head.rows, head.columns) != (embedding.rows, embedding.columns) or not equal(head, embedding):
+        if (head.rows, head.columns) != (embedding.rows, embedding.columns) or not equal_matrices(head, embedding):
             raise CorruptCheckpointError(
                 f"{self.directory}: the head on the last pipeline stage ({TIED_HEAD}) should be the embedding, and it "
                 "differs from it: the stages are not of the same model, or were saved at different times"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint.manifest import TOKENIZER_FILES
-from megacore.checkpoint.matrix import RowsOf
+from megacore.checkpoint.matrix import RowsOf, as_matrix
 from megacore.checkpoint.safetensors_file import OutputTensor
-from megacore.checkpoint.torch_file import MappedMatrix, output_tensor, write_torch_file
+from megacore.checkpoint.torch_file import output_tensor, write_torch_file
 from megacore.errors import ConfigError, OutputError
 from megacore.weights.formats.megatron_llm.rank_files import (
     HALVES,
@@ -118,7 +118,7 @@ def _updated(
         elif not isinstance(value, Tensor):
             updated[key] = value
         elif ".query_key_value." in (trained_name := trained_spelling(name)):
-            matrix = MappedMatrix(value)
+            matrix = as_matrix(value)
             order = interleaved_from_halves(args, matrix.rows, trained_name, file)
             updated[key] = OutputTensor(name, tuple(value.shape), value.dtype, RowsOf(matrix, order))
             permuted += 1
