@@ -74,7 +74,7 @@ def train(
     message = f"Saved {run.output.checkpoint}."
     if result.stopped_by is not None and result.last_step is not None:
         message = (
-            f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; --resume goes on from there."
+            f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; resume with --resume."
         )
     with printing():
         click.echo(message)

@@ -103,7 +103,7 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
     assert process.returncode == 0, errors
     name = "SIGTERM" if layout else number.name  # which is what the ranks get
     [stopped] = steps_in(tmp_path / "out-checkpoints")
-    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; --resume goes on from there.")
+    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; resume with --resume.")
     assert f"Note: {name}: stopping once the last step is saved" in errors
     assert "Traceback" not in errors
     assert not out.exists()
@@ -227,7 +227,7 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
     printed, errors = process.communicate(timeout=BOUND)
 
     assert process.returncode == 0, errors
-    [resumed_from] = map(int, re.findall(r"going on after iteration (\d+)", errors))
+    [resumed_from] = map(int, re.findall(r"resuming after iteration (\d+)", errors))
     assert resumed_from >= 15
     losses = dict(re.findall(r"^iteration +(\d+)/60 \| loss ([\d.]+)", printed, re.MULTILINE))
     expected = train_steps(run_of(place, tmp_path / "whole", *overrides))
@@ -320,7 +320,7 @@ def test_a_run_whose_ranks_are_killed_at_random_ends_with_the_weights_of_one_tha
         assert process.returncode == 1, errors
         assert re.search(r"rank \d was killed by SIGKILL", errors)
         num_killed += 1
-        resumed_from += re.findall(r"going on after iteration (\d+)", errors)
+        resumed_from += re.findall(r"resuming after iteration (\d+)", errors)
         if found := steps_in(tmp_path / "out-checkpoints"):
             Checkpoint(tmp_path / "out-checkpoints" / f"iteration-{found[-1]:07d}").check()
 
@@ -538,5 +538,5 @@ def test_a_run_that_can_save_nothing_at_its_end_names_the_checkpoint_to_go_on_fr
         megacore.train(run, resume=True)
 
     left = tmp_path / "out-checkpoints" / "iteration-0000002"
-    assert str(raised.value).endswith(f". --resume goes on from {left}")
+    assert str(raised.value).endswith(f". --resume resumes from {left}")
     assert steps_in(tmp_path / "out-checkpoints") == [2]
