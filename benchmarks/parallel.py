@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megacore import ModelConfig, get_family
-from megacore.checkpoint import Checkpoint, Layout
+from megacore.checkpoint import Checkpoint, Layout, ModelDescription
 from megacore.checkpoint.matrix import StoredMatrix
 from megacore.checkpoint.writing import Parameter, write_checkpoint
 from megacore.data import IndexedDatasetWriter
@@ -70,12 +70,9 @@ def write_inputs(directory: Path, num_steps: int) -> None:
     write_checkpoint(
         directory / "checkpoint",
         parameters,
-        family=CONFIG.family,
-        config=CONFIG.to_dict(),
+        ModelDescription(family=CONFIG.family, config=CONFIG.to_dict()),
         layout=Layout.even(tp=1, pp=1, num_layers=CONFIG.num_layers),
         tokenizer_files={},
-        origin={},
-        history=(),
     )
     num_tokens = num_steps * NUM_MICRO_BATCHES * CONFIG.max_position_embeddings + 1
     with IndexedDatasetWriter(directory / "data", "uint16") as writer:

@@ -1,4 +1,4 @@
-"""``megacore train``."""
+"""``megacore train``: the training of a model, as a run file describes it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megacore.cli.notes import print_note, printing
 from megacore.cli.run_options import read_run, run_file_argument, run_options
 
 
-class _HowToResume(click.Choice[str]):
-    """``--resume`` alone, or with ``auto``; a run file that follows it would be taken for what it says."""
+class _ResumeType(click.Choice[str]):
+    """The value of ``--resume``, with a hint for a run file that was taken for it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
-            self.fail(f"it is followed by auto or nothing: megacore train {value} --resume, perhaps?", param, ctx)
+            self.fail(f"the only value is auto. Did you mean: megacore train {value} --resume", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -27,35 +27,36 @@ class _HowToResume(click.Choice[str]):
     "--resume",
     is_flag=False,
     flag_value="yes",
-    type=_HowToResume(["yes", "auto"]),
-    help="Go on from the newest training checkpoint of the run; with auto, if there is one.",
+    type=_ResumeType(["yes", "auto"]),
+    help="Resume from the newest training checkpoint of the run; with auto, only if there is one.",
 )
 @click.option(
     "--load",
     metavar="CKPT",
     type=click.Path(path_type=Path),
-    help="Native checkpoint to start from, instead of model.checkpoint; or training checkpoint, or directory of them, "
-    "to go on from.",
+    help="Native checkpoint to start from instead of model.checkpoint; or training checkpoint, or directory of them, "
+    "to resume from.",
 )
 @run_options
-@click.option("--plain", is_flag=True, help="Print a line a step on a terminal too, instead of the panel.")
+@click.option("--plain", is_flag=True, help="Print lines instead of the live panel on a terminal too.")
 def train(
     run_file: Path,
     resume: Literal["yes", "auto"] | None,
     load: Path | None,
     plain: bool,
-    **given: Any,
+    **options: Any,
 ) -> None:
-    """Train as RUN.toml says, on as many processes as it needs, and save a checkpoint.
+    """Train a model as RUN.toml describes.
 
-    Under torchrun or srun it joins the processes that are there.
+    The trained model is saved as the native checkpoint output.checkpoint. The command starts the processes that the
+    run needs; under torchrun or srun it joins the existing ones.
 
     \b
     megacore train run.toml --tp 2 --set optimizer.lr=1e-4
     megacore train run.toml --tp 4 --nodes 2 --node-rank 0 --addr node1     # on node1
     megacore train run.toml --tp 4 --nodes 2 --node-rank 1 --addr node1     # on node2
     """
-    run, nodes = read_run(run_file, **given)
+    run, nodes = read_run(run_file, **options)
     from megacore.parallel import is_first_process
     from megacore.training import train
 
@@ -71,10 +72,8 @@ def train(
     )
     if not is_first_process(nodes):
         return
-    message = f"Saved {run.output.checkpoint}."
+    outcome = f"Saved {run.output.checkpoint}."
     if result.stopped_by is not None and result.last_step is not None:
-        message = (
-            f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; resume with --resume."
-        )
+        outcome = f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; resume with --resume."
     with printing():
-        click.echo(message)
+        click.echo(outcome)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megacore.atomic_output import require_absent
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.staging import require_absent
 from megacore.config import ModelConfig
 from megacore.data import (
     DatasetDescription,

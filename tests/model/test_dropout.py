@@ -56,12 +56,12 @@ def test_the_share_of_what_is_dropped_is_the_probability_and_the_rest_is_scaled_
 
 
 def test_masks_differ_by_sample_layer_place_and_seed_and_are_the_same_when_drawn_again():
-    reference = Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 7, device=CPU)
+    reference = Dropout(0.5, seed=1, layer=2, place=1).keep_mask((8, 16), 7, device=CPU)
 
-    assert torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 7, device=CPU), reference)
-    assert not torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 8, device=CPU), reference)
+    assert torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep_mask((8, 16), 7, device=CPU), reference)
+    assert not torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep_mask((8, 16), 8, device=CPU), reference)
     for other in (Dropout(0.5, 2, 2, 1), Dropout(0.5, 1, 3, 1), Dropout(0.5, 1, 2, 2)):
-        assert not torch.equal(other.keep((8, 16), 7, device=CPU), reference)
+        assert not torch.equal(other.keep_mask((8, 16), 7, device=CPU), reference)
 
 
 def test_attention_draws_otherwise_on_every_rank_and_leaves_the_generator_as_it_was():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megacore.checkpoint import Checkpoint
 from megacore.data import Split
 from megacore.parallel import ParallelContext, chunk_bounds, gather_parameter, local_tensor, token_scores
-from megacore.testing.numerics import whole_tensor
+from megacore.testing.numerics import gather_tensor
 from megacore.training import Batch, Engine, Evaluation, RunConfig, Step, batches
 from megacore.training.checkpointing.train_state import state_tensors
 from megacore.training.config import TrainingSection
@@ -30,7 +30,7 @@ def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, d
     engine = Engine(resolve_run(run), parallel)
     loss, _ = engine.accumulate(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)))
     return loss, {
-        name: whole_tensor(parameter.grad, engine.specs[name], parallel)
+        name: gather_tensor(parameter.grad, engine.specs[name], parallel)
         for name, parameter in engine.parameters.items()
         if parameter.grad is not None
     }
@@ -165,7 +165,7 @@ def segmented_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[floa
     return loss, {
         name: gather_parameter(p.grad, parallel)
         if parallel.sizes.dp_shard > 1
-        else whole_tensor(p.grad, engine.specs[name], parallel)
+        else gather_tensor(p.grad, engine.specs[name], parallel)
         for name, p in engine.parameters.items()
         if p.grad is not None
     }

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,6 +32,7 @@ from megacore.training import Engine, RunConfig
 from megacore.training.resolved import parallel_sizes
 from recorded_steps import train_steps
 from tiny_run import weights
+from warm_commands import Command
 
 BOUND = 120
 """Seconds within which a command must be over; it takes a tenth of that on an idle machine."""
@@ -50,24 +50,30 @@ def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
 
 
 def command(place: Path, out: Path, *overrides: str, options: tuple[str, ...] = ()) -> list[str | Path]:
-    """The command that trains, with a run file beside ``out``."""
+    """The words after ``megacore`` that train, with a run file beside ``out``."""
     run_of(place, out)
     settings = [word for override in overrides for word in ("--set", override)]
-    return [sys.executable, "-m", "megacore", "train", out.with_suffix(".toml"), *options, *settings]
+    return ["train", out.with_suffix(".toml"), *options, *settings]
 
 
-def started(arguments: list[str | Path]) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+PYTHON = (sys.executable, "-m", "megacore")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def started(arguments: list[str | Path]) -> Command:
+    return Command(*arguments, start_new_session=True)
+
+
+def python_started(*words: str | Path) -> subprocess.Popen[str]:
+    """Start Python itself, which takes seconds to import torch."""
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def steps_in(directory: Path) -> list[int]:
     return sorted(int(path.name[10:]) for path in directory.glob("iteration-*"))
 
 
-def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
+def wait_for_line(process: Command | subprocess.Popen[str], beginning: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(beginning):
@@ -113,8 +119,7 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
 
 
 def test_a_signal_that_ends_who_reads_the_output_too_saves_a_checkpoint_all_the_same(place, tmp_path):
-    arguments = command(place, tmp_path / "out", "training.train_iters=100000")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Command(*command(place, tmp_path / "out", "training.train_iters=100000"), stderr=subprocess.STDOUT)
     wait_for_line(process, "iteration     2/")
 
     assert process.stdout is not None
@@ -142,15 +147,10 @@ def test_a_second_signal_ends_a_run_at_once_whose_step_does_not_end(place, tmp_p
     assert "Traceback" not in errors
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: Command) -> list[int]:
     """The process ids of the ranks that a command has started."""
-    session = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True)
-    ranks = []
-    for pid in map(int, session.stdout.split()):
-        with suppress(FileNotFoundError):  # it has ended by now
-            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
-                ranks.append(pid)
-    return ranks
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in children.stdout.split()]
 
 
 def test_signals_that_come_at_once_are_one_request_and_a_later_one_ends_the_process(tmp_path):
@@ -162,7 +162,7 @@ with stop_requests() as request:
     while True:
         time.sleep(0.05)
 """
-    process = started([sys.executable, "-c", script])
+    process = Command(script, module="-c", start_new_session=True)
     wait_for_line(process, "ready")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -201,7 +201,7 @@ def test_a_signal_in_the_last_step_does_not_keep_a_run_from_its_result(place, tm
 
 @pytest.mark.parametrize("delay", [0.5, 2.0])
 def test_an_interrupt_while_the_program_starts_ends_it_without_a_traceback(place, tmp_path, delay):
-    process = started(command(place, tmp_path / "out", "training.train_iters=100000"))
+    process = python_started(*PYTHON, *command(place, tmp_path / "out", "training.train_iters=100000"))
     time.sleep(delay)
 
     process.send_signal(signal.SIGINT)
@@ -217,9 +217,11 @@ def test_an_interrupt_while_the_program_starts_ends_it_without_a_traceback(place
 
 def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_path):
     overrides = ("model.dtype=fp64", "training.train_iters=60", "checkpoints.interval=5")
-    own = command(place, tmp_path / "out", *overrides, "parallel.data_parallel=sharded")[2:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = started([*torchrun, "--max-restarts", "1", "--monitor-interval", "0.2", "-m", *own])
+    own = command(place, tmp_path / "out", *overrides, "parallel.data_parallel=sharded")
+    process = python_started(
+        *(*TORCHRUN, "--standalone", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "--monitor-interval", "0.2", "-m", "megacore", *own),
+    )
     wait_for_line(process, "iteration    20/")
     found = subprocess.run(["pgrep", "-f", f"train {tmp_path}/out.toml"], capture_output=True, text=True, check=True)
 
@@ -238,12 +240,12 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
 def test_torchruns_elastic_restart_goes_on_on_two_nodes_of_which_one_has_failed(place, tmp_path):
     overrides = ("model.dtype=fp64", "training.train_iters=200", "checkpoints.interval=5")
     sharded = (*overrides, "parallel.data_parallel=sharded")
-    own = command(place, tmp_path / "out", *sharded, "parallel.timeout=60")[2:]
+    own = command(place, tmp_path / "out", *sharded, "parallel.timeout=60")
     with socket.create_server(("localhost", 0)) as free:
         endpoint = f"localhost:{free.getsockname()[1]}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "localhost"]
-    nodes = [started([*torchrun, *meeting, "--max-restarts", "1", "-m", *own]) for _ in range(2)]
+    nodes = [python_started(*torchrun, *meeting, "-m", "megacore", *own) for _ in range(2)]
     ranks: dict[int, int] = {}
     while len(ranks) < 2 or not any(step >= 20 for step in steps_in(tmp_path / "out-checkpoints")):
         assert [node.poll() for node in nodes] == [None, None]
@@ -265,8 +267,8 @@ def test_torchruns_elastic_restart_goes_on_on_two_nodes_of_which_one_has_failed(
 @pytest.mark.soak
 def test_a_rank_of_torchrun_that_hangs_is_named_by_the_others(place, tmp_path):
     settings = ("training.global_batch_size=6", "training.train_iters=100000", "parallel.timeout=8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    process = started([*torchrun, "-m", *command(place, tmp_path / "out", *settings)[2:]])
+    own = command(place, tmp_path / "out", *settings)
+    process = python_started(*TORCHRUN, "--standalone", "--nproc-per-node", "3", "-m", "megacore", *own)
     wait_for_line(process, "iteration     2/")
     found = subprocess.run(["pgrep", "-f", f"train {tmp_path}/out.toml"], capture_output=True, text=True, check=True)
     [hanging] = [int(pid) for pid in found.stdout.split() if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from megacore.training import Evaluation, Step
 from megacore.training.loggers.dispatch import Guarded, open_run_log
 from recorded_steps import train_steps
 from tiny_run import prepare, run_of
+from warm_commands import run as run_command
 
 POSTCARD = '''
 import json, os, threading
@@ -313,13 +313,9 @@ def test_a_logger_that_does_not_close_costs_a_run_of_several_ranks_nothing(place
     run = logged_run(place, tmp_path / "out", "postcard")
     settings = ("parallel.nproc_per_node=2", "parallel.timeout=30", "checkpoints.interval=100")
     words = [word for setting in (*settings, f"output.directory={run.output.directory}") for word in ("--set", setting)]
-    command = [sys.executable, "-m", "megacore", "train", tmp_path / "out.toml", *words]
-    command += ["--set", 'logging.loggers=["postcard"]']
-    path = os.pathsep.join([str(postcard.parent), *sys.path])
+    command = ["train", tmp_path / "out.toml", *words, "--set", 'logging.loggers=["postcard"]']
 
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"HANG_AT_CLOSE": "1", "PYTHONPATH": path}
-    )
+    done = run_command(*command, environment={"HANG_AT_CLOSE": "1", "PYTHONPATH": str(postcard.parent)})
 
     assert done.returncode == 0, done.stderr
     assert "Note: postcard has not finished within 15 seconds after the run" in done.stderr

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from recorded_steps import steps_on_rank, train_steps
 from tiny_llama import VOCAB, published_model, write_dataset
 from tiny_run import weights
 from training_on_rank import train_on_what_each_sees, trained_replicas, whole_gradients
+from warm_commands import run as run_command
 
 STEPS = 10
 
@@ -457,8 +457,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_in_a_dataset_that_does_not_
 @pytest.fixture(scope="module")
 def trained(place) -> tuple[Path, subprocess.CompletedProcess]:
     out = place / "trained on two"
-    command = [sys.executable, "-m", "megacore", "train", run_file(place, out, layout="tp 2, pp 2"), "--tp", "2"]
-    return out, subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return out, run_command("train", run_file(place, out, layout="tp 2, pp 2"), "--tp", "2")
 
 
 def test_the_command_prints_one_line_a_step_and_where_it_saved(trained):

@@ -10,17 +10,15 @@ Names beginning with a dot that a killed run left beside them are removed by the
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from megacore.atomic_output import lock_output, output_errors
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.staging import reported_as_output_error
-from megacore.errors import CheckpointError, OutputError
+from megacore.errors import CheckpointError
 from megacore.training.config import CheckpointsSection
 
 LATEST = "latest"
@@ -72,23 +70,17 @@ class CheckpointDirectory:
         Raises:
             OutputError: when another run saves here, or the directory cannot be created.
         """
-        lock = self.path / ".run.lock"
-        with reported_as_output_error(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another run saves its checkpoints in {self.path}: wait for it, or name another directory with "
-                    "checkpoints.directory"
-                ) from None
+        refusal = (
+            f"another run saves its checkpoints in {self.path}: wait for it, or name another directory with "
+            "checkpoints.directory"
+        )
+        with ExitStack() as stack:
+            with output_errors(self.path / "run"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_output(self.path / "run", refusal=refusal))
             for path in [path for path in self.path.iterdir() if _LEFT_OVER.fullmatch(path.name)]:
                 _remove(path)
             yield
-        finally:
-            os.close(descriptor)
 
     def set_aside_after(self, iteration: int) -> list[Path]:
         """Rename the checkpoints after ``iteration``, to which the run goes back; return their new paths."""

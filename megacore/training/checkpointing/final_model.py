@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
+from megacore.atomic_output import output_errors, require_absent, require_space, staged_directory
+from megacore.checkpoint import Checkpoint, Layout, build_manifest
 from megacore.checkpoint.manifest import ParameterEntry, WeightFile, read_manifest, write_manifest
-from megacore.checkpoint.matrix import StoredMatrix, count
+from megacore.checkpoint.matrix import StoredMatrix, num_rows
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
-from megacore.checkpoint.staging import reported_as_output_error, require_absent, require_space, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
 from megacore.errors import CheckpointError, MegacoreError, OutputError
 from megacore.model import DecoderModel
@@ -51,7 +51,7 @@ def reserve_output(
         DiskFullError: when ``num_bytes`` do not fit.
     """
     if parallel.rank > 0:
-        with reported_as_output_error(out):
+        with output_errors(out):
             staging = Path(broadcast_object("", parallel))
             if not staging.is_dir():
                 raise OutputError(
@@ -133,7 +133,7 @@ def save_stages(
     failures = _gather(failures, parallel)
     if not failures and parallel.rank == 0:
         try:
-            with _reported(output.out):
+            with output_errors(output.out):
                 _complete(
                     output, all_written, all_entries, stages, parallel, started_from=started_from, details=details
                 )
@@ -170,7 +170,7 @@ def _write_stage(output: ReservedOutput, model: DecoderModel, parallel: Parallel
         return {}
     tensors = _output_tensors(stored, specs, parallel, gather)
     try:
-        with _reported(output.out):
+        with output_errors(output.out):
             return write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
     except MegacoreError:
         gather_the_rest()
@@ -188,28 +188,14 @@ def _complete(
     details: dict[str, Any],
 ) -> None:
     """Write the manifest, on rank 0."""
-    source = started_from.manifest
-    manifest = Manifest(
-        family=source.family,
-        config=source.config,
-        layout=Layout(tp=parallel.tp_size, stages=tuple((stage.start, stage.stop) for stage in stages)),
-        parameters={name: entries[name] for name in source.parameters},
+    manifest = build_manifest(
+        started_from.manifest.description.after_training(started_from.path, **details),
+        layout=Layout.from_stages(stages, tp=parallel.tp_size),
+        parameters={name: entries[name] for name in started_from.manifest.parameters},
         files=dict(sorted(written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
-        tokenizer=dict(output.tokenizer),
-        origin=source.origin,
-        history=train_history(started_from, details),
+        tokenizer=output.tokenizer,
     )
     write_manifest(output.staging, manifest)
-
-
-@contextmanager
-def _reported(out: Path) -> Iterator[None]:
-    """Convert every OSError about ``out`` to an error of ours, which can be sent to other ranks."""
-    try:
-        with reported_as_output_error(out):
-            yield
-    except OSError as error:
-        raise OutputError(f"{out} could not be written: {error}") from error
 
 
 def _remove_written_files(output: ReservedOutput) -> None:
@@ -217,17 +203,6 @@ def _remove_written_files(output: ReservedOutput) -> None:
     for path in output.staging.iterdir():
         if path.is_file():
             path.unlink()
-
-
-def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the history of a model trained from ``started_from``: one entry per run, however often it was resumed.
-
-    Its source is the checkpoint that the run began with.
-    """
-    history = started_from.manifest.history
-    own = next((entry for entry in history if entry.get("run_id") == details["run_id"]), None)
-    source = str(started_from.path) if own is None else own["source"]
-    return (*(entry for entry in history if entry is not own), history_entry("train", source=source, **details))
 
 
 def _output_tensors(
@@ -252,7 +227,7 @@ def _output_tensors(
     for name, parameter in parameters.items():
         rows, columns = specs[name].stored_block(parallel.tp_size, parallel.tp_rank)
         width = columns.stop - columns.start
-        matrix = StoredMatrix(count(rows), width, parameter.dtype, partial(stored, name))
+        matrix = StoredMatrix(num_rows(rows), width, parameter.dtype, partial(stored, name))
         shape = specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)
         tensors.append(OutputTensor(name, shape, parameter.dtype, matrix))
     return tensors

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacore.checkpoint import Layout, Manifest
+from megacore.checkpoint import Layout, build_manifest
 from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, ParameterEntry, WeightFile, write_manifest
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES
 from megacore.checkpoint.training_record import StoredTensor, TrainingRecord
@@ -22,7 +22,7 @@ from megacore.checkpoint.writing import copy_tokenizer
 from megacore.errors import MegacoreError, OutputError
 from megacore.parallel import ParallelContext, broadcast_object, is_lost_connection
 from megacore.training.checkpointing.directory import CheckpointDirectory
-from megacore.training.checkpointing.final_model import ReservedOutput, train_history
+from megacore.training.checkpointing.final_model import ReservedOutput
 from megacore.training.checkpointing.storage import PlacedTensor, SafetensorsWriter
 from megacore.training.checkpointing.train_state import restore_tensors, state_tensors, write_tensors
 from megacore.training.engine import Engine
@@ -220,21 +220,16 @@ class RunCheckpoints:
         self, staging: Path, files: dict[str, WeightFile], stored: dict[str, StoredTensor], record: TrainingRecord
     ) -> None:
         """Complete the checkpoint in ``staging``, on rank 0."""
-        source, engine = self._resolved.checkpoint.manifest, self._engine
+        source, engine = self._resolved.checkpoint, self._engine
         tokenizer = self._output.staging / TOKENIZER_DIRECTORY
-        details = {"iterations": record.iteration, "dtype": engine.run.model.dtype, "run_id": self.run_id}
+        details = {"iterations": record.iteration, "dtype": engine.run.model.dtype}
         dtype = DTYPE_NAMES[engine.param_dtype]
-        manifest = Manifest(
-            family=source.family,
-            config=source.config,
-            layout=Layout(
-                tp=self._parallel.tp_size, stages=tuple((stage.start, stage.stop) for stage in engine.all_stages)
-            ),
-            parameters={name: ParameterEntry(self._resolved.specs[name], dtype) for name in source.parameters},
+        manifest = build_manifest(
+            source.manifest.description.after_training(source.path, run_id=self.run_id, **details),
+            layout=Layout.from_stages(engine.all_stages, tp=self._parallel.tp_size),
+            parameters={name: ParameterEntry(self._resolved.specs[name], dtype) for name in source.manifest.parameters},
             files=dict(sorted(files.items())),
             tokenizer=copy_tokenizer({name: tokenizer / name for name in self._output.tokenizer}, staging),
-            origin=source.origin,
-            history=train_history(self._resolved.checkpoint, details),
             training=TrainingRecord(record.iteration, record.num_samples, stored, record.state),
         )
         write_manifest(staging, manifest)

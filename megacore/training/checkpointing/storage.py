@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megacore.atomic_output import output_errors, require_space, staged_directory
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.manifest import WeightFile
 from megacore.checkpoint.matrix import StoredMatrix
@@ -47,8 +48,7 @@ from megacore.checkpoint.safetensors_file import (
     split_by_size,
     write_safetensors,
 )
-from megacore.checkpoint.staging import reported_as_output_error, require_space, staged_directory
-from megacore.checkpoint.training_record import Chunk, StoredTensor, key_of
+from megacore.checkpoint.training_record import Chunk, StoredTensor, chunk_key
 from megacore.errors import OutputError
 from megacore.parallel import Box, ParallelContext
 
@@ -178,8 +178,8 @@ class SafetensorsWriter(StorageWriter):
             if not group:
                 continue
             name = f"rank-{self.parallel.rank:05d}-{number:03d}.safetensors"
-            with reported_as_output_error(self.out):
-                record = write_safetensors(self._staging / name, group, is_alone=self._is_alone)
+            with output_errors(self.out):
+                record = write_safetensors(self._staging / name, group, limit_threads=self._is_alone)
             file = WeightFile(self.parallel.tp_rank, self.parallel.pp_rank, (), record)
             for tensor, item in zip(group, items, strict=False):  # further items are in the next file
                 results.append(WriteResult(item.index, tensor.num_bytes, (name, file)))
@@ -202,7 +202,7 @@ class SafetensorsWriter(StorageWriter):
             for name, tensor in metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
-        with reported_as_output_error(self.out):
+        with output_errors(self.out):
             self._finish(self._staging, dict(result.storage_data for result in written), tensors)
         assert self._staged is not None
         staged, self._staged = self._staged, None
@@ -241,7 +241,7 @@ def _output_tensor(item: WriteItem, planner: SavePlanner) -> OutputTensor:
         return shard.contiguous().view(-1, 1)
 
     matrix = StoredMatrix(shard.numel(), 1, shard.dtype, flat)
-    return OutputTensor(key_of(item.index.fqn, item.index.offset), tuple(shard.shape), shard.dtype, matrix)
+    return OutputTensor(chunk_key(item.index.fqn, item.index.offset), tuple(shard.shape), shard.dtype, matrix)
 
 
 class SafetensorsReader(StorageReader):

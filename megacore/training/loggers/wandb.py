@@ -8,7 +8,7 @@ from pathlib import Path
 
 import wandb
 
-from megacore.runs.directory import write_whole
+from megacore.atomic_output import write_file
 from megacore.training.loggers import LoggedRun
 
 
@@ -44,5 +44,5 @@ def _id_of(directory: Path) -> str:
     """Return the identifier of the run in wandb, the same whenever the run resumes."""
     file = directory / "wandb-id.txt"
     if not file.is_file():
-        write_whole(file, secrets.token_hex(4) + "\n")
+        write_file(file, secrets.token_hex(4) + "\n")
     return file.read_text(encoding="utf-8").strip()

@@ -1,7 +1,7 @@
-"""``params.json``, the configuration file of Meta's own format, and what it leaves to be known.
+"""A standard decoder in Meta's own format: tensor names, and the keys of ``params.json``.
 
-The keys are those of ``ModelArgs`` in Meta's published loaders. The width of the MLP is not among them: it follows
-from the hidden size, by :func:`ffn_width`. Nor is the context length, which is the family's.
+The keys are those of ``ModelArgs`` in Meta's published loaders. Two sizes are not among them: the width of the MLP
+follows from the hidden size, by :func:`ffn_width`; the context length is known for the family only.
 """
 
 from __future__ import annotations
@@ -11,26 +11,57 @@ from typing import Any
 
 from megacore.config import ModelConfig
 from megacore.errors import ConfigError
+from megacore.weights.rules import Copy, FusedQKV, Stacked, WeightMap
 
 DEFAULT_MULTIPLE_OF = 256
 DEFAULT_NORM_EPS = 1e-5
 DEFAULT_ROPE_THETA = 10000.0
 
-_READ = frozenset(
+_CONFIG_KEYS = frozenset(
     ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
      "rope_theta")
 )  # fmt: skip
-_OF_THE_LOADER = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
-"""Keys that say how much memory to set aside, nothing about the model."""
+_LOADER_KEYS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
+"""Keys that configure the loader and do not describe the model."""
 
 _FFN_KEYS = ("multiple_of", "ffn_dim_multiplier")
 
 
-def ffn_width(dim: int, *, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """The width of the gated MLP, as ``FeedForward`` in Meta's ``model.py`` computes it.
+def meta_map(config: ModelConfig) -> WeightMap:
+    """Return the weight map. Rotary pairs are interleaved (see :func:`megacore.weights.grouped_qkv_rows`).
 
-    Two thirds of ``4 dim``, so that three matrices have as many elements as the two of a plain MLP (Shazeer, 2020,
-    arXiv:2002.05202); times ``ffn_dim_multiplier``; rounded up to a multiple of ``multiple_of``.
+    Raises:
+        ConfigError: if the format cannot describe the model.
+    """
+    _check_expressible(config)
+    return WeightMap(
+        Copy("embedding.word_embeddings.weight", "tok_embeddings.weight"),
+        Copy("decoder.layers.*.input_layernorm.weight", "layers.*.attention_norm.weight"),
+        FusedQKV(
+            "decoder.layers.*.self_attention.linear_qkv.weight",
+            q="layers.*.attention.wq.weight",
+            k="layers.*.attention.wk.weight",
+            v="layers.*.attention.wv.weight",
+        ),
+        Copy("decoder.layers.*.self_attention.linear_proj.weight", "layers.*.attention.wo.weight"),
+        Copy("decoder.layers.*.pre_mlp_layernorm.weight", "layers.*.ffn_norm.weight"),
+        Stacked(
+            "decoder.layers.*.mlp.linear_fc1.weight",
+            gate="layers.*.feed_forward.w1.weight",
+            up="layers.*.feed_forward.w3.weight",
+        ),
+        Copy("decoder.layers.*.mlp.linear_fc2.weight", "layers.*.feed_forward.w2.weight"),
+        Copy("decoder.final_layernorm.weight", "norm.weight"),
+        Copy("output_layer.weight", "output.weight"),
+        ignored=("rope.freqs", "layers.*.attention.inner_attention.rope.freqs"),  # tables in older files
+    )
+
+
+def ffn_width(dim: int, *, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Return the width of the gated MLP, as ``FeedForward`` in Meta's ``model.py`` computes it.
+
+    It is two thirds of ``4 dim``, so that three matrices have as many elements as the two of a plain MLP (Shazeer,
+    2020, arXiv:2002.05202), times ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
     """
     width = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
@@ -39,17 +70,17 @@ def ffn_width(dim: int, *, multiple_of: int, ffn_dim_multiplier: float | None) -
 
 
 def config_from_meta(published: Mapping[str, Any], *, family: str, max_position_embeddings: int) -> ModelConfig:
-    """Read a parsed ``params.json`` whose ``vocab_size`` is the real one.
+    """Read a parsed ``params.json`` whose ``vocab_size`` is the true one.
 
     Args:
-        published: the parsed file.
-        family: that it is read for.
-        max_position_embeddings: the family's context length, which the file does not have.
+        published: The parsed file.
+        family: The name of the model family.
+        max_position_embeddings: The family's context length, which the file does not have.
 
     Raises:
-        ConfigError: for a key that asks for something that is not implemented, by name.
+        ConfigError: names a key that is not implemented.
     """
-    unknown = [key for key, value in published.items() if key not in _READ | _OF_THE_LOADER and value]
+    unknown = [key for key, value in published.items() if key not in _CONFIG_KEYS | _LOADER_KEYS and value]
     if unknown:
         raise ConfigError(
             f"params.json asks for {', '.join(sorted(unknown))}, which {family} in Meta's format does not implement"
@@ -61,7 +92,7 @@ def config_from_meta(published: Mapping[str, Any], *, family: str, max_position_
         family=family,
         num_layers=published["n_layers"],
         hidden_size=dim,
-        ffn_hidden_size=_ffn_width_of(published),
+        ffn_hidden_size=_ffn_width(published),
         num_attention_heads=heads,
         num_kv_heads=_or_default(published, "n_kv_heads", heads),
         head_dim=dim // heads,
@@ -73,12 +104,12 @@ def config_from_meta(published: Mapping[str, Any], *, family: str, max_position_
 
 
 def config_to_meta(config: ModelConfig) -> dict[str, Any]:
-    """The ``params.json`` of ``config``, the inverse of :func:`config_from_meta`.
+    """Return the ``params.json`` of ``config``, the inverse of :func:`config_from_meta`.
 
     Raises:
-        ConfigError: when the model has something that the format cannot say.
+        ConfigError: if the format cannot describe the model.
     """
-    check_expressible(config)
+    _check_expressible(config)
     return {
         "dim": config.hidden_size,
         "n_layers": config.num_layers,
@@ -91,11 +122,11 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def check_expressible(config: ModelConfig) -> None:
+def _check_expressible(config: ModelConfig) -> None:
     """Refuse a model that Meta's format cannot describe.
 
     Raises:
-        ConfigError: names everything that it has no key or tensor for.
+        ConfigError: lists every property that the format has no key or tensor for.
     """
     obstacles = {
         f"norm {config.norm}": config.norm != "rmsnorm",
@@ -108,35 +139,39 @@ def check_expressible(config: ModelConfig) -> None:
             config.num_attention_heads * config.head_dim != config.hidden_size
         ),
     }
-    if found := [what for what, present in obstacles.items() if present]:
+    if found := [obstacle for obstacle, is_present in obstacles.items() if is_present]:
         raise ConfigError(f"Meta's format cannot hold this model: it has no way to say {', '.join(found)}")
 
 
-def merged_params(came_with: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """What to write: ``params``, in the words of the file that the weights came with where those say the same.
+def merged_params(original: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``params`` with the spelling and the further keys of ``original``, where the two agree.
 
-    A key that the first loaders do not know is left out while its value is what they assume.
+    A key that the first loaders do not know is left out while it has the value that they assume.
+
+    Args:
+        original: The ``params.json`` of the checkpoint that was converted; may be empty.
+        params: The ``params.json`` of the model that is written, as :func:`config_to_meta` returns it.
     """
-    merged = {**came_with, **params}
-    if came_with and _ffn_width_of({**came_with, "dim": params["dim"]}) == _ffn_width_of(params):
+    merged = {**original, **params}
+    if original and _ffn_width({**original, "dim": params["dim"]}) == _ffn_width(params):
         for key in _FFN_KEYS:
             merged.pop(key, None)
-        merged |= {key: came_with[key] for key in _FFN_KEYS if key in came_with}
+        merged |= {key: original[key] for key in _FFN_KEYS if key in original}
     elif "ffn_dim_multiplier" not in params:
         merged.pop("ffn_dim_multiplier", None)
     for key, assumed in {"n_kv_heads": params["n_heads"], "rope_theta": DEFAULT_ROPE_THETA}.items():
-        if key not in came_with and merged[key] == assumed:
+        if key not in original and merged[key] == assumed:
             del merged[key]
     return merged
 
 
 def _or_default(published: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of ``key``; Meta's loaders take ``null`` for absent."""
+    """Return the value of ``key``, or ``default`` if it is absent or null, which Meta's loaders treat alike."""
     value = published.get(key)
     return default if value is None else value
 
 
-def _ffn_width_of(published: Mapping[str, Any]) -> int:
+def _ffn_width(published: Mapping[str, Any]) -> int:
     return ffn_width(
         published["dim"],
         multiple_of=_or_default(published, "multiple_of", DEFAULT_MULTIPLE_OF),
@@ -145,10 +180,10 @@ def _ffn_width_of(published: Mapping[str, Any]) -> int:
 
 
 def _ffn_settings(dim: int, width: int) -> dict[str, Any]:
-    """The keys from which :func:`ffn_width` makes ``width``: the usual ones, or the shortest multiplier that does."""
+    """Return keys for which :func:`ffn_width` is ``width``: the usual ones, or the shortest multiplier."""
     if ffn_width(dim, multiple_of=DEFAULT_MULTIPLE_OF, ffn_dim_multiplier=None) == width:
         return {"multiple_of": DEFAULT_MULTIPLE_OF}
-    multiple_of = width & -width  # the largest power of two that divides it
+    multiple_of = width & -width  # the largest power of two that divides width
     unscaled = int(2 * (4 * dim) / 3)
     for digits in range(1, 18):
         for multiplier in (round(width / unscaled, digits), round(width / unscaled + 10**-digits, digits)):

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import megacore
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.new_rows import AddedTokens
+from megacore.checkpoint.resized_embeddings import ExtendedTokenizer
 from megacore.cli import cli
 from megacore.data import IndexedDataset, load_tokenizer, tokenize
 from megacore.errors import DataError, MegacoreError
@@ -52,7 +52,7 @@ def published_rows(directory: Path, name: str) -> torch.Tensor:
 
 
 def test_rows_are_of_the_mean_of_all_rows_when_those_are_read_in_blocks(published, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacore.checkpoint.new_rows._ROWS_AT_ONCE", 40)
+    monkeypatch.setattr("megacore.checkpoint.resized_embeddings._BLOCK_ROWS", 40)
     megacore.convert("llama", published, tmp_path / "grown", add_tokens=dataset)
     megacore.export(tmp_path / "grown", tmp_path / "exported")
     rows = published_rows(tmp_path / "exported", "model.embed_tokens.weight")
@@ -178,7 +178,7 @@ def test_new_tokens_never_get_the_rows_of_tokens_that_the_model_has_beside_its_t
     (tmp_path / "known/added_tokens.json").write_text('{"<|im_end|>": 12}')
     known = {file.name: file for file in (tmp_path / "known").iterdir()}
     with pytest.raises(DataError, match=r"added_tokens.json beside it adds '<\|im_end\|>' \(12\)"):
-        AddedTokens.read(tmp_path / "same", known=known)
+        ExtendedTokenizer.read(tmp_path / "same", known=known)
 
 
 def test_a_dataset_without_new_tokens_has_none_to_add(published, tmp_path):

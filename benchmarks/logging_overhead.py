@@ -1,6 +1,6 @@
 """What it costs to be told of a step: by the run's directory, by TensorBoard, by a line, by the panel.
 
-    python benchmarks/telling.py
+    python benchmarks/logging_overhead.py
 
 The last column is a share of a step of 100 milliseconds; few are shorter.
 """

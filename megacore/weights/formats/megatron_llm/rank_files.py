@@ -1,4 +1,4 @@
-"""How the files lie and what is in them: ranks, names, cuts, and what a pickle may contain."""
+"""The files of all ranks: their paths and contents, tensor names and cuts, and the objects a pickle may contain."""
 
 from __future__ import annotations
 
@@ -13,32 +13,28 @@ from typing import Any
 from torch import Tensor
 
 from megacore.checkpoint.matrix import ColumnsOf, ConcatenatedColumns, ConcatenatedRows, LazyMatrix, RowsOf
-from megacore.checkpoint.torch_file import (
-    Foreign,
-    foreign,
-    read_torch_file,
-)
+from megacore.checkpoint.torch_file import Foreign, foreign, read_torch_file
 from megacore.errors import CheckpointError, CorruptCheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 WEIGHTS = ("model_optim_rng.pt", "model_rng.pt")
-"""What a rank's file is called; the second is of runs with a distributed optimizer."""
+"""The possible names of a rank's file; the second is that of runs with a distributed optimizer."""
 
 RECORD = "megacore"
-"""A key of ours in each file, which the system that the format is of does not look at: what it does not record."""
+"""A key that megacore adds to each file for facts that the format does not record; its own system ignores the key."""
 
 INTERLEAVED, HALVES = "interleaved", "halves"
-"""The rotary pairs in a head: (2i, 2i + 1), or (i, i + head_dim / 2) as until its commit 332cf3c."""
+"""The rotary pairs in a head: (2i, 2i + 1), or (i, i + head_dim / 2) as until the system's commit 332cf3c."""
 
 TRAINING_STATE = ("optimizer", "opt_param_scheduler", "rng_state")
-"""Keys that only mean something to the training run that saved them."""
+"""Keys that only the training run that saved them can use."""
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "lm_head"
 TIED_HEAD = "word_embeddings_for_head.weight"
-"""The last stage's copy of the embedding, in a model that has no head of its own."""
+"""The last stage's copy of the embedding, in a model with a tied head."""
 
-_MOST_RANKS = 100_000
+_MAX_RANKS = 100_000
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 _ENUMS = {"rotary": ("PositionEmbeddingType", 1), "absolute": ("PositionEmbeddingType", 2)}
@@ -49,21 +45,21 @@ _ALLOWED = (
         for module in ("core", "model")
         for name in ("AttnMaskType", "AttnType", "LayerType", "ModelType", "PositionEmbeddingType")
     ),
-    # The state of numpy's random numbers, and numbers of numpy among the arguments: nobody looks at them here.
+    # The state of numpy's random numbers, and numpy scalars among the arguments, which are not used here.
     *(foreign(f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *(foreign(f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     foreign("numpy.ndarray"),
     foreign("numpy.dtype"),
 )
-"""What a file may contain beside tensors, containers, numbers and strings."""
+"""The classes that a file may contain besides tensors, containers, numbers and strings."""
 
 
-# How tensors are cut over tensor-parallel ranks
+# Cuts over tensor-parallel ranks
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a tensor is cut: ``merge`` is the inverse of ``part`` for all ranks."""
+    """A way to cut a tensor over ranks: ``part(matrix, tp, rank)``, and ``merge(parts)``, its inverse."""
 
     part: Callable[[LazyMatrix, int, int], LazyMatrix]
     merge: Callable[[Sequence[LazyMatrix]], LazyMatrix]
@@ -90,11 +86,11 @@ BOTH_HALVES = Cut(
     lambda matrix, tp, rank: ConcatenatedRows([_rows(half, tp, rank) for half in _halves(matrix)]),
     lambda parts: ConcatenatedRows([half for halves in zip(*map(_halves, parts), strict=True) for half in halves]),
 )
-"""A gated MLP: every rank has its part of the one half above its part of the other."""
+"""The cut of a gated MLP: each rank has its part of the upper half above its part of the lower half."""
 
 
 def cut_of(name: str, *, is_gated: bool) -> Cut | None:
-    """How tensor ``name`` is cut; ``None`` for one that every rank has whole."""
+    """Return the cut of tensor ``name``; ``None`` for one that every rank has whole."""
     if name in (EMBEDDING, HEAD, TIED_HEAD) or name.endswith(".query_key_value.weight"):
         return ROWS
     if name.endswith((".self_attention.dense.weight", ".mlp.dense_4h_to_h.weight")):
@@ -106,7 +102,7 @@ def cut_of(name: str, *, is_gated: bool) -> Cut | None:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The files of a checkpoint, opened: ``documents[stage][rank]`` is what one holds."""
+    """The opened files of a checkpoint; ``documents[stage][rank]`` is the content of one."""
 
     directory: Path
     paths: list[list[Path]]
@@ -114,11 +110,11 @@ class RankFiles:
 
     @classmethod
     def open(cls, directory: Path) -> RankFiles:
-        """Open the files that the tracker of ``directory`` points at.
+        """Open the files of the iteration that the tracker of ``directory`` names.
 
         Raises:
-            CheckpointError: when one is missing, or contains what it should not.
-            CorruptCheckpointError: when one is damaged, or they are not of one checkpoint.
+            CheckpointError: if one is missing, or contains a class that is not allowed.
+            CorruptCheckpointError: if one is damaged, or they are not of one checkpoint.
         """
         folder = _tracked(directory)
         found = {
@@ -135,8 +131,8 @@ class RankFiles:
             vars(first["args"]).get(f"{kind}_model_parallel_size") or 1 + max(place[axis] for place in found)
             for axis, kind in enumerate(("tensor", "pipeline"))
         )
-        if not (isinstance(tp, int) and isinstance(pp, int) and 1 <= tp * pp <= _MOST_RANKS):
-            raise CorruptCheckpointError(f"{folder} is said to be cut over tp {tp!r} and pp {pp!r} ranks")
+        if not (isinstance(tp, int) and isinstance(pp, int) and 1 <= tp * pp <= _MAX_RANKS):
+            raise CorruptCheckpointError(f"the args in {folder} say that it is cut over tp {tp!r} and pp {pp!r} ranks")
         expected = {(rank, stage) for stage in range(pp) for rank in range(tp)}
         if expected != set(found):
             raise CheckpointError(
@@ -154,29 +150,29 @@ class RankFiles:
 
     @property
     def iteration(self) -> Any:
-        """``"release"``, or the number of an iteration."""
+        """The iteration number, or ``"release"``."""
         return self.documents[0][0].get("iteration")
 
     @property
     def args(self) -> dict[str, Any]:
-        """The saved arguments, with strings in place of the enumerations of their system."""
+        """The saved arguments, with strings in place of the system's enumerations."""
         return {name: _plain(value) for name, value in vars(self.documents[0][0]["args"]).items()}
 
     @property
     def rotary_layout(self) -> str | None:
-        """What the files record of their rotary pairs; the system that the format is of records nothing."""
+        """The recorded layout of rotary pairs; ``None`` if megacore did not write the files."""
         return self.documents[0][0].get(RECORD, {}).get("rotary_layout")
 
 
 def _tracked(directory: Path) -> Path:
-    """The directory of ranks that the tracker points at."""
+    """Return the directory of ranks that the tracker names."""
     tracker = directory / TRACKER
     if not tracker.is_file():
         raise CheckpointError(f"{directory} has no {TRACKER}: it is not a checkpoint in the format megatron-llm")
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if said != "release" and not said.isdecimal():
-        raise CorruptCheckpointError(f"{tracker} says {said[:40]!r} instead of an iteration or 'release'")
-    folder = directory / (said if said == "release" else f"iter_{int(said):07d}")
+    iteration = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if iteration != "release" and not iteration.isdecimal():
+        raise CorruptCheckpointError(f"{tracker} says {iteration[:40]!r} instead of an iteration or 'release'")
+    folder = directory / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
     if not folder.is_dir():
         raise CheckpointError(f"{tracker} points at {folder.name}, which {directory} does not have")
     return folder
@@ -201,8 +197,8 @@ def _read_rank(path: Path) -> dict[str, Any]:
 
 def _difference(expected: set[tuple[int, int]], found: set[tuple[int, int]]) -> str:
     names = [
-        f"{what} {', '.join(f'(tp {rank}, pp {stage})' for rank, stage in sorted(places))}"
-        for what, places in (("lacks", expected - found), ("also has", found - expected))
+        f"{verb} {', '.join(f'(tp {rank}, pp {stage})' for rank, stage in sorted(places))}"
+        for verb, places in (("lacks", expected - found), ("also has", found - expected))
         if places
     ]
     return " and ".join(names)
@@ -211,12 +207,12 @@ def _difference(expected: set[tuple[int, int]], found: set[tuple[int, int]]) -> 
 def _plain(value: Any) -> Any:
     if not isinstance(value, Foreign):
         return value
-    made_of = (value.qualified_name.rpartition(".")[2], *value.arguments)
-    return next((name for name, member in _ENUMS.items() if member == made_of), ".".join(map(str, made_of)))
+    member = (value.qualified_name.rpartition(".")[2], *value.arguments)
+    return next((name for name, known in _ENUMS.items() if known == member), ".".join(map(str, member)))
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested dictionary, named by the path to them."""
+    """Yield the tensors of a nested dictionary, each with the path to it as its name."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{key}.")
@@ -225,7 +221,7 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def trained_spelling(name: str) -> str:
-    """The name of a tensor of ``model`` as trained files have it, in whichever way it was spelt."""
+    """Return the name of a tensor of ``model`` in trained files, from either spelling."""
     name = name.removeprefix("language_model.")
     name = re.sub(r"^transformer\.", "encoder.", name)
     return re.sub(r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attention.", name)

@@ -1,7 +1,7 @@
-"""What decoders look like in the format megatron-llm: tensor names, the order of QKV rows, the saved arguments.
+"""A standard decoder in the format megatron-llm: tensor names, the order of QKV rows, the saved arguments.
 
-A plugin puts its weight map and its configuration together from these; those of decoders with a gated MLP and RMSNorm
-are here as a whole.
+A family with another norm or MLP builds its map from :func:`common_rules`, and its configuration from
+:func:`common_config_fields` and :func:`common_args`.
 """
 
 from __future__ import annotations
@@ -11,38 +11,24 @@ from typing import Any
 
 from megacore.config import LinearScaling, ModelConfig
 from megacore.errors import ConfigError
-from megacore.weights.rules import Copy, FusedQKV, Rule, SwappedHalves, WeightMap
+from megacore.weights.rules import Copy, FusedQKV, Rule, SwappedHalves, WeightMap, half_from_interleaved_rows
 
 GATED_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 """``glu_activation`` to megacore's name of the gate's activation."""
 
 
-def half_from_interleaved_rows(*, queries_per_kv: int, kv_heads: int, head_dim: int) -> list[int]:
-    """For each row of a grouped QKV projection with rotary halves, the one with the same role in interleaved pairs.
-
-    Both are grouped: of each key-value head its query heads, the key, the value. In a query or key head, the pair that
-    is rotated together is ``(i, i + head_dim / 2)`` here and ``(2i, 2i + 1)`` there. Values are not rotated.
-    """
-    rotated = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
-    rows: list[int] = []
-    for block in range(kv_heads * (queries_per_kv + 2)):
-        is_value = block % (queries_per_kv + 2) == queries_per_kv + 1
-        rows += (block * head_dim + row for row in (range(head_dim) if is_value else rotated))
-    return rows
-
-
 def interleaved_qkv_rows(config: ModelConfig) -> list[int]:
-    """The ``qkv_permutation`` of the format."""
+    """Return the ``qkv_permutation`` of the format: grouped as megacore's, with interleaved rotary pairs."""
     return half_from_interleaved_rows(
         queries_per_kv=config.queries_per_kv, kv_heads=config.num_kv_heads, head_dim=config.head_dim
     )
 
 
-def rules_of_every_decoder(config: ModelConfig) -> list[Rule]:
-    """The rules for what does not depend on the kind of norm and MLP.
+def common_rules(config: ModelConfig) -> list[Rule]:
+    """Return the rules that do not depend on the kind of norm and MLP.
 
     Raises:
-        ConfigError: for a model that the format cannot describe.
+        ConfigError: if the format cannot describe the model.
     """
     _check_expressible(config)
     layer, source = "decoder.layers.*", "encoder.layers.*"
@@ -56,11 +42,11 @@ def rules_of_every_decoder(config: ModelConfig) -> list[Rule]:
     ]
 
 
-def gated_weight_map(config: ModelConfig) -> WeightMap:
-    """The weight map of a decoder with RMSNorm, attention and a gated MLP one after the other, and no biases."""
+def megatron_llm_map(config: ModelConfig) -> WeightMap:
+    """Return the weight map of a decoder with RMSNorm, sequential attention and gated MLP, and no biases."""
     layer, source = "decoder.layers.*", "encoder.layers.*"
     rules = [
-        *rules_of_every_decoder(config),
+        *common_rules(config),
         Copy(f"{layer}.pre_mlp_layernorm.weight", f"{source}.post_attention_layernorm.weight"),
         SwappedHalves(f"{layer}.mlp.linear_fc1.weight", f"{source}.mlp.dense_h_to_4h.weight"),  # [up; gate]
     ]
@@ -69,19 +55,19 @@ def gated_weight_map(config: ModelConfig) -> WeightMap:
     return WeightMap(*rules)
 
 
-def sizes_from_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`ModelConfig` that every family reads alike.
+def common_config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of :class:`ModelConfig` that every family reads alike from the saved arguments.
 
     Raises:
-        ConfigError: for what no family of this format implements.
+        ConfigError: names an argument that no family of this format implements.
     """
-    require(args, "position_embedding_type", "rotary", default="absolute")
-    require(args, "use_bias", False)
-    require(args, "use_post_ln", False)
-    require(args, "sliding_window_size", None)
+    require_arg(args, "position_embedding_type", "rotary", default="absolute")
+    require_arg(args, "use_bias", False)
+    require_arg(args, "use_post_ln", False)
+    require_arg(args, "sliding_window_size", None)
     hidden_size, heads = args["hidden_size"], args["num_attention_heads"]
     head_dim = hidden_size // heads
-    require(args, "kv_channels", head_dim, default=head_dim)
+    require_arg(args, "kv_channels", head_dim, default=head_dim)
     factor = args.get("rope_scaling_factor") or 1.0
     return {
         "num_layers": args["num_layers"],
@@ -99,11 +85,11 @@ def sizes_from_args(args: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def sizes_to_args(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of :func:`sizes_from_args`.
+def common_args(config: ModelConfig) -> dict[str, Any]:
+    """Return the saved arguments of every family, the inverse of :func:`common_config_fields`.
 
     Raises:
-        ConfigError: for a model that the format cannot describe.
+        ConfigError: if the format cannot describe the model.
     """
     _check_expressible(config)
     scaling = config.rope_scaling
@@ -145,11 +131,11 @@ def _check_expressible(config: ModelConfig) -> None:
         raise ConfigError(f"the format megatron-llm cannot hold this model, which has {' and '.join(problems)}")
 
 
-def gated_config_from_args(args: Mapping[str, Any], family: str) -> ModelConfig:
-    """The configuration of a decoder with RMSNorm and a gated MLP, from the saved arguments.
+def config_from_megatron_llm(args: Mapping[str, Any], *, family: str) -> ModelConfig:
+    """Return the configuration of a decoder with RMSNorm and a gated MLP, from the saved arguments.
 
     Raises:
-        ConfigError: when they describe another kind of model.
+        ConfigError: if they describe another kind of model.
     """
     activation = args.get("glu_activation")
     if activation not in GATED_ACTIVATIONS:
@@ -157,18 +143,18 @@ def gated_config_from_args(args: Mapping[str, Any], family: str) -> ModelConfig:
             f"glu_activation {activation!r} is not implemented for {family}; "
             f"implemented: {', '.join(GATED_ACTIVATIONS)}"
         )
-    require(args, "use_rms_norm", True, default=False)
-    require(args, "parallel_attn", False)
-    return ModelConfig(family=family, activation=GATED_ACTIVATIONS[activation], **sizes_from_args(args))
+    require_arg(args, "use_rms_norm", True, default=False)
+    require_arg(args, "parallel_attn", False)
+    return ModelConfig(family=family, activation=GATED_ACTIVATIONS[activation], **common_config_fields(args))
 
 
-def gated_config_to_args(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of :func:`gated_config_from_args`."""
-    names = {ours: theirs for theirs, ours in GATED_ACTIVATIONS.items()}
+def config_to_megatron_llm(config: ModelConfig) -> dict[str, Any]:
+    """Return the saved arguments of ``config``, the inverse of :func:`config_from_megatron_llm`."""
+    names = {native: published for published, native in GATED_ACTIVATIONS.items()}
     if config.activation not in names:
         raise ConfigError(f"the format megatron-llm has no MLP gated by {config.activation}")
     return {
-        **sizes_to_args(config),
+        **common_args(config),
         "glu_activation": names[config.activation],
         "use_rms_norm": True,
         "parallel_attn": False,
@@ -177,10 +163,10 @@ def gated_config_to_args(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def require(args: Mapping[str, Any], name: str, needed: Any, *, default: Any = None) -> None:
-    """Refuse a saved argument that is not ``needed``; one that is missing or ``None`` has the value ``default``."""
+def require_arg(args: Mapping[str, Any], name: str, needed: Any, *, default: Any = None) -> None:
+    """Refuse a saved argument unless it is ``needed``; a missing or ``None`` one has the value ``default``."""
     value = args.get(name)
     if value is None:
         value = default
-    if value != needed and (value or needed):  # None and False are the same answer
+    if value != needed and (value or needed):  # None and False mean the same
         raise ConfigError(f"{name} is {value!r}, which is not implemented; implemented: {needed!r}")
