@@ -20,7 +20,8 @@ class TransformersReference:
         self.model = model
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
 
     @classmethod
     def load(

@@ -161,7 +161,8 @@ class RankFiles:
     @property
     def rotary_layout(self) -> str | None:
         """The recorded layout of rotary pairs; ``None`` if megacore did not write the files."""
-        return self.documents[0][0].get(RECORD, {}).get("rotary_layout")
+        layout: str | None = self.documents[0][0].get(RECORD, {}).get("rotary_layout")
+        return layout
 
 
 def tracked_directory(directory: Path) -> Path:
