@@ -29,6 +29,7 @@ from megacore.data import IndexedDatasetWriter
 from megacore.model import model_specs
 from megacore.parallel import ParallelContext, ParallelSizes, run_on_ranks
 from megacore.training import Engine, RunConfig, batches
+from megacore.training.resolved import resolve_run
 
 NUM_MICRO_BATCHES = 8
 CONFIG = ModelConfig(
@@ -95,7 +96,7 @@ def step_seconds(parallel: ParallelContext, run: RunConfig) -> float:
     """The median time of a step, after two to warm up."""
     torch.set_num_threads(2 if parallel.mesh is None else 1)
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     times = []
     for batch in batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size):
         started = time.perf_counter()

@@ -51,6 +51,9 @@ class Checkpoint:
             if not file.is_file():
                 raise CorruptCheckpointError(f"{file} is missing: the checkpoint is incomplete, make it again")
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_opened": {}}  # another process opens the files itself
+
     @property
     def tokenizer_directory(self) -> Path | None:
         """The directory of the tokenizer's files; ``None`` for a checkpoint without a tokenizer."""

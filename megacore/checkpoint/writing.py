@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint.input_files import file_sha256
 from megacore.checkpoint.layout import Layout
 from megacore.checkpoint.manifest import (
@@ -22,7 +23,6 @@ from megacore.checkpoint.manifest import (
 )
 from megacore.checkpoint.matrix import LazyMatrix, block_of
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor, split_by_size, write_safetensors
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.parallel import ParameterSpec, check_tensor_parallel
 
 Advance = Callable[[int], None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -44,15 +44,17 @@ def load_stages(
     *,
     dtype: torch.dtype,
     on_layer: Callable[[nn.Module], None] = lambda layer: None,
+    specs: Mapping[str, ParameterSpec] | None = None,
 ) -> list[DecoderModel]:
     """Build several stages of one model like :func:`load_model`; ``None`` stands for the whole model.
 
     ``on_layer`` receives each layer as soon as it is loaded. If it shards the layer, only one whole layer is in memory
-    at a time.
+    at a time. ``specs`` are the parameters of the whole model, if they are known already.
     """
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
-    specs = model_specs(config, family.build_layer)
+    if specs is None:
+        specs = model_specs(config, family.build_layer)
     check_tensor_parallel(specs, parallel.tp_size)
     checkpoint.check_parameters(specs)
 

@@ -33,6 +33,7 @@ from megacore.generation.detokenizer import Detokenizer
 from megacore.parallel import ParallelContext
 from tiny_chat import CHATML, write_tokenizer
 from tiny_llama import published_model
+from warm_commands import Command
 
 SINGLE = ParallelContext.single()
 TEXT = "Größe 中文 👩‍👩‍👧 naïve العربية  two\n\nlines ☃ end"
@@ -462,7 +463,7 @@ def test_the_command_prints_the_text_and_says_that_it_was_cut_off(checkpoint, ge
     expected = generated(generator, "ab", max_new_tokens=9)
     assert expected.ended_by == "max_new_tokens"
     assert result.stdout == expected.text + "\n"
-    assert result.stderr == "Note: the text was cut off after 9 tokens: --max-new-tokens lets it go on.\n"
+    assert result.stderr == "Note: the text was cut off after 9 tokens; increase --max-new-tokens for more.\n"
 
 
 def test_the_command_reads_prompts_from_files_and_from_standard_input(checkpoint, tmp_path):
@@ -513,8 +514,7 @@ def test_a_mistake_in_the_call_is_said_and_ends_with_2(options, said, checkpoint
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_command_ends_without_a_word_when_its_reader_is_gone_as_before_head(tp, checkpoint):
-    command = [sys.executable, "-m", "megacore", "generate", checkpoint, "--prompt", "ab", "--tp", str(tp)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command("generate", checkpoint, "--prompt", "ab", "--tp", str(tp))
     process.stdout.close()
 
     told = process.stderr.read()

@@ -22,8 +22,8 @@ from megacore.model.kernels import KERNELS, apex_problem, attention_kernel, chec
 from megacore.model.positions import Segments
 from megacore.parallel import ParallelSizes
 from megacore.training import RunConfig, Step, plan, trainer
-from megacore.training.config.run_config import KernelsSection
-from megacore.training.trainer import _train_on_rank
+from megacore.training.config import KernelsSection
+from recorded_steps import steps_on_rank, train_steps
 from training_with_kernels import trained_with
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -415,7 +415,7 @@ def test_a_run_with_apex_on_plain_parts_of_the_parameters_is_that_with_torch(
 ):
     lay_out_nvidia_apex(site)
     settings = (*overrides, "optimizer.weight_decay=0.1")
-    expected = megacore.train(run_of(place, tmp_path / "by torch", "optimizer.weight_decay=0.1"))
+    expected = train_steps(run_of(place, tmp_path / "by torch", "optimizer.weight_decay=0.1"))
 
     run = run_of(place, tmp_path / "by apex", *settings, "kernels.norm=apex", "kernels.optimizer=apex")
     steps, _ = ranks.run(trained_with, run, str(site), sizes=sizes)
@@ -428,7 +428,7 @@ def test_a_run_with_apex_on_plain_parts_of_the_parameters_is_that_with_torch(
 
 @pytest.fixture(scope="module")
 def uncompiled(place) -> list[Step]:
-    return megacore.train(run_of(place, place / "uncompiled"))
+    return train_steps(run_of(place, place / "uncompiled"))
 
 
 @pytest.mark.parametrize(
@@ -443,16 +443,16 @@ def uncompiled(place) -> list[Step]:
     ids=["plain", "selective", "full", "math", "flash"],
 )
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(place, tmp_path, uncompiled, overrides):
-    steps = megacore.train(run_of(place, tmp_path / "out", "kernels.compile=true", *overrides))
+    steps = train_steps(run_of(place, tmp_path / "out", "kernels.compile=true", *overrides))
 
     assert worst_difference(steps, uncompiled) < 1e-10
 
 
 def test_a_compiled_run_drops_what_one_that_is_not_drops(place, tmp_path, uncompiled):
     dropout = ("dropout.hidden=0.1", "dropout.attention=0.1", "dropout.lima=true")
-    expected = megacore.train(run_of(place, tmp_path / "uncompiled", *dropout))
+    expected = train_steps(run_of(place, tmp_path / "uncompiled", *dropout))
 
-    steps = megacore.train(run_of(place, tmp_path / "compiled", *dropout, "kernels.compile=true"))
+    steps = train_steps(run_of(place, tmp_path / "compiled", *dropout, "kernels.compile=true"))
 
     assert worst_difference(expected, uncompiled) > 1e-3
     assert worst_difference(steps, expected) < 1e-10
@@ -494,7 +494,7 @@ def test_layers_that_are_alike_are_compiled_once(place, tmp_path):
 def test_compiled_layers_on_two_processes_compute_the_same(ranks, place, tmp_path, uncompiled, sizes, overrides):
     run = run_of(place, tmp_path / "out", "kernels.compile=true", *overrides)
 
-    steps, other = ranks.run(_train_on_rank, run, None, sizes=sizes, timeout=240)
+    steps, other = ranks.run(steps_on_rank, run, sizes=sizes, timeout=240)
 
     assert worst_difference(steps, uncompiled) < 1e-10
     assert [step.loss for step in steps] == [step.loss for step in other]

@@ -23,7 +23,7 @@ from megacore.model import ComputeOptions, Positions, apply_options, kernels, lo
 from megacore.model.positions import Segments
 from megacore.parallel import ParallelContext
 from megacore.training import Batch, Engine, RunConfig, batches
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes, resolve_run
 from tiny_llama import published_model, write_dataset
 from tiny_models import falcon_with_linear_biases, tied_multi_query_falcon
 from training_on_rank import SEGMENTS, segmented, segmented_gradients
@@ -244,7 +244,7 @@ def test_compiled_layers_on_two_processes_have_them_too(place, truths, ranks, tm
 def check(place: Path, truths: dict[str, Truth], ranks, out: Path, name: str, *overrides: str) -> None:
     run = run_of(place, out, name, *overrides)
 
-    results = ranks.run(segmented_gradients, run, sizes=parallel_sizes(run), timeout=240)
+    results = ranks.run(segmented_gradients, run, sizes=parallel_sizes(run.parallel), timeout=240)
 
     assert all(loss == pytest.approx(truths[name].loss, rel=1e-12) for loss, _ in results)
     gradients = {name: gradient for _, found in reversed(results) for name, gradient in found.items()}
@@ -311,7 +311,7 @@ def test_rows_that_are_one_segment_each_are_computed_as_without_segments(place, 
     run = run_of(place, tmp_path / "out", LLAMA, "training.micro_batch_size=4")
     checkpoint = Checkpoint(run.model.checkpoint)
     [batch] = islice(batches(run, checkpoint), 1)
-    engine = Engine(run, checkpoint, SINGLE)
+    engine = Engine(resolve_run(run), SINGLE)
     plain = engine.accumulate(batch)
     engine.zero_gradients()
 

@@ -15,7 +15,7 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from megacore.model.alibi import alibi_mask, alibi_slopes
 from megacore.plugins import get_family
-from megacore_falcon.config import config_from_source
+from megacore_falcon import config_from_source
 
 FP32 = {"rtol": 1.3e-6, "atol": 1e-5}
 
