@@ -577,7 +577,7 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(published, 
     again = refusal("permute-qkv", "--input-dir", meg, "--output-dir", tmp_path / "new", "--layout", "halves",
                     exit_code=2)  # fmt: skip
 
-    assert f"{path} names posix.system, which a file of weights has no need of" in said
+    assert f"{path} names posix.system, which a file of weights does not need" in said
     assert "posix.system" in again
     assert not (tmp_path / "executed").exists()
 
