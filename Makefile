@@ -9,6 +9,9 @@ TORCH_INDEX ?= $(if $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -E '
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Each of them runs tests one after the other, most of which keep one core busy.
+WORKERS ?= 2
+
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
@@ -31,7 +34,7 @@ setup: .venv/installed
 	touch $@
 
 test: setup .venv/oldest-pluggy/pluggy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	@echo "The plugin system once more, with the oldest pluggy that is supported:"
 	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -c "import pluggy; assert pluggy.__version__ == '1.5.0'"
 	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -m pytest tests/test_plugins.py
