@@ -35,7 +35,7 @@ setup: .venv/installed
 
 test: setup .venv/oldest-pluggy/pluggy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-	@echo "The plugin system once more, with the oldest pluggy that is supported:"
+	@echo "The plugin tests with the oldest supported pluggy:"
 	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -c "import pluggy; assert pluggy.__version__ == '1.5.0'"
 	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -m pytest tests/test_plugins.py
 

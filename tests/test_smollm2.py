@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import megacore
 from megacore.checkpoint import Checkpoint
 from megacore.training import batches, read_run_config
+from recorded_steps import train_steps
 from warm_commands import run as run_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -147,7 +148,7 @@ def test_the_losses_of_50_steps_on_real_text_are_those_of_transformers_and_torch
     run_file = tmp_path / "run.toml"
     run_file.write_text(RUN.format(checkpoint=checkpoint, data=tmp_path / "data", out=tmp_path / "out"))
     run = read_run_config(run_file)
-    steps = megacore.train(run)
+    steps = train_steps(run)
 
     model = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]

@@ -231,7 +231,7 @@ def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(plac
     ids=["torchrun", "srun"],
 )
 def test_a_mistake_that_the_first_process_does_not_find_is_told_by_another(place_of_process, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacore.cli._LET_THE_FIRST_SPEAK", 0.0)
+    monkeypatch.setattr("megacore.cli._ERROR_DELAY", 0.0)
 
     completed = CliRunner().invoke(cli, ["inspect", str(tmp_path / "nothing")], env=place_of_process)
 

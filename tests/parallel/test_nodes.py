@@ -31,7 +31,7 @@ from megacore.parallel.context import interface_towards
 from megacore.parallel.launch.failures import Failure
 from megacore.parallel.launch.nodes import Link, joined_nodes
 from megacore.training import read_run_config
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes
 from tiny_llama import published_model, write_dataset
 from warm_commands import Command, script_environment
 
@@ -482,14 +482,20 @@ def test_ranks_that_the_nodes_cannot_share_equally_are_refused():
 def test_the_world_is_the_processes_of_a_node_times_the_nodes(place, overrides, nodes, expected):
     run = read_run_config(run_file(place), [f"parallel.{override}" for override in overrides])
 
-    assert parallel_sizes(run, Nodes(nodes, 0)) == expected
+    assert parallel_sizes(run.parallel, Nodes(nodes, 0)) == expected
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--nodes 2 --node-rank 0", "say with --node-rank which of them this is (0 to 1) and with --addr the address"),
-        ("--nodes 2 --addr node1", "say with --node-rank which of them this is (0 to 1) and with --addr the address"),
+        (
+            "--nodes 2 --node-rank 0",
+            "requires --node-rank, the rank of this node (0 to 1), and --addr",
+        ),
+        (
+            "--nodes 2 --addr node1",
+            "requires --node-rank, the rank of this node (0 to 1), and --addr",
+        ),
         ("--nodes 2 --node-rank 2 --addr node1", "no node of rank 2: with 2 in all, --node-rank is 0 to 1"),
         ("--node-rank 1", "no node of rank 1: with 1 in all, --node-rank is 0"),
         (
@@ -518,7 +524,7 @@ def test_more_processes_than_a_node_has_gpus_are_refused(place, monkeypatch):
     run = read_run_config(run_file(place), ["parallel.nproc_per_node=8"])
 
     with pytest.raises(LayoutError, match=r"^parallel.nproc_per_node is 8, and this node has 4 GPUs$"):
-        parallel_sizes(run)
+        parallel_sizes(run.parallel)
 
 
 def started_by_torchrun(monkeypatch, num_here: int) -> None:
@@ -533,7 +539,7 @@ def test_under_torchrun_another_number_of_processes_than_it_started_is_refused(p
     run = read_run_config(run_file(place), ["parallel.nproc_per_node=4"])
 
     with pytest.raises(LayoutError, match=r"nproc_per_node is 4, and 2 processes were started on this node"):
-        parallel_sizes(run)
+        parallel_sizes(run.parallel)
 
 
 def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, monkeypatch):
@@ -541,14 +547,14 @@ def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, m
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     with pytest.raises(LayoutError, match=r"^4 processes were started on this node, which has 2 GPUs$"):
-        parallel_sizes(read_run_config(run_file(place), []))
+        parallel_sizes(read_run_config(run_file(place), []).parallel)
 
 
 def test_a_rank_in_the_environment_without_the_rest_of_what_torchrun_says_is_refused(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
 
     with pytest.raises(ConfigError, match=r"but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT of"):
-        parallel_sizes(read_run_config(run_file(place), []))
+        parallel_sizes(read_run_config(run_file(place), []).parallel)
 
 
 def test_under_torchrun_the_option_nodes_is_refused(place, monkeypatch):

@@ -29,7 +29,8 @@ from faults_on_rank import (
 from megacore.checkpoint import Checkpoint, safetensors_file
 from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError, WorkerError
 from megacore.training import Engine, RunConfig
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes
+from recorded_steps import train_steps
 from tiny_run import weights
 from warm_commands import Command
 
@@ -108,12 +109,12 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
     assert process.returncode == 0, errors
     name = "SIGTERM" if layout else number.name  # which is what the ranks get
     [stopped] = steps_in(tmp_path / "out-checkpoints")
-    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; --resume goes on from there.")
+    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; resume with --resume.")
     assert f"Note: {name}: stopping once the last step is saved" in errors
     assert "Traceback" not in errors
     assert not out.exists()
     Checkpoint(tmp_path / "out-checkpoints" / "latest").check()
-    [step] = megacore.train(run_of(place, out, f"training.train_iters={stopped + 1}"), resume=True)
+    [step] = train_steps(run_of(place, out, f"training.train_iters={stopped + 1}"), resume=True)
     assert step.iteration == stopped + 1
 
 
@@ -192,7 +193,7 @@ def test_a_signal_in_the_last_step_does_not_keep_a_run_from_its_result(place, tm
     if is_within:
         monkeypatch.setattr(Engine, "_accumulate", signalled)
 
-    steps = megacore.train(run_of(place, tmp_path / "out"), on_step=None if is_within else at_the_last)
+    steps = train_steps(run_of(place, tmp_path / "out"), on_step=None if is_within else at_the_last)
 
     assert (steps[-1].iteration, steps[-1].stopped_by) == (5, None)
     Checkpoint(tmp_path / "out").check()
@@ -231,7 +232,7 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
     [resumed_from] = map(int, re.findall(r"going on after iteration (\d+)", errors))
     assert resumed_from >= 15
     losses = dict(re.findall(r"^iteration +(\d+)/60 \| loss ([\d.]+)", printed, re.MULTILINE))
-    expected = megacore.train(run_of(place, tmp_path / "whole", *overrides))
+    expected = train_steps(run_of(place, tmp_path / "whole", *overrides))
     assert [f"{step.loss:.6f}" for step in expected[resumed_from:]] == list(losses.values())[-60 + resumed_from :]
 
 
@@ -376,12 +377,12 @@ def blowing_up(monkeypatch, iterations: set[int], factor: float = math.nan) -> N
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_its_data_are_consumed(place, tmp_path, monkeypatch):
     blowing_up(monkeypatch, {3})
-    steps = megacore.train(run_of(place, tmp_path / "out"))
+    steps = train_steps(run_of(place, tmp_path / "out"))
 
     assert [step.num_skipped for step in steps] == [0, 0, 1, 1, 1]
     blowing_up(monkeypatch, set())
     monkeypatch.undo()
-    whole = megacore.train(run_of(place, tmp_path / "whole"))
+    whole = train_steps(run_of(place, tmp_path / "whole"))
     assert [step.loss for step in steps[:3]] == [step.loss for step in whole[:3]]
     assert steps[3].loss != whole[3].loss
 
@@ -390,7 +391,7 @@ def test_a_spike_is_skipped_and_leaves_weights_and_optimizer_as_they_were(place,
     blowing_up(monkeypatch, {5}, factor=30)
     settings = ("faults.spike_factor=5", "faults.spike_window=4", "checkpoints.interval=1", "checkpoints.keep_last=9")
 
-    steps = megacore.train(run_of(place, tmp_path / "out", *settings, "training.train_iters=6"))
+    steps = train_steps(run_of(place, tmp_path / "out", *settings, "training.train_iters=6"))
 
     assert [step.num_skipped for step in steps] == [0, 0, 0, 0, 1, 1]
     before, after = (Checkpoint(tmp_path / "out-checkpoints" / f"iteration-000000{i}") for i in (4, 5))
@@ -404,10 +405,10 @@ def test_a_spike_is_skipped_and_leaves_weights_and_optimizer_as_they_were(place,
 def test_the_median_and_the_count_go_on_when_a_run_is_resumed(place, tmp_path, monkeypatch):
     blowing_up(monkeypatch, {2, 4}, factor=1e6)
     settings = ("faults.spike_factor=5", "faults.spike_window=2", "checkpoints.interval=3", "training.train_iters=6")
-    steps = megacore.train(run_of(place, tmp_path / "out", *settings))
+    steps = train_steps(run_of(place, tmp_path / "out", *settings))
 
     load = tmp_path / "out-checkpoints" / "iteration-0000003"
-    resumed = megacore.train(run_of(place, tmp_path / "resumed", *settings), load=load)
+    resumed = train_steps(run_of(place, tmp_path / "resumed", *settings), load=load)
 
     assert [step.num_skipped for step in steps] == [0, 1, 1, 2, 2, 2]
     assert [(step.loss, step.num_skipped) for step in resumed] == [(step.loss, step.num_skipped) for step in steps[3:]]
@@ -432,7 +433,7 @@ def test_too_many_skipped_in_a_row_end_the_run_with_a_checkpoint_of_the_weights_
     megacore.train(run_of(place, before, "training.train_iters=5", "checkpoints.directory=" + str(tmp_path / "two")))
     expected = weights(tmp_path / "two" / "iteration-0000002")
     assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(kept).items())
-    assert [step.iteration for step in megacore.train(run, resume=True)] == [5]
+    assert [step.iteration for step in train_steps(run, resume=True)] == [5]
 
 
 def test_too_many_skipped_in_a_row_are_told_of_where_no_checkpoint_can_be_saved(place, tmp_path, monkeypatch):
@@ -457,7 +458,7 @@ def test_a_run_whose_last_steps_were_skipped_is_no_result_when_it_goes_on(place,
         megacore.train(run, resume=True)
 
     longer = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=2", "training.train_iters=6")
-    assert [step.iteration for step in megacore.train(longer, resume=True)] == [6]
+    assert [step.iteration for step in train_steps(longer, resume=True)] == [6]
 
 
 def test_who_resumes_after_too_many_skipped_steps_gives_the_run_as_many_again(place, tmp_path, monkeypatch):
@@ -468,7 +469,7 @@ def test_who_resumes_after_too_many_skipped_steps_gives_the_run_as_many_again(pl
 
     more = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=3", "training.train_iters=8")
 
-    assert [step.iteration for step in megacore.train(more, resume=True)] == [5, 6, 7, 8]
+    assert [step.iteration for step in train_steps(more, resume=True)] == [5, 6, 7, 8]
 
 
 # --- disks that are full
@@ -480,7 +481,7 @@ def test_a_disk_that_is_full_keeps_the_old_checkpoint_and_training_goes_on(ranks
     started_from = tmp_path / "out-checkpoints"
 
     if layout:
-        results = ranks.run(train_with_little_room, run, 2, sizes=parallel_sizes(run))
+        results = ranks.run(train_with_little_room, run, 2, sizes=parallel_sizes(run.parallel))
     else:
         results = [train_with_little_room(None, run, 2)]
 
@@ -509,7 +510,7 @@ def test_a_run_whose_result_cannot_be_written_saves_its_last_checkpoint(ranks, p
     run = run_of(place, tmp_path / "out", *settings)
 
     if len(settings) > 1:
-        errors = ranks.run(train_without_room_for, run, ".out.incomplete", sizes=parallel_sizes(run))
+        errors = ranks.run(train_without_room_for, run, ".out.incomplete", sizes=parallel_sizes(run.parallel))
     else:
         errors = [train_without_room_for(None, run, ".out.incomplete")]
 
@@ -520,7 +521,7 @@ def test_a_run_whose_result_cannot_be_written_saves_its_last_checkpoint(ranks, p
     }
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
     Checkpoint(kept).check()
-    assert megacore.train(run_of(place, tmp_path / "out"), resume=True) == []
+    assert megacore.train(run_of(place, tmp_path / "out"), resume=True).last_step is None
     trained, expected = weights(tmp_path / "out"), weights(kept)
     assert all(torch.equal(matrix, expected[name]) for name, matrix in trained.items())
 
