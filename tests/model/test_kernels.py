@@ -11,7 +11,6 @@ from typing import get_args
 import pytest
 import torch
 from click.testing import CliRunner
-from megacore.training.layout import parallel_sizes
 from torch import Tensor
 
 import megacore
@@ -22,8 +21,9 @@ from megacore.model import kernels
 from megacore.model.kernels import KERNELS, apex_problem, attention_kernel, check_kernels, norm_kernels
 from megacore.model.positions import Segments
 from megacore.parallel import ParallelContext, ParallelSizes
-from megacore.training import RunConfig, Step, plan, trainer
+from megacore.training import RunConfig, Step, preflight, trainer
 from megacore.training.config import KernelsSection
+from megacore.training.resolved import parallel_sizes
 from recorded_steps import train_steps
 from training_with_kernels import trained_by, trained_with
 
@@ -511,7 +511,7 @@ COMPILED_ON_TWO = {
 def test_compiled_layers_on_two_processes_compute_the_same(ranks, place, tmp_path, uncompiled, backend, settings):
     run = run_of(place, tmp_path / "out", "kernels.compile=true", *COMPILED_ON_TWO[settings])
 
-    steps, other = ranks.run(trained_by, run, backend, sizes=parallel_sizes(run), timeout=240)
+    steps, other = ranks.run(trained_by, run, backend, sizes=parallel_sizes(run.parallel), timeout=240)
 
     assert worst_difference(steps, uncompiled) < 1e-10
     assert [step.loss for step in steps] == [step.loss for step in other]
@@ -529,7 +529,7 @@ def test_a_schedule_that_takes_the_backward_pass_apart_is_refused_with_compilati
 
 
 def test_compilation_without_a_compiler_is_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "which", lambda name: None)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
 
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler on a CPU, and g\+\+ is not there: install it"):
         megacore.train(run_of(place, tmp_path / "out", "kernels.compile=true"))
