@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 import megacore
 import tiny_run
+from in_soak import all_but
 from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.data import IndexedDataset, SampleOrder, TokenWindows
@@ -89,7 +90,8 @@ def with_transformers(place: Path, num_samples: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# What any other layout evaluates is compared with a single process in test_layouts.py.
+@pytest.mark.parametrize("layout", all_but(["one process", "pp 2, interleaved, tp 2"], LAYOUTS))
 def test_any_layout_has_the_loss_and_the_resolve_metrics_transformers_on_all_samples(place, ranks, tmp_path, layout):
     run = run_of(place, tmp_path / "out", METRICS, "evaluation.iters=all", *LAYOUTS[layout])
 
@@ -111,9 +113,7 @@ def test_a_number_of_batches_is_that_of_the_first_samples(place, tmp_path):
     assert dict(evaluation.values) == pytest.approx(with_transformers(place, 16), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "layout", ["one process", "tp 2 × dp 2, sharded", "pp 2 × dp 2, sharded", "pp 2, DualPipeV", "dp 2"]
-)
+@pytest.mark.parametrize("layout", all_but(["one process", "tp 2 × dp 2, sharded", "pp 2, DualPipeV", "dp 2"], LAYOUTS))
 def test_evaluation_changes_nothing_about_training_and_comes_when_it_is_due(place, ranks, tmp_path, layout):
     settings = ("training.train_iters=3", "data.eod_mask_loss=true", "dropout.hidden=0.1", *LAYOUTS[layout])
     plain = tiny_run.run_of(place, tmp_path / "plain", *settings, "model.dtype=bf16")
