@@ -219,7 +219,7 @@ class StagedFiles:
         if prefix != self.out:
             with output_errors(prefix):
                 self._stack.enter_context(lock_output(prefix))
-        # Not Path.with_suffix, which would take away what follows the last dot of the prefix.
+        # Path.with_suffix would replace whatever follows the last dot of the prefix.
         claimed = [Path(f"{prefix}{suffix}") for suffix in suffixes]
         require_absent(*claimed)
         self._claimed.append(claimed)
