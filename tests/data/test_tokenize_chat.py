@@ -555,7 +555,7 @@ def test_existing_output_is_refused_and_nothing_is_written(tmp_path, conversatio
 def test_an_output_without_a_name_is_refused(tmp_path, conversations, monkeypatch, added):
     write_tokenizer(tmp_path / "tokenizer", CHATML)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match=r"^\.: is a directory"):
+    with pytest.raises(OutputError, match=r"^\. is a directory"):
         tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer", out=".", vocab_extra_ids_list=added)
 
 
