@@ -633,7 +633,7 @@ def test_the_command_frames_documents_adds_tokens_and_makes_a_dataset_of_each_ke
     result = command("--input", tmp_path / "in.jsonl", "--tokenizer", sentencepiece_model, *words)
     assert result.exit_code == 0, result.output
     added = "<extra_id_0> 347, <extra_id_1> 348"
-    assert f"Note: 2 new tokens ({added}): the tokenizer that has them is {tmp_path}/out-tokenizer, " in result.stderr
+    assert f"Note: added 2 new tokens ({added}): the extended tokenizer is {tmp_path}/out-tokenizer, " in result.stderr
     assert result.stdout.startswith(f"{tmp_path}/out_title, {tmp_path}/out_body: 4 documents, ")
     for key in texts:
         ids = sentencepiece_ids(tmp_path / "out-tokenizer/tokenizer.model", texts[key])

@@ -459,7 +459,7 @@ def test_the_markup_of_megatron_llm_can_be_added_to_a_tokenizer_that_lacks_it(tm
     words += ["--question-key", "input", "--out", tmp_path / "out"]
     result = CliRunner().invoke(cli, ["tokenize-chat", f"--input={tmp_path / 'qa.jsonl'}", *map(str, words)])
     assert result.exit_code == 0, result.output
-    assert "2 new tokens (<|im_start|> 117, <|im_end|> 118): the tokenizer that has them is" in result.output
+    assert "2 new tokens (<|im_start|> 117, <|im_end|> 118): the extended tokenizer is" in result.output
     text = "".join(f"<|im_start|>{name}\n{said}<|im_end|>\n" for name, said in (("question", "a"), ("answer", "b")))
     grown = tokenizers.Tokenizer.from_file(str(tmp_path / "out-tokenizer/tokenizer.json"))
     assert written(tmp_path / "out")[0][0] == grown.encode(text).ids

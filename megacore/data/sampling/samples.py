@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -106,6 +107,12 @@ class MixedSamples:
             SampleOrder(len(source), f"{seed}, dataset {number}" if number else seed)
             for number, source in enumerate(sources)
         ]
+
+    def with_sources(self, sources: Sequence[SampleSource]) -> MixedSamples:
+        """Return the same mixture and order of other ``sources``, each as long as the one that it replaces."""
+        samples = copy.copy(self)
+        samples.sources = sources
+        return samples
 
     @property
     def samples_per_epoch(self) -> int:
