@@ -1,4 +1,4 @@
-"""The reference of families that transformers implements. The plugin passes the model class."""
+"""The reference of families that transformers implements; the plugin provides the model class."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class TransformersReference:
         """Load the checkpoint in ``path`` or, if that is ``None``, make a model of random weights.
 
         Args:
-            model_class: The model class of transformers, for example ``MptForCausalLM``.
-            published_config: The ``config.json`` for random weights.
-            path: A local directory in the Hugging Face format.
-            dtype: The dtype to load into.
-            device: The device to load onto.
-            attention: ``"eager"``, attention in plain matrix products, so that a fault in a fused kernel cannot affect
-                both models; or another implementation of transformers if that one is faulty.
+            model_class: Class of transformers, for example ``MptForCausalLM``.
+            published_config: Contents of ``config.json``, for random weights.
+            path: Local directory in the Hugging Face format.
+            dtype: Dtype of the weights.
+            device: Device of the weights.
+            attention: Attention implementation of transformers: ``"eager"``, plain matrix products, so that a fault in
+                a fused kernel cannot affect both sides; another one only if the eager one is known to be wrong.
 
         Raises:
-            CheckpointError: if transformers cannot load ``path``, or would replace missing weights by random ones.
+            CheckpointError: when transformers cannot load ``path``, or would initialize missing weights.
         """
         # transformers draws its bar into files and logs too. It is imported already, as model_class is one of its own.
         import_module("transformers.utils.logging").disable_progress_bar()
@@ -65,6 +65,6 @@ class TransformersReference:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"transformers cannot load the reference {path}: {error}") from error
-        if loading["missing_keys"]:  # transformers would have filled them with random numbers
+        if loading["missing_keys"]:  # transformers has filled them with random numbers
             raise CheckpointError(f"the reference {path} lacks {', '.join(sorted(loading['missing_keys'])[:8])}")
         return cls(model.to(device).eval())

@@ -173,6 +173,9 @@ class MetaFormat(CheckpointFormat):
     def recognises(self, directory: Path) -> bool:
         return (directory / PARAMS_FILE).is_file()
 
+    def weight_files(self, directory: Path) -> Iterable[Path]:
+        return directory.glob("consolidated.*.pth")
+
     def open(self, directory: Path) -> MetaCheckpoint:
         return MetaCheckpoint(directory)
 

@@ -116,7 +116,7 @@ class RankFiles:
             CheckpointError: if one is missing, or contains a class that is not allowed.
             CorruptCheckpointError: if one is damaged, or they are not of one checkpoint.
         """
-        folder = _tracked(directory)
+        folder = tracked_directory(directory)
         found = {
             (int(match[1]), int(match[2] or 0)): rank / name
             for rank in sorted(folder.iterdir())
@@ -165,7 +165,7 @@ class RankFiles:
         return layout
 
 
-def _tracked(directory: Path) -> Path:
+def tracked_directory(directory: Path) -> Path:
     """Return the directory of ranks that the tracker names."""
     tracker = directory / TRACKER
     if not tracker.is_file():
