@@ -21,8 +21,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from parallel import write_inputs
