@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -70,15 +71,10 @@ def main() -> None:
         write_inputs(directory, num_steps)
         run = run_in(directory, num_steps)
         checkpoint = Checkpoint(run.model.checkpoint)
-        engine = Engine(resolve_run(run), ParallelContext.single())
-        saved = RunCheckpoints(
-            engine,
-            StepGuard(run.faults),
-            checkpoint,
-            run_id="benchmark",
-            datasets={},
-            output=ReservedOutput(directory / "out", directory, {}),
-        )
+        resolved = resolve_run(run)
+        engine = Engine(resolved, ParallelContext.single())
+        output = ReservedOutput(directory / "out", directory, {})
+        saved = RunCheckpoints(resolved, engine, StepGuard(run.faults), run_id="benchmark", output=output)
         own_batches = batches(run, checkpoint)
         progress = Progress()
         times: dict[str, list[float]] = {"steps": [], "sync": [], "sync total": [], "async": [], "async total": []}
@@ -87,7 +83,7 @@ def main() -> None:
                 without = seconds_of_steps(engine, own_batches, options.steps)
                 measured = {"steps": without}
                 for kind in ("sync", "async"):
-                    progress.iteration += 1
+                    progress = replace(progress, iteration=progress.iteration + 1)
                     started = time.perf_counter()
                     saved.save(progress, waits=kind == "sync")
                     measured[kind] = time.perf_counter() - started

@@ -170,7 +170,7 @@ def batches(
         checkpoint: The checkpoint that the run starts from.
         samples: The training samples; by default they are opened.
         train_iters: The length of the run; by default it is resolved from the run file.
-        progress: How far the run has come; the rest is the same at any ``dp_size``.
+        progress: Progress of the run; the rest of its samples is the same at any ``dp_size``.
         dp_rank: The rank of this process.
         dp_size: The number of data-parallel processes.
 

@@ -60,7 +60,7 @@ class Engine:
     Args:
         resolved: The run.
         parallel: The place of this process.
-        trains: Whether the model is to be trained; otherwise it takes no memory for gradients, and there are no steps.
+        trains: False for a model that is only scored, which needs no memory for gradients.
 
     Attributes:
         run: The run file.
@@ -69,7 +69,7 @@ class Engine:
         compute_dtype: The dtype of the forward and backward pass.
         all_stages: The pipeline stages of the whole model.
         stages: The pipeline stages that this process holds; the whole model without pipeline parallelism.
-        specs: How each parameter of these stages is cut, by name.
+        specs: The shape and the cut of each parameter of these stages, by name.
         parameters: The parameters of these stages, by name.
         optimizer: The optimizer over them.
         loss_scale: The loss scale; ``None`` unless the run computes in fp16.

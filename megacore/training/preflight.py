@@ -145,7 +145,7 @@ def check_outputs(run: RunConfig, start: StartingPoint, nodes: Nodes) -> None:
 def check_resume(
     run: RunConfig, start: StartingPoint, digests: Mapping[str, str], *, train_iters: int
 ) -> Iterator[str]:
-    """Check that there are iterations left and the data are the same; yield what differs.
+    """Check that iterations are left and the data are the same; yield the settings that differ.
 
     Raises:
         ConfigError: when the run is over, or would resume with other data.

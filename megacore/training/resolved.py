@@ -62,9 +62,9 @@ class ResolvedRun:
         stages: The pipeline stages of the whole model.
         samples: The samples of each split.
         dataset_digests: A digest of each dataset, by the key that names it.
-        progress: How far the run has come where it starts.
+        progress: Progress of the run at its start.
         spans: The lengths of the run and its schedules; ``None`` for an evaluation without training.
-        notes: What a user should know before the run starts, one line each.
+        notes: Notes for the user before the run starts, one line each.
     """
 
     run: RunConfig
@@ -92,7 +92,7 @@ class ResolvedRun:
 
     @property
     def shared_settings(self) -> dict[str, Any]:
-        """What must be the same on all nodes: all keys but paths, of which nodes may have other beginnings."""
+        """The settings that must be the same on all nodes: all keys but paths, which may differ in their beginnings."""
         settings = {f"{section}.{key}": value for section, entries in self.run for key, value in entries}
         for key in ("data.prefix", "data.valid_prefix", "data.test_prefix"):
             if isinstance(settings[key], tuple):

@@ -12,7 +12,7 @@ from megacore.training.config import OptimizerSection, RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come. The position in the data and every schedule follow from it, at any process layout.
+    """Progress of a run. The position in the data and every schedule follow from it, at any process layout.
 
     Attributes:
         iteration: Number of completed steps, skipped ones included.

@@ -166,7 +166,7 @@ def extend_context(config: ModelConfig, model: ModelSection) -> ModelConfig:
 
 @contextmanager
 def suggesting_earlier_checkpoint(path: Path) -> Iterator[None]:
-    """If the training checkpoint in ``path`` turns out to be broken, name the one before it in the error."""
+    """Name the checkpoint before the one in ``path`` in an error by which the latter turns out to be broken."""
     try:
         yield
     except CheckpointError as error:

@@ -141,7 +141,7 @@ class Trainer:
         on_evaluation: Called after each evaluation, on rank 0.
 
     Attributes:
-        progress: How far the run has come.
+        progress: Progress of the run.
         stopped_by: The signal, or the key of the run file, that ends the run early; ``None`` while nothing does.
         guard: The judge of the steps.
         engine: The model and its optimizer.

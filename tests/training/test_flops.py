@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from megacore.training.plan import model_specs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import megacore
@@ -48,7 +47,7 @@ def place(request, tmp_path_factory) -> Path:
 
 
 def flops_of(engine: Engine, checkpoint: Checkpoint) -> ModelFlops:
-    return ModelFlops.of(engine.stages[0].config, model_specs_of(checkpoint))
+    return ModelFlops.from_specs(engine.stages[0].config, checkpoint.manifest.specs)
 
 
 def flops_of_addmm(sum_shape, one_shape, other_shape, *, out_shape=None, **_):
@@ -121,7 +120,7 @@ KINDS = {
 def test_tokens_and_operations_are_those_of_the_lengths_that_are_computed(chats, tmp_path, overrides):
     run = chat_run(chats, tmp_path / "out", *overrides)
     checkpoint = Checkpoint(run.model.checkpoint)
-    flops = ModelFlops.of(read_config(get_family("llama"), checkpoint), model_specs_of(checkpoint))
+    flops = ModelFlops.from_specs(read_config(get_family("llama"), checkpoint), checkpoint.manifest.specs)
 
     steps = train_steps(run)
 
@@ -172,7 +171,8 @@ def test_a_step_begins_with_waiting_for_its_batch_and_ends_before_what_is_done_b
             advance(3.0)
             yield batch
 
-    monkeypatch.setattr("megacore.training.stepping.time", SimpleNamespace(perf_counter=lambda: now))
+    clock = SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now)
+    monkeypatch.setattr("megacore.training.trainer.time", clock)
     monkeypatch.setattr("megacore.training.trainer.batches", slow_batches)
     run = chat_run(chats, tmp_path / "out", "data.prefetch=0", "logging.measure_peak=false")
 
@@ -213,7 +213,7 @@ def test_measuring_leaves_random_numbers_as_they_are():
 
 
 def test_nothing_is_measured_where_nobody_is_told_or_it_is_switched_off(chats, tmp_path, monkeypatch):
-    [step, *_] = train_steps(chat_run(chats, tmp_path / "one"))
+    step = megacore.train(chat_run(chats, tmp_path / "one")).last_step
     assert step.peak_flops_per_second is None
     steps = []
     megacore.train(chat_run(chats, tmp_path / "two", "logging.measure_peak=false"), on_step=steps.append)

@@ -135,7 +135,7 @@ class SafetensorsWriter(StorageWriter):
         parallel: The place of this process.
         finish: Called on rank 0 when all tensors are written.
         published: Called on rank 0 when the checkpoint is visible.
-        is_alone: Whether training waits for the writer.
+        is_alone: True if training waits for the writer.
     """
 
     def __init__(

@@ -26,8 +26,8 @@ class ModelSection(Section):
     rope_scaling_factor: float | None = Field(
         None,
         ge=1,
-        description="Divide the positions of the rotary embedding by this factor, for a longer context (linear "
-        "scaling). Default: the scaling of the checkpoint.",
+        description="Factor by which the positions of the rotary embedding are divided (linear scaling), for a longer "
+        "context. Default: the scaling of the checkpoint.",
     )
     rope_theta: float | None = Field(
         None, gt=0, description="Base of the rotary embedding. Default: that of the checkpoint."

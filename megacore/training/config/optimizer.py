@@ -36,13 +36,13 @@ class OptimizerSection(Section):
         0, ge=0, description="Iterations of linear warmup; the iteration after them has the peak learning rate."
     )
     warmup_fraction: float | None = Field(
-        None, ge=0, lt=1, description="Instead of warmup_iters: fraction of the decay, or of the run."
+        None, ge=0, lt=1, description="Warmup as a fraction of the decay, or of the run; replaces warmup_iters."
     )
-    warmup_samples: int | None = Field(None, ge=0, description="Instead of warmup_iters: number of samples.")
+    warmup_samples: int | None = Field(None, ge=0, description="Warmup in samples; replaces warmup_iters.")
     lr_decay_iters: int | None = Field(
         None, gt=0, description="Iteration after which the learning rate is `min_lr`. Default: the last one."
     )
-    lr_decay_samples: int | None = Field(None, gt=0, description="Instead of lr_decay_iters: number of samples.")
+    lr_decay_samples: int | None = Field(None, gt=0, description="Decay in samples; replaces lr_decay_iters.")
     lr_wsd_decay_iters: int | None = Field(
         None, gt=0, description="`WSD` only: iterations of the linear decay at the end."
     )

@@ -133,7 +133,7 @@ class Guarded(Generic[Target]):
         """Call ``report``. After a failure, which is a warning once, calls are left out for a minute.
 
         Args:
-            what: What is reported, ``"iteration 7"`` for example; ``"close"`` is never left out.
+            what: Description of the call, for example ``"iteration 7"``; ``"close"`` is never left out.
             report: The call.
         """
         if what != "close" and time.monotonic() < self._next_attempt:
