@@ -1,4 +1,4 @@
-"""How a checkpoint is cut: the (tensor-parallel, pipeline-parallel) rank of each parameter."""
+"""The layout of a checkpoint: the (tensor-parallel, pipeline-parallel) rank of each parameter."""
 
 from __future__ import annotations
 
