@@ -256,7 +256,7 @@ def test_the_command_prints_a_line_a_split_and_says_how_much_it_looks_at(place, 
 
     assert (line.exit_code, objects.exit_code) == (0, 0), line.output + objects.output
     assert re.fullmatch(r"valid \| loss \d\.\d+ \| perplexity \d+\.?\d*\n", line.stdout)
-    assert "the first 16 of these samples are looked at" in line.stderr
+    assert "evaluation.iters selects the first 16 of these samples" in line.stderr
     found = json.loads(objects.stdout)
     assert found["split"] == "valid"
     assert found["values"]["loss"] == pytest.approx(float(line.stdout.split()[3]), rel=1e-5)
@@ -359,12 +359,12 @@ def test_a_metric_of_ones_own_is_named_by_its_module(place, tmp_path):
     [
         (
             "instruct_accuracy",
-            r'instruct_accuracy is of conversations, and data\.kind is "text": choose from accuracy,',
+            r'instruct_accuracy needs conversations, and data\.kind is "text": choose from accuracy,',
         ),
-        ("acuracy", r"there is no metric acuracy; there are perplexity, accuracy, .*package\.module:function"),
+        ("acuracy", r"there is no metric acuracy; available are perplexity, accuracy, .*package\.module:function"),
         ("nowhere.at_all:metric", r"nowhere\.at_all:metric cannot be imported: No module named 'nowhere'"),
         ("math:metric", r"math:metric cannot be imported: module 'math' has no attribute 'metric'"),
-        ("math:pi", r"math:pi is no function, but 3\.14"),
+        ("math:pi", r"math:pi is not a function but 3\.14"),
         ("loss", r"there is no metric loss"),
     ],
 )

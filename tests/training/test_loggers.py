@@ -300,7 +300,9 @@ def test_a_logger_that_hangs_neither_slows_nor_ends_the_run_and_what_it_misses_i
                 time.sleep(0.01)
 
     behind, given_up = caplog.messages
-    assert behind.startswith("Note: postcard is 2 entries behind at iteration 4. Training goes on; what it has no room")
+    assert behind.startswith(
+        "Note: postcard is 2 entries behind at iteration 4. Training continues; further entries are lost"
+    )
     assert given_up.startswith("Note: postcard has not finished within 0.1 seconds after the run, and is not waited")
     sys.modules["megacore_postcard"].answered.set()
     log.loggers[0].join()
@@ -335,4 +337,4 @@ def test_a_logger_that_cannot_start_ends_a_new_run_and_not_one_that_goes_on(
     with open_run_log(run, ParallelContext.single(), iteration=3) as log:
         log.step(a_step(4, loss=1.0))
     [warning] = caplog.messages
-    assert warning.endswith("Training goes on without it.")
+    assert warning.endswith("Training continues without it.")
