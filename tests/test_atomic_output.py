@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megacore.atomic_output import lock_output, output_errors, staged_directory, write_file
+from megacore.atomic_output import StagedFiles, lock_output, output_errors, staged_directory, write_file
 from megacore.errors import CheckpointError, DiskFullError, OutputError
 
 HOLD = """if True:
@@ -113,3 +113,36 @@ def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monkeyp
 def test_an_error_of_the_system_names_the_file_that_it_is_about(error, kind, message):
     with pytest.raises(kind, match=message), output_errors(Path("/a/b/out")):
         raise error
+
+
+@pytest.mark.parametrize("kind", ["a directory", "files"])
+def test_all_that_was_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, kind):
+    happened: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def record_fsync(descriptor: int) -> None:
+        happened.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def record_rename(path: Path, target: Path) -> Path:
+        happened.append(f"rename to {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+
+    if kind == "a directory":
+        with staged_directory(tmp_path / "out") as staging:
+            (staging / "inner").mkdir()
+            (staging / "inner" / "weights").write_text("1")
+        written, names = {"weights", "inner", ".out.incomplete"}, {"out"}
+    else:
+        with StagedFiles(tmp_path / "out") as files:
+            files.claim(tmp_path / "out", [".bin", ".idx"])
+            for suffix in (".bin", ".idx"):
+                files.path(tmp_path / f"out{suffix}").write_text("1")
+        written, names = {"out.bin", "out.idx"}, {"out.bin", "out.idx"}
+
+    first = min(happened.index(f"rename to {name}") for name in names)
+    assert written <= {step.removeprefix("flush ") for step in happened[:first]}
+    assert f"flush {tmp_path.name}" in happened[first:]  # the names too

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+
+from warm_commands import run
 
 
 def lay_out(files: Mapping[str, str], site: Path) -> None:
@@ -33,10 +34,11 @@ def lay_out(files: Mapping[str, str], site: Path) -> None:
 def run_pytest(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run pytest in ``site``, with what lies there importable, in a process of its own."""
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+    return run(
+        *("-q", "-p", "no:cacheprovider", *arguments),
+        module="pytest",
         cwd=site,
-        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
+        environment={"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+        imports=("transformers.models.qwen2.modeling_qwen2",),
     )

@@ -244,9 +244,11 @@ def test_gradients_are_clipped_unless_clip_grad_is_0_and_their_norm_is_that_befo
         return steps[0].grad_norm, max((after[name] - before[name]).abs().max().item() for name in before)
 
     (clipped_norm, clipped_distance), (free_norm, free_distance) = trained(1e-9), trained(0)
+    loose = trained(1e9)
 
     assert clipped_norm == free_norm > 1
     assert clipped_distance < 1e-6 < 1e-3 < free_distance
+    assert loose == (free_norm, free_distance)
 
 
 # --- optimizer and schedule
