@@ -84,7 +84,7 @@ def train(
         run = read_run_config(Path(run))
     resolved = resolve_run(run, resume=resume, load=None if load is None else Path(load), nodes=nodes)
     log_startup_notes(resolved.notes, nodes, on_note)
-    return run_on_ranks(
+    result: TrainResult = run_on_ranks(
         train_on_rank,
         resolved,
         on_step,
@@ -95,6 +95,7 @@ def train(
         settings=resolved.shared_settings,
         on_note=on_note,
     )
+    return result
 
 
 def train_on_rank(
