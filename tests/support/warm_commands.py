@@ -310,6 +310,8 @@ def _be_a_fresh_interpreter(words: Mapping[str, Any]) -> None:
         runpy.run_path(str(custom))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)))
     atexit._clear()
+    for name in [name for name in sys.modules if name.startswith("megacore.testing")]:
+        del sys.modules[name]  # pytest, if that is the command, rewrites the kit's assertions as they are imported
     own = multiprocessing.current_process()
     own._config["daemon"], own._identity, own._name = False, (), "MainProcess"
     multiprocessing.process._children, multiprocessing.process._parent_process = set(), None
