@@ -1,13 +1,13 @@
 """The parallel runtime: where a process stands, how parameters are cut, and the layers that compute on the parts."""
 
-from megacore.parallel.context import ParallelContext, local_device, process_group
+from megacore.parallel.context import ParallelContext
 from megacore.parallel.data_parallel import GradientBuckets, gather_parameter, local_boxes, shard
 from megacore.parallel.gradients import local_gradients, local_square_norm, scale_gradients
-from megacore.parallel.launch.failures import attribute, is_lost_connection
+from megacore.parallel.launch.failures import is_lost_connection, set_failed_rank
 from megacore.parallel.launch.launcher import is_first_process, launched_environment, run_on_ranks
 from megacore.parallel.launch.nodes import ONE_NODE, Nodes
-from megacore.parallel.launch.rounds import was_restarted
-from megacore.parallel.launch.stopping import StopRequest, exit_process, stop_requests
+from megacore.parallel.launch.process_group import exit_process, local_device, process_group
+from megacore.parallel.launch.restarts import was_restarted
 from megacore.parallel.object_collectives import any_rank, broadcast_object
 from megacore.parallel.pipeline.forward_only import run_forward
 from megacore.parallel.pipeline.schedule import SCHEDULES, Pipeline, check_schedule, local_stages, stage_owners
@@ -38,6 +38,7 @@ from megacore.parallel.tensor.sharding import (
     describe_imbalance,
     join_parts,
 )
+from megacore.signals import StopRequest, stop_requests
 
 __all__ = [
     "ONE_NODE",
@@ -59,7 +60,6 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "any_rank",
-    "attribute",
     "balanced_stages",
     "broadcast_object",
     "check_schedule",
@@ -86,6 +86,7 @@ __all__ = [
     "run_forward",
     "run_on_ranks",
     "scale_gradients",
+    "set_failed_rank",
     "shard",
     "stage_owners",
     "stages_from_counts",

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from fcntl import ioctl
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megacore.parallel.launch.rounds import is_started_by_torchrun, store_of_group
 from megacore.parallel.sizes import ParallelSizes
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """The axes of the mesh; ranks next to each other differ in the last."""
-
-_SOMEWHERE_ELSE = "192.0.2.1"
-"""An address of documentation's own (RFC 5737): the route to it is that to any other machine."""
-
-_SIOCGIFADDR = 0x8915
-"""Linux's request for an interface's IPv4 address (netdevice(7))."""
 
 
 @dataclass(frozen=True)
@@ -142,61 +129,3 @@ class ParallelContext:
 
     def _coordinate(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
-
-
-def local_device() -> torch.device:
-    """The device of this process: its own GPU where there are any, else the CPU."""
-    if torch.cuda.is_available():
-        # srun --gpus-per-task shows each process a single GPU.
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
-    return torch.device("cpu")
-
-
-@contextmanager
-def process_group(device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), and leave them at the end.
-
-    ``timeout`` is how long a collective waits for a process that does not come; by default torch's own.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
-        # Left alone, gloo takes the address that this machine's own name stands for, which may well be 127.0.1.1.
-        master = os.environ["MASTER_ADDR"]
-        interface = interface_towards(master)
-        if interface is not None and interface == "lo" and not _names_this_machine_only(master):
-            interface = interface_towards(_SOMEWHERE_ELSE)  # the master, which takes its own name for 127.0.1.1
-        if interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if is_started_by_torchrun():
-        store, rank, world_size = store_of_group(timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _names_this_machine_only(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.")
-
-
-def interface_towards(host: str) -> str | None:
-    """The network interface that leads from this machine to ``host``, by IPv4; ``None`` where none does."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing: the kernel looks up the route
-        except OSError:
-            return None
-        own_address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                answer = ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # an interface without an address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own_address:
-                return name
-    return None

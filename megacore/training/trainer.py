@@ -133,7 +133,7 @@ def _train_on_rank(
     ):
         loaded = _load(run, start, checkpoint, output, parallel, is_told=on_step is not None or is_watched(run))
         with loaded.saved.opened():
-            stop = watched.enter_context(stop_requests(told=parallel.rank == 0))
+            stop = watched.enter_context(stop_requests(acknowledge=parallel.rank == 0))
             progress = loaded.saved.restore(checkpoint) if start.is_resumed else Progress()
             steps += _steps(loaded, samples, progress, stop, exits, watched, on_step, on_evaluation)
             if steps and steps[-1].stopped_by is not None:

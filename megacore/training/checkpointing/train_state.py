@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext, attribute, local_boxes, local_tensor
+from megacore.parallel import ParallelContext, local_boxes, local_tensor, set_failed_rank
 from megacore.training.checkpointing.placed_tensors import LoadPlanner, PlacedTensor, SavePlanner
 from megacore.training.checkpointing.storage import SafetensorsReader, SafetensorsWriter
 from megacore.training.engine import Engine
@@ -123,7 +123,7 @@ def _cause(failed: dcp.CheckpointException) -> BaseException:
     """What the first rank that failed raised."""
     rank = min(failed.failures)
     error, _ = failed.failures[rank]
-    attribute(error, rank)
+    set_failed_rank(error, rank)
     return error
 
 
