@@ -1,6 +1,10 @@
-"""The parallel runtime: where a process stands, how parameters are cut, and the layers that compute on the parts."""
+"""The parallel runtime: processes on a mesh, parameters cut over them, and layers that compute on the parts.
 
-from megacore.parallel.context import ParallelContext
+Start with ``context`` (the place of a process) and ``sizes``, then ``tensor``, ``pipeline`` and ``data_parallel`` for
+the kinds of parallelism, and ``launch`` for how the processes start.
+"""
+
+from megacore.parallel.context import ParallelContext, any_rank, broadcast_object
 from megacore.parallel.data_parallel import GradientBuckets, gather_parameter, local_boxes, shard
 from megacore.parallel.gradients import local_gradients, local_square_norm, scale_gradients
 from megacore.parallel.launch.failures import is_lost_connection, set_failed_rank
@@ -8,7 +12,6 @@ from megacore.parallel.launch.launcher import is_first_process, launched_environ
 from megacore.parallel.launch.nodes import ONE_NODE, Nodes
 from megacore.parallel.launch.process_group import exit_process, local_device, process_group
 from megacore.parallel.launch.restarts import was_restarted
-from megacore.parallel.object_collectives import any_rank, broadcast_object
 from megacore.parallel.pipeline.forward_only import run_forward
 from megacore.parallel.pipeline.schedule import SCHEDULES, Pipeline, check_schedule, local_stages, stage_owners
 from megacore.parallel.pipeline.stages import Stage, balanced_stages, stages_from_counts

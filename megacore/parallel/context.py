@@ -1,9 +1,13 @@
-"""Where this process stands among the others: a value that is passed to whoever needs it, never looked up."""
+"""The place of this process on the mesh of all processes, and what those share beside tensors.
+
+The context is a value that is passed to all code that needs it, never looked up.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +16,10 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megacore.parallel.sizes import ParallelSizes
 
+T = TypeVar("T")
+
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
-"""The axes of the mesh; ranks next to each other differ in the last."""
+"""The axes of the mesh; adjacent ranks differ in the last."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +27,10 @@ class ParallelContext:
     """The place of this process on the mesh of all processes.
 
     Attributes:
-        device: where this process computes.
-        sizes: of the axes.
-        mesh: all processes, with the axes :data:`AXES`; ``None`` for a process on its own.
-        timeout: how long a collective waits for a process that does not come; ``None`` for torch's own.
+        device: The device of this process.
+        sizes: The sizes of the axes.
+        mesh: All processes, with the axes :data:`AXES`; ``None`` for a process on its own.
+        timeout: Time limit of a collective that waits for a process; ``None`` for torch's own.
     """
 
     device: torch.device
@@ -35,17 +41,17 @@ class ParallelContext:
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
-        """One process that holds the whole model."""
+        """Return the context of one process that holds the whole model."""
         return cls(device=torch.device(device))
 
     @classmethod
     def of_world(
         cls, sizes: ParallelSizes, *, device: torch.device, timeout: timedelta | None = None
     ) -> ParallelContext:
-        """The place of this process in an initialized process group.
+        """Return the place of this process in the initialized process group.
 
         Raises:
-            LayoutError: when ``sizes`` do not take as many processes as there are.
+            LayoutError: When ``sizes`` take another number of processes than the group has.
         """
         sizes.check_world(dist.get_world_size())
         if sizes.world == 1:
@@ -59,7 +65,7 @@ class ParallelContext:
 
     @property
     def rank(self) -> int:
-        """Among all processes."""
+        """Return the rank among all processes."""
         return 0 if self.mesh is None else self.mesh.get_rank()
 
     @property
@@ -72,7 +78,7 @@ class ParallelContext:
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:
-        """The one-dimensional mesh of the tensor-parallel ranks; ``None`` where each layer is in one process."""
+        """Return the one-dimensional mesh of the tensor-parallel ranks; ``None`` if each layer is in one process."""
         return None if self.mesh is None or self.tp_size == 1 else self.mesh["tp"]
 
     @property
@@ -97,7 +103,7 @@ class ParallelContext:
 
     @property
     def dp_rank(self) -> int:
-        """Which part of a global batch this process sees."""
+        """Return the number of the part of a global batch that this process sees."""
         return self._coordinate("dp_replicate") * self.sizes.dp_shard + self._coordinate("dp_shard")
 
     @property
@@ -109,12 +115,12 @@ class ParallelContext:
         return self._coordinate("dp_shard")
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The processes that differ from this one along ``axis`` only."""
+        """Return the group of the processes that differ from this one along ``axis`` only."""
         assert self.mesh is not None, "a single process has no group"
         return self.mesh.get_group(axis)
 
     def tp_subgroup(self, size: int) -> dist.ProcessGroup:
-        """The ``size`` consecutive tensor-parallel ranks that this one is among; all of them must ask for it."""
+        """Return the group of ``size`` consecutive tensor-parallel ranks with this one; all of them must ask for it."""
         if size == self.tp_size:
             return self.tp_group
         if size not in self._subgroups:
@@ -124,8 +130,27 @@ class ParallelContext:
         return self._subgroups[size]
 
     def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
-        """A group of these ``ranks`` of all processes; those, and no others, must ask for it."""
+        """Create a group of these ``ranks`` of all processes; those, and no others, must ask for it."""
         return dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
 
     def _coordinate(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+
+
+def broadcast_object(value: T, parallel: ParallelContext, *, axis: str | None = None) -> T:
+    """Return the ``value`` of the first process, among all or along ``axis`` of the mesh, on each. It is pickled."""
+    if parallel.mesh is None:
+        return value
+    group = None if axis is None else parallel.group(axis)
+    objects = [value]
+    dist.broadcast_object_list(objects, group=group, group_src=0, device=parallel.device)
+    return objects[0]
+
+
+def any_rank(condition: bool, parallel: ParallelContext) -> bool:
+    """Return whether ``condition`` holds on at least one process. A collective of all processes."""
+    if parallel.mesh is None:
+        return condition
+    reduced = torch.tensor(condition, dtype=torch.int32, device=parallel.device)
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    return bool(reduced)
