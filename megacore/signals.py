@@ -31,9 +31,9 @@ class ExitOnSignal:
     """A signal handler that exits by unwinding the stack, so that half-written output is removed.
 
     A library may catch the exit (a bare ``except`` around an import), and Python drops it in ``__del__`` and in the
-    callbacks of weak references. The exception is freed then, which delivers the signal again. Code that installs
-    handlers of its own checks ``received`` first. A signal that arrives while the stack is unwound is ignored for
-    :data:`SAME_REQUEST` seconds, and ends the process at once after that.
+    callbacks of weak references. The exception is freed then, which delivers the signal again, so that the program
+    exits after the next call. Code that installs handlers of its own checks ``received`` first. A signal that arrives
+    while the stack is unwound is ignored for :data:`SAME_REQUEST` seconds, and ends the process at once after that.
 
     Args:
         has_failed_rank: For a rank: return whether another rank has failed, so that there is no work left to finish.

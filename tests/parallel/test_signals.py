@@ -19,6 +19,9 @@ import os, signal, sys, time, weakref
 import megacore.cli
 def kill():
     os.kill(os.getpid(), signal.SIGTERM)
+def wait():
+    for _ in range(600):
+        time.sleep(0.1)
 def kill_in_callback(frame, event, argument):
     if frame.f_code.co_name == "_remove" and event == "call":
         sys.setprofile(None)
@@ -36,7 +39,7 @@ def test_a_signal_during_an_import_that_catches_everything_ends_the_program(tmp_
     work = """
     try:
         import library
-        time.sleep(60)
+        wait()
     finally:
         print("cleaned up")
 """
@@ -74,7 +77,7 @@ def test_a_signal_during_an_import_that_catches_everything_ends_the_program(tmp_
     ids=["__del__", "finalize", "WeakSet"],
 )
 def test_a_signal_where_python_drops_exceptions_ends_the_program_after_it(dropping):
-    work = f"{dropping}    time.sleep(60)"
+    work = f"{dropping}    wait()"
 
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(work=work)], capture_output=True, text=True, timeout=30

@@ -4,7 +4,7 @@ Node 0 serves the store at ``--port``, where torch's rendezvous and the ranks us
 run, and below that id are:
 
     node/<rank>      the settings of a node, and the address at which it reaches node 0; the first command sets it
-    started          all nodes are there
+    started          all nodes are there, with equal settings
     failure          the first failure of any node
     alive/<rank>     the heartbeat of a node, a counter
     done/<rank>      the node needs the store no more
@@ -134,6 +134,7 @@ class JoinedNodes:
         self._failure: Failure | None = None
         self._nodes = nodes
         self._missing = self._others = [rank for rank in range(nodes.count) if rank != nodes.rank]
+        self._is_started = False
         self._tcp_store = store
         self._store = PrefixStore(run_id, store)
         self._lock = threading.Lock()
@@ -201,10 +202,17 @@ class JoinedNodes:
             WorkerError: When a node does not come in time.
         """
         rank, address, port = self._nodes.rank, self._nodes.address, self._tcp_store.port
-        _require_equal(_record(self._store, 0)["settings"], settings, rank)
-        while missing := self._missing:
+        if rank > 0:
+            _require_equal(_record(self._store, 0)["settings"], settings, rank)
+        while not self._is_started:
             if self.failure_elsewhere is not None:
                 raise self.failure_elsewhere.error()
+            if rank == 0 and not self._missing:
+                for node in self._others:
+                    _require_equal(settings, _record(self._store, node)["settings"], node)
+                self._store.set(_STARTED, "")
+                break
+            missing = self._missing or [0]
             absent = f"node {missing[0]}" if len(missing) == 1 else f"nodes {', '.join(map(str, missing))}"
             wait.pause(
                 f"node {rank} waits for {absent}, for {{:.0f}} seconds more at most",
@@ -248,10 +256,9 @@ class JoinedNodes:
             while not self._is_over.wait(_POLL_INTERVAL):
                 store.add(f"alive/{rank}", 1)
                 self._last_contact = now = time.monotonic()
-                if self._missing:
+                if not self._is_started:
                     self._missing = [node for node in self._others if not store.check([f"node/{node}"])]
-                    if not self._missing:
-                        store.set(_STARTED, "")
+                    self._is_started = store.check([_STARTED])
                 elif rank == 0:
                     for node in self._others:
                         beats = store.add(f"alive/{node}", 0)
