@@ -120,11 +120,12 @@ def test_a_signal_while_the_stack_is_unwound_ends_only_the_program_and_only_as_a
 def test_work_does_not_begin_after_an_exit_that_was_caught(has_failed_rank):
     before = signal.signal(signal.SIGTERM, ExitOnSignal(has_failed_rank))
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as caught:
             signal.raise_signal(signal.SIGTERM)
 
         with pytest.raises(SystemExit) as left, stop_requests():
             pytest.fail("it began")
+        assert caught.value.code == left.value.code
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -223,7 +224,9 @@ def test_the_first_signal_after_a_block_without_a_request_exits():
     try:
         with stop_requests():
             pass
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as left:
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+    assert left.value.code == 128 + signal.SIGTERM
