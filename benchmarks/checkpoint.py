@@ -31,7 +31,8 @@ from megacore.parallel import ParallelContext
 from megacore.training import Batch, Engine, RunConfig, batches
 from megacore.training.checkpointing.final_model import ReservedOutput
 from megacore.training.checkpointing.manager import RunCheckpoints
-from megacore.training.progress import Progress
+from megacore.training.resolved import resolve_run
+from megacore.training.schedule import Progress
 from megacore.training.step_guard import StepGuard
 
 GOAL = 0.20
@@ -69,7 +70,7 @@ def main() -> None:
         write_inputs(directory, num_steps)
         run = run_in(directory, num_steps)
         checkpoint = Checkpoint(run.model.checkpoint)
-        engine = Engine(run, checkpoint, ParallelContext.single())
+        engine = Engine(resolve_run(run), ParallelContext.single())
         saved = RunCheckpoints(
             engine,
             StepGuard(run.faults),

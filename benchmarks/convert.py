@@ -54,7 +54,7 @@ CHUNK_BYTES = 16 << 20
 
 CONVERT = """if True:
     import sys, time
-    import megacore.weights
+    import megacore.weights.conversion
     from megacore import get_family
 
     family = get_family("llama")

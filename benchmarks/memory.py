@@ -72,8 +72,7 @@ def measure_activations(mode: str) -> float:
     import torch
 
     from megacore import ModelConfig, get_family
-    from megacore.model import ComputeOptions, DecoderModel, apply_options
-    from megacore.model.attention import Positions
+    from megacore.model import ComputeOptions, DecoderModel, Positions, apply_options
     from megacore.parallel import ParallelContext, materialize
 
     config = ModelConfig(
@@ -93,7 +92,7 @@ def measure_activations(mode: str) -> float:
     materialize(model, single, lambda name, spec: torch.randn(spec.shape) / HIDDEN**0.5)
     granularity, recompute_layers = MODES[mode]
     apply_options(model, ComputeOptions(recompute=granularity, recompute_layers=recompute_layers))
-    positions = Positions.of(config, SEQUENCE, single, device=single.device, dtype=torch.float32)
+    positions = Positions.for_sequences(config, SEQUENCE, single, device=single.device, dtype=torch.float32)
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, requires_grad=True)
     model.decoder(hidden, positions)  # what libraries allocate once
     before = memory_in_use()

@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 from megacore import ModelConfig, get_family
-from megacore.checkpoint import Checkpoint, Layout
+from megacore.checkpoint import Checkpoint, Layout, ModelDescription
 from megacore.checkpoint.matrix import StoredMatrix
 from megacore.checkpoint.writing import Parameter, write_checkpoint
 from megacore.data import IndexedDatasetWriter
 from megacore.model import model_specs
 from megacore.parallel import ParallelContext, ParallelSizes, run_on_ranks
 from megacore.training import Engine, RunConfig, batches
+from megacore.training.resolved import resolve_run
 
 NUM_MICRO_BATCHES = 8
 CONFIG = ModelConfig(
@@ -69,12 +70,9 @@ def write_inputs(directory: Path, num_steps: int) -> None:
     write_checkpoint(
         directory / "checkpoint",
         parameters,
-        family=CONFIG.family,
-        config=CONFIG.to_dict(),
+        ModelDescription(family=CONFIG.family, config=CONFIG.to_dict()),
         layout=Layout.even(tp=1, pp=1, num_layers=CONFIG.num_layers),
         tokenizer_files={},
-        origin={},
-        history=(),
     )
     num_tokens = num_steps * NUM_MICRO_BATCHES * CONFIG.max_position_embeddings + 1
     with IndexedDatasetWriter(directory / "data", "uint16") as writer:
@@ -98,7 +96,7 @@ def step_seconds(parallel: ParallelContext, run: RunConfig) -> float:
     """The median time of a step, after two to warm up."""
     torch.set_num_threads(2 if parallel.mesh is None else 1)
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     times = []
     for batch in batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size):
         started = time.perf_counter()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megacore.model.kernels import attention_kernel
-from megacore.model.segments import Segments
+from megacore.model.positions import Segments
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
 MEANS = (512, 128, 32, 8, 2)
@@ -58,7 +58,7 @@ def main() -> None:
     counts = {}
     for mean in MEANS:
         numbers = segment_numbers(options.sequence, mean)
-        segments = Segments.of(numbers, device=torch.device("cpu"))
+        segments = Segments.from_numbers(numbers, device=torch.device("cpu"))
         assert segments is not None, "the row is one segment: ask for a longer sequence"
         mask = (numbers[0].unsqueeze(-1) == numbers[0]).tril()
         counts[mean] = len(segments.lengths)

@@ -1,4 +1,4 @@
-"""What every decoder-only transformer has: sizes, heads, norm, activation, rotary embedding, biases."""
+"""The model configuration: sizes, heads, norm, activation, rotary embedding and biases of any decoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def _is_number(value: object) -> bool:
 
 
 MAX_SIZE = 2**31
-"""No dimension of a model comes close; what is larger is a mistake, and would overflow somewhere less clear."""
+"""The upper bound of every size. Real models are far below; a larger value would overflow in some later place."""
 
 POSITION_EMBEDDINGS = ("rotary", "alibi")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """Stretches the rotary embedding to contexts longer than the model was trained on. One subclass a method."""
+    """A method that extends the rotary embedding to contexts longer than in training. Each method is a subclass."""
 
     method: ClassVar[str]
 
@@ -39,7 +39,7 @@ class RotaryScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling(RotaryScaling):
-    """Positions are divided by ``factor`` (kaiokendev, 2023)."""
+    """Linear scaling: positions are divided by ``factor`` (kaiokendev, 2023)."""
 
     method = "linear"
     factor: float
@@ -47,7 +47,7 @@ class LinearScaling(RotaryScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicNtkScaling(RotaryScaling):
-    """The rotary base grows with a sequence longer than ``max_position_embeddings`` (bloc97, emozilla, 2023)."""
+    """Dynamic NTK: the base grows with sequences over ``max_position_embeddings`` (bloc97, emozilla, 2023)."""
 
     method = "dynamic_ntk"
     factor: float
@@ -55,7 +55,7 @@ class DynamicNtkScaling(RotaryScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling(RotaryScaling):
-    """NTK-by-parts interpolation and a softer attention (Peng et al., 2023, arXiv:2309.00071)."""
+    """YaRN: NTK-by-parts interpolation and a softer attention (Peng et al., 2023, arXiv:2309.00071)."""
 
     method = "yarn"
     factor: float
@@ -70,7 +70,7 @@ class YarnScaling(RotaryScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class FrequencyBandScaling(RotaryScaling):
-    """Low frequencies are divided by ``factor``, high ones kept, those between blended.
+    """Scaling by frequency band: low frequencies are divided by ``factor``, high ones kept, those between blended.
 
     From Grattafiori et al., 2024, arXiv:2407.21783.
     """
@@ -95,7 +95,7 @@ class ModelConfig:
     ``num_attention_heads / num_kv_heads`` query heads: equal numbers are multi-head attention, 1 is multi-query.
 
     Raises:
-        ConfigError: for sizes that no decoder can have.
+        ConfigError: if no decoder can have these sizes.
     """
 
     family: str
@@ -139,15 +139,15 @@ class ModelConfig:
                 f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.position_embedding == "rotary" and self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even, since the rotary embedding turns pairs; it is {self.head_dim}")
+            raise ConfigError(f"head_dim must be even, since the rotary embedding rotates pairs; it is {self.head_dim}")
 
     @property
     def queries_per_kv(self) -> int:
-        """Query heads that share one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.num_attention_heads // self.num_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; :meth:`from_dict` is the inverse."""
+        """Return the fields as plain JSON values; :meth:`from_dict` is the inverse."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.rope_scaling is not None:
             fields["rope_scaling"] = self.rope_scaling.to_dict()
@@ -155,7 +155,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """Rebuild what :meth:`to_dict` wrote. Raises :class:`ConfigError` for a field this class does not have."""
+        """Return the configuration that :meth:`to_dict` wrote. Raises :class:`ConfigError` for an unknown field."""
         fields = dict(fields)
         scaling = fields.get("rope_scaling")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -177,5 +177,5 @@ class ModelConfig:
             try:
                 fields["rope_scaling"] = SCALING_METHODS[method](**scaling)
             except TypeError as error:
-                raise ConfigError(f"rope_scaling is not one of method {method!r}: {error}") from error
+                raise ConfigError(f"rope_scaling does not fit method {method!r}: {error}") from error
         return cls(**fields)

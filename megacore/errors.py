@@ -1,14 +1,13 @@
-"""The errors that a user can cause, each with a message that says what is wrong, where, and what to do."""
+"""The errors that a user can cause. Each message says what is wrong, where, and what to do."""
 
 
 class MegacoreError(Exception):
-    """A user's mistake, or work that could not be done; the command line prints it without a traceback.
-
-    ``exit_code`` is 2 for a mistake in the call and 1 for work that failed or a check that did not hold.
+    """A mistake of the user or work that failed; the command line prints it without a traceback.
 
     Attributes:
-        rank: of the group that torchrun or srun has started, which one this happened to; ``None`` where it did before
-            there was one, on each of them alike.
+        exit_code: 2 for a mistake in the call, 1 for work that failed or a check that did not hold.
+        rank: Rank that raised the error, in a group started by torchrun or srun; ``None`` if the error occurred on
+            every rank alike, before the group existed.
     """
 
     exit_code = 2
@@ -20,11 +19,11 @@ class ConfigError(MegacoreError):
 
 
 class PluginError(MegacoreError):
-    """A model plugin is missing, broken, contested, or answered a hook wrongly."""
+    """A model plugin that is missing, broken or ambiguous, or that returned a wrong result from a hook."""
 
 
 class UnsupportedSourceError(MegacoreError):
-    """A plugin was asked for a checkpoint format that it does not read or write."""
+    """A checkpoint format that the plugin does not read or write."""
 
 
 class CheckpointError(MegacoreError):
@@ -32,23 +31,23 @@ class CheckpointError(MegacoreError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """The bytes of a checkpoint are not what its own header or manifest says: work cannot go on."""
+    """A checkpoint whose bytes contradict its own header or manifest."""
 
     exit_code = 1
 
 
 class FetchError(CheckpointError):
-    """A checkpoint could not be fetched from where it is published."""
+    """A published checkpoint that could not be downloaded."""
 
     exit_code = 1
 
 
 class WeightMapError(MegacoreError):
-    """The weight map, the model and the source checkpoint disagree about names or shapes."""
+    """A disagreement of weight map, model and source checkpoint about names or shapes."""
 
 
 class LayoutError(MegacoreError):
-    """A tensor or pipeline parallel size that the model cannot be cut into."""
+    """A tensor or pipeline parallel size that the model cannot be cut for."""
 
 
 class DataError(MegacoreError):
@@ -56,41 +55,41 @@ class DataError(MegacoreError):
 
 
 class OutputError(MegacoreError):
-    """The output exists, or could not be written; nothing was left half written."""
+    """An output that exists or could not be written; nothing is left half written."""
 
 
 class DiskFullError(OutputError):
-    """There is too little room for the output."""
+    """Too little disk space for the output."""
 
     exit_code = 1
 
 
 class TrainingError(MegacoreError):
-    """A run that cannot go on: its numbers are no longer finite, for example."""
+    """A run that cannot continue, for example because its loss is no longer finite."""
 
     exit_code = 1
 
 
 class GenerationError(MegacoreError):
-    """A prompt or a setting that no text can be generated from."""
+    """A prompt or a setting from which no text can be generated."""
 
 
 class VerificationError(MegacoreError):
-    """A check that was asked for did not hold."""
+    """A requested check that did not hold."""
 
     exit_code = 1
 
 
 class WorkerError(MegacoreError):
-    """A process that was started for the work died."""
+    """A worker process that died."""
 
     exit_code = 1
 
 
 class ReaderGoneError(MegacoreError):
-    """Who read the output has left: there is nothing more to do, and nobody to tell of it.
+    """The reader of the output closed the pipe, so that no work remains and no message can be delivered.
 
-    The command line ends without a word, and with the code that a shell gives to a program which SIGPIPE has ended.
+    The command line exits silently, with the code of a program that SIGPIPE ended.
     """
 
     exit_code = 141

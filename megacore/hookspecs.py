@@ -1,6 +1,6 @@
-"""Hook specifications: everything a model plugin tells megacore.
+"""Hook specifications: everything that a model plugin provides.
 
-A plugin names its families in :func:`model_families`. megacore then calls the other four hooks **only on the plugin
+A plugin declares its families in :func:`model_families`. megacore then calls the other four hooks **only on the plugin
 that owns the family**, so an implementation never has to ask "is this my model?". Other plugins may wrap a hook.
 
 Rules for implementations:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from megacore.parallel import ParallelContext
-    from megacore.weights import WeightMap
+    from megacore.weights.rules import WeightMap
 
 PROJECT = "megacore"
 """The name of the pluggy project, and of the entry-point group that plugins register in."""
@@ -38,23 +38,22 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """One family of models and how its published configuration files read.
+    """One family of models and the reading and writing of its published configuration files.
 
     Attributes:
-        name: what ``--model`` is given, for example ``"mpt"``.
-        architectures: the entries of ``architectures`` in a Hugging Face ``config.json`` that this family reads.
-        sources: the checkpoint formats that the plugin's weight maps cover.
+        name: The value of ``--model``, for example ``"mpt"``.
+        architectures: The entries of ``architectures`` in a Hugging Face ``config.json`` that this family reads.
+        sources: The checkpoint formats that the plugin's weight maps cover.
         config_from_source: ``(published, source) -> ModelConfig``; ``published`` is the parsed configuration file of
-            a checkpoint in format ``source``. Raises :class:`~megacore.errors.ConfigError`, naming the key, for
-            whatever the plugin does not implement.
-        config_to_source: ``(config, source) -> dict``, the inverse; keys it does not return are kept from the
+            a checkpoint in format ``source``. It raises :class:`~megacore.errors.ConfigError`, naming the key, for
+            each setting that the plugin does not implement.
+        config_to_source: ``(config, source) -> dict``, the inverse. Keys that it does not return keep the value of the
             checkpoint that was converted.
-        config_class: the class that a checkpoint's configuration is read back into.
-        presets: the published sizes, by the name that ``--size`` is given, as keyword arguments of ``config_class``
-            (without ``family``). They are checked against a checkpoint's own configuration, never used in its place.
-        hub: where on the Hugging Face hub a size is published, as ``owner/name``, by the name that ``--size`` is given:
-            what ``megacore convert --model mpt --size 7`` fetches. Name repositories in format ``"hf"`` that hold
-            safetensors; they may be gated.
+        config_class: The class of the model configuration in a native checkpoint.
+        presets: The published sizes, by the value of ``--size``, as keyword arguments of ``config_class`` (without
+            ``family``). A checkpoint's own configuration is compared with them and never replaced by them.
+        hub: The repository of each size on the Hugging Face hub, ``owner/name``, by the value of ``--size``. ``megacore
+            convert --model mpt --size 7`` fetches it. It must hold safetensors in format ``"hf"``, and may be gated.
     """
 
     name: str
@@ -112,11 +111,11 @@ def model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def weight_map(config: ModelConfig, source: str) -> WeightMap:  # type: ignore[empty-body]
-    """Map the parameters of a checkpoint in format ``source`` ("hf", "meta", ...) to megacore's.
+    """Return the map between a checkpoint in format ``source`` ("hf", "meta", ...) and megacore's parameters.
 
     Every source tensor must be used exactly once (or be listed as ignored) and every megacore parameter produced
     exactly once. The map is data, not code: megacore runs it in both directions, a few megabytes at a time. ``*``
-    stands for the number of the layer.
+    stands for the layer number.
 
     Raise :class:`~megacore.errors.UnsupportedSourceError` for a format that the plugin does not read.
 
@@ -149,11 +148,11 @@ def qkv_permutation(config: ModelConfig, source: str) -> Sequence[int]:  # type:
 
     Row ``i`` of megacore's projection is row ``result[i]`` of the source's query, key and value rows, taken in the
     order in which the weight map lists them. The length is ``(num_attention_heads + 2 * num_kv_heads) * head_dim``.
-    The order absorbs how the source groups its heads and how it lays out the rotary pairs, for weights and biases
-    alike. Return ``range(length)`` when the layouts agree.
+    The order accounts for the source's grouping of heads and its layout of rotary pairs, for weights and biases alike.
+    Return ``range(length)`` if the layouts agree.
 
-    megacore's own order is, for each key-value head, the query heads that share it, then the key, then the value;
-    within a head the rotary pairs are ``(i, i + head_dim / 2)``.
+    megacore's own order is, for each key-value head, the query heads that share it, then the key, then the value.
+    Within a head the rotary pairs are ``(i, i + head_dim / 2)``.
 
     Example:
         Separate q, k and v with rotary halves; one head of two rows for each of 2 groups, multi-head attention:
@@ -203,8 +202,8 @@ def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext
     """Build transformer layer ``layer_index`` (from 0) out of the modules in :mod:`megacore.model`.
 
     The layer's ``forward(hidden, positions)`` takes and returns ``[batch, sequence, hidden_size]``; ``positions`` is a
-    :class:`megacore.model.Positions`, to be handed on to the attention. Which process holds which part of a
-    parameter is the business of the modules, not of the layer.
+    :class:`megacore.model.Positions`, which the layer passes to the attention. The modules distribute the parameters
+    over processes; the layer need not.
 
     Example:
         >>> from megacore import ModelConfig, hookimpl

@@ -1,7 +1,7 @@
-"""Finding model plugins, surviving the broken ones, and asking the one that owns a family.
+"""Model plugins: discovery, checks that isolate a broken one, and dispatch to the plugin that owns a family.
 
-Plugins are loaded on first use, never when a module is imported. One that cannot be used is remembered with the reason,
-which is told to whoever asks for its family; nobody else is disturbed by it.
+Plugins are loaded on first use, never when a module is imported. An unusable plugin is recorded with the reason, which
+is part of the error for its family; other families are not affected.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ if TYPE_CHECKING:
     from megacore.config import ModelConfig
     from megacore.hookspecs import ReferenceModel
     from megacore.parallel import ParallelContext
-    from megacore.weights import WeightMap
+    from megacore.weights.rules import WeightMap
 
 log = logging.getLogger(__name__)
 
 DISABLE_VARIABLE = "MEGACORE_DISABLE_PLUGINS"
-"""The environment variable that names the distributions whose plugins are left alone, separated by commas."""
+"""The environment variable with the distributions whose plugins are not loaded, separated by commas."""
 
 HOOKS = ("model_families", *FAMILY_HOOKS)
 
 
 @dataclass(kw_only=True)
 class LoadedPlugin:
-    """What is known about one plugin, usable or not.
+    """A plugin that was found, usable or not.
 
     Attributes:
-        distribution: the name of the distribution that provides it.
-        version: the version of that distribution.
-        entry_point: the name of its entry point, by convention that of its family.
-        plugin: the module or object that holds the hooks; ``None`` if it cannot be used.
-        hooks: the hooks that it implements or wraps.
-        families: what it declared; empty for a plugin that only wraps the hooks of others, or that is unusable.
-        error: why it cannot be used, as the end of a sentence that begins with :attr:`label`; ``None`` if it can.
-        disabled: whether the user switched it off.
+        distribution: Name of the distribution that provides it.
+        version: Version of that distribution.
+        entry_point: Name of its entry point, by convention the name of its family.
+        plugin: Module or object with the hooks; ``None`` if the plugin is unusable.
+        hooks: Names of the hooks that it implements or wraps.
+        families: Declared families; empty if the plugin is unusable or only wraps the hooks of others.
+        error: Reason why it is unusable, the end of a sentence that begins with :attr:`label`; ``None`` if usable.
+        disabled: True if the user disabled it.
     """
 
     distribution: str
@@ -71,7 +71,7 @@ class LoadedPlugin:
 
     @property
     def label(self) -> str:
-        """How messages call it: distribution and version."""
+        """Distribution and version, for messages."""
         return f"{self.distribution} {self.version}"
 
     @property
@@ -84,10 +84,10 @@ class LoadedPlugin:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family and the plugin that owns it: the hooks of :mod:`megacore.hookspecs`, asked of that plugin alone.
+    """A model family bound to the plugin that owns it: the hooks of :mod:`megacore.hookspecs`, called on it alone.
 
-    Each of the four raises :class:`~megacore.errors.PluginError` when the answer is ``None``, and lets through what
-    the plugin raises.
+    Each of the four raises :class:`~megacore.errors.PluginError` if the plugin returns ``None``. Exceptions of the
+    plugin pass through.
     """
 
     family: ModelFamily
@@ -100,29 +100,29 @@ class Family:
 
     @property
     def label(self) -> str:
-        """The owner's distribution and version."""
+        """Distribution and version of the owner."""
         return self.plugin.label
 
     def weight_map(self, config: ModelConfig, source: str) -> WeightMap:
-        """See :func:`megacore.hookspecs.weight_map`."""
-        return self._ask("weight_map", config=config, source=source)
+        """Return the map of format ``source``; see :func:`megacore.hookspecs.weight_map`."""
+        return self._call("weight_map", config=config, source=source)
 
     def qkv_permutation(self, config: ModelConfig, source: str) -> Sequence[int]:
-        """See :func:`megacore.hookspecs.qkv_permutation`."""
-        return self._ask("qkv_permutation", config=config, source=source)
+        """Return the row order of the QKV projection; see :func:`megacore.hookspecs.qkv_permutation`."""
+        return self._call("qkv_permutation", config=config, source=source)
 
     def load_reference(
         self, config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device
     ) -> ReferenceModel:
-        """See :func:`megacore.hookspecs.load_reference`."""
-        return self._ask("load_reference", config=config, path=path, dtype=dtype, device=device)
+        """Load an independent implementation; see :func:`megacore.hookspecs.load_reference`."""
+        return self._call("load_reference", config=config, path=path, dtype=dtype, device=device)
 
     def build_layer(self, config: ModelConfig, layer_index: int, parallel: ParallelContext) -> nn.Module:
-        """See :func:`megacore.hookspecs.build_layer`."""
-        return self._ask("build_layer", config=config, layer_index=layer_index, parallel=parallel)
+        """Build one layer; see :func:`megacore.hookspecs.build_layer`."""
+        return self._call("build_layer", config=config, layer_index=layer_index, parallel=parallel)
 
     def preset(self, size: str) -> ModelConfig:
-        """Return the configuration of a published ``size``. Raises :class:`ConfigError`, listing the known sizes."""
+        """Return the configuration of a published ``size``. Raises :class:`ConfigError` with the known sizes."""
         presets = self.family.presets
         if size not in presets:
             raise ConfigError(
@@ -130,17 +130,17 @@ class Family:
             )
         return self.family.config_class(family=self.name, **presets[size])
 
-    def _ask(self, hook: str, **arguments: Any) -> Any:
-        answer = self.registry._ask_owner(self.plugin, hook, arguments)
-        if answer is None:
+    def _call(self, hook: str, **arguments: Any) -> Any:
+        result = self.registry._call_owner(self.plugin, hook, arguments)
+        if result is None:
             wrappers = self.registry._wrappers_of(hook)
             hint = f" It is wrapped by {', '.join(wrappers)}: does each wrapper return its result?" if wrappers else ""
             raise PluginError(f"{hook} of model family {self.name!r} returned None, from {self.label}.{hint}")
-        return answer
+        return result
 
 
 class PluginRegistry:
-    """The plugins of one process, in the order of their entry points' names.
+    """The plugins of one process, sorted by the names of their entry points.
 
     A new registry is empty: fill it with :meth:`load_entry_points` or :meth:`register`. The rest of megacore uses
     :func:`default_registry`.
@@ -152,7 +152,7 @@ class PluginRegistry:
         self._manager.add_hookspecs(hookspecs)
 
     def load_entry_points(self) -> None:
-        """Load every installed plugin. A defect of one is kept in its :attr:`LoadedPlugin.error` and stops no other."""
+        """Load every installed plugin. A failure is recorded in :attr:`LoadedPlugin.error` and stops no other."""
         disabled = _disabled_distributions()
         for entry_point, distribution in _sorted_entry_points():
             record = LoadedPlugin(
@@ -165,7 +165,7 @@ class PluginRegistry:
                 continue
             try:
                 _check_pin(distribution)
-                with _blame("could not be imported"):
+                with _attribute_errors("could not be imported"):
                     plugin = entry_point.load()
                 self._register(record, plugin)
             except PluginError as error:
@@ -178,7 +178,7 @@ class PluginRegistry:
         """Add a plugin that is in memory, under the name of a distribution.
 
         Raises:
-            PluginError: the plugin cannot be used; the registry is as it was.
+            PluginError: if the plugin is unusable; the registry is then unchanged.
         """
         record = LoadedPlugin(distribution=distribution, version=version, entry_point=entry_point or distribution)
         try:
@@ -189,11 +189,11 @@ class PluginRegistry:
         return record
 
     def list_families(self) -> list[str]:
-        """The names that :meth:`get_family` knows, sorted."""
+        """Return the names that :meth:`get_family` knows, sorted."""
         return sorted({family.name for record in self.plugins for family in record.families})
 
     def families_for_architecture(self, architecture: str) -> list[str]:
-        """The families that read an entry of ``architectures`` in a Hugging Face ``config.json``, sorted."""
+        """Return the families that read ``architecture``, an entry in a Hugging Face ``config.json``, sorted."""
         return sorted(
             {
                 family.name
@@ -207,7 +207,7 @@ class PluginRegistry:
         """Return the family called ``name``, bound to the one plugin that owns it.
 
         Raises:
-            PluginError: no plugin, or more than one, declares the family, or the plugin that should is unusable.
+            PluginError: if no plugin or more than one declares the family, or its plugin is unusable.
         """
         owners = [(record, family) for record in self.plugins for family in record.families if family.name == name]
         if not owners:
@@ -223,7 +223,7 @@ class PluginRegistry:
 
     def _why_missing(self, name: str) -> str:
         unusable = [record for record in self.plugins if record.error]
-        # What a broken plugin would have declared is unknown; by convention its entry point has the family's name.
+        # The families of a broken plugin are unknown; by convention its entry point has the family's name.
         if culprits := [record for record in unusable if record.entry_point == name]:
             reasons = "; ".join(f"{record.label} {record.error}" for record in culprits)
             return f"model family {name!r} is not available: {reasons}"
@@ -242,10 +242,10 @@ class PluginRegistry:
         return message
 
     def _register(self, record: LoadedPlugin, plugin: object) -> None:
-        """Check ``plugin``, hand it to pluggy and let it declare its families; on failure leave no trace of it."""
-        with _blame("could not be examined"):
+        """Check ``plugin``, register it with pluggy and read its families; on failure leave no trace of it."""
+        with _attribute_errors("could not be examined"):
             hooks = self._manager.implementations(plugin)
-            faults = list(_faults(plugin, hooks))
+            faults = list(_plugin_faults(plugin, hooks))
         if faults:
             raise PluginError("; ".join(faults))
         for other in self.plugins:
@@ -254,35 +254,36 @@ class PluginRegistry:
 
         name = f"{record.distribution}:{record.entry_point}"  # two distributions may use one entry-point name
         try:
-            with _blame("was refused"):
+            with _attribute_errors("was refused"):
                 self._manager.register(plugin, name)
             families = self._declared_families(plugin) if "model_families" in hooks else ()
         except PluginError:
-            # Its hooks would answer for other families. Even one that pluggy rejected is half registered before 1.7.
+            # Its hooks would be called for other families. pluggy < 1.7 half registers even a plugin that it rejects.
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             raise
         record.plugin, record.hooks, record.families = plugin, tuple(hooks), families
 
     def _declared_families(self, plugin: object) -> tuple[ModelFamily, ...]:
-        with _blame("could not declare its families"):
-            # A generator runs here, so that what it raises is blamed on the plugin too.
-            families = tuple(family for answer in self._only(plugin, "model_families")() for family in answer)
+        with _attribute_errors("could not declare its families"):
+            # A generator runs here, so that its exceptions are attributed to the plugin too.
+            results = self._subset_caller(plugin, "model_families")()
+            families = tuple(family for declared in results for family in declared)
         if not families:
             raise PluginError("returned no family from model_families")
-        if strangers := [family for family in families if not isinstance(family, ModelFamily)]:
-            raise PluginError(f"returned {strangers[0]!r} from model_families, which is not a ModelFamily")
+        if others := [family for family in families if not isinstance(family, ModelFamily)]:
+            raise PluginError(f"returned {others[0]!r} from model_families, which is not a ModelFamily")
         names = [family.name for family in families]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise PluginError(f"declares more than once: {', '.join(repeated)}")
         return families
 
-    def _ask_owner(self, owner: LoadedPlugin, hook: str, arguments: Mapping[str, Any]) -> Any:
+    def _call_owner(self, owner: LoadedPlugin, hook: str, arguments: Mapping[str, Any]) -> Any:
         assert owner.plugin is not None
-        return self._only(owner.plugin, hook)(**arguments)
+        return self._subset_caller(owner.plugin, hook)(**arguments)
 
-    def _only(self, plugin: object, hook: str) -> pluggy.HookCaller:
-        """The caller of ``hook`` on ``plugin`` without the other families' plugins. Those that only wrap stay."""
+    def _subset_caller(self, plugin: object, hook: str) -> pluggy.HookCaller:
+        """Return the caller of ``hook`` without the plugins of other families; plugins that only wrap remain."""
         others = [record.plugin for record in self.plugins if record.families and record.plugin is not plugin]
         return self._manager.subset_hook_caller(hook, others)
 
@@ -293,40 +294,40 @@ class PluginRegistry:
 class _PluginManager(pluggy.PluginManager):
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         # pluggy < 1.7 reads every attribute, which runs properties and a lazy module's __getattr__: that could import
-        # torch. What is not plainly a function is no hook, in any version.
+        # torch. Anything but a plain function is no hook, in any version.
         attribute = inspect.getattr_static(plugin, name, None)
         if not isinstance(attribute, FunctionType | MethodType | staticmethod | classmethod):
             return None
         return super().parse_hookimpl_opts(plugin, name)
 
     def implementations(self, plugin: object) -> dict[str, pluggy.HookimplOpts]:
-        """The options of each function of ``plugin`` that is marked as a hook, by the function's name."""
+        """Return the options of each function of ``plugin`` that is marked as a hook, by the function's name."""
         options = {name: self.parse_hookimpl_opts(plugin, name) for name in dir(plugin)}
         return {name: found for name, found in options.items() if found is not None}
 
 
 @cache
 def default_registry() -> PluginRegistry:
-    """The registry of the installed plugins, which are loaded by the first call."""
+    """Return the registry of the installed plugins. The first call loads them."""
     registry = PluginRegistry()
     registry.load_entry_points()
     return registry
 
 
 def get_family(name: str) -> Family:
-    """Return an installed model family. Raises :class:`~megacore.errors.PluginError`; see :class:`PluginRegistry`."""
+    """Return an installed model family; see :meth:`PluginRegistry.get_family`."""
     return default_registry().get_family(name)
 
 
 def list_families() -> list[str]:
-    """The names of the installed model families, sorted."""
+    """Return the names of the installed model families, sorted."""
     return default_registry().list_families()
 
 
 def _sorted_entry_points() -> list[tuple[EntryPoint, Distribution]]:
-    # An uninstallation that was cut off can leave entry points of a distribution without a name; it is not installed.
+    # An interrupted uninstallation can leave entry points of a distribution without a name; it is not installed.
     found = [(point, point.dist) for point in entry_points(group=PROJECT) if point.dist and point.dist.name]
-    # They come in the order of directories on the disk, which differs between machines.
+    # The order is that of directories on the disk, which differs between machines.
     return sorted(found, key=lambda pair: (pair[0].name, pair[1].name))
 
 
@@ -342,11 +343,11 @@ def _normalized(name: str) -> str:
 
 
 def _check_pin(distribution: Distribution) -> None:
-    """Raise PluginError if ``distribution`` needs another megacore: pip installs it with no more than a warning."""
+    """Raise PluginError if ``distribution`` requires another megacore, which pip reports as a mere warning."""
     from packaging.requirements import Requirement
 
     installed = version(PROJECT)
-    with _blame("has unreadable requirements"):
+    with _attribute_errors("has unreadable requirements"):
         needs = [Requirement(requirement) for requirement in distribution.requires or ()]
     for need in needs:
         applies = _normalized(need.name) == PROJECT and (need.marker is None or need.marker.evaluate())
@@ -354,15 +355,15 @@ def _check_pin(distribution: Distribution) -> None:
             raise PluginError(f"needs {PROJECT} {need.specifier}, installed is {installed}")
 
 
-def _faults(plugin: object, hooks: Mapping[str, pluggy.HookimplOpts]) -> Iterator[str]:
-    """Say what is wrong with a plugin, each as the end of a sentence about it.
+def _plugin_faults(plugin: object, hooks: Mapping[str, pluggy.HookimplOpts]) -> Iterator[str]:
+    """Yield each fault of a plugin as the end of a sentence about it.
 
-    pluggy would raise for some of it, in terms that differ between its versions, and passes over the rest in silence.
+    pluggy raises for some of them, in words that differ between its versions, and ignores the others.
     """
     if inspect.isclass(plugin):
         yield f"registers the class {plugin.__name__}, not an instance of it"
         return
-    if not isinstance(plugin, Hashable):  # pluggy keeps plugins in sets: one such would break the calls of all others
+    if not isinstance(plugin, Hashable):  # pluggy keeps plugins in sets: this one would break the calls of all others
         yield f"registers an unhashable {type(plugin).__name__} object"
     if not hooks:
         yield "implements no hook; are its functions marked with @hookimpl?"
@@ -370,7 +371,7 @@ def _faults(plugin: object, hooks: Mapping[str, pluggy.HookimplOpts]) -> Iterato
 
     for name, options in hooks.items():
         if options["specname"]:
-            # pluggy < 1.7 calls these on plugins that it was told to leave out.
+            # pluggy < 1.7 calls these even on plugins that it is to leave out.
             yield f"implements {options['specname']} as {name}: name the function after the hook, without specname"
         elif name in HOOKS:
             yield from _signature_faults(getattr(plugin, name), name, wraps=_wraps(options))
@@ -383,7 +384,7 @@ def _faults(plugin: object, hooks: Mapping[str, pluggy.HookimplOpts]) -> Iterato
     if "model_families" in own and missing:
         yield f"lacks the hooks {', '.join(missing)}"
     elif "model_families" in hooks and "model_families" not in own:
-        yield "wraps model_families, which a plugin answers for itself only"
+        yield "wraps model_families, which a plugin implements for itself only"
     elif own and "model_families" not in own:
         yield f"implements {', '.join(own)} without declaring a family in model_families"
 
@@ -413,10 +414,10 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 @contextmanager
-def _blame(what: str) -> Iterator[None]:
-    """Turn whatever a plugin raises into a PluginError that begins with ``what``. Ctrl-C stays itself."""
+def _attribute_errors(prefix: str) -> Iterator[None]:
+    """Turn any exception of a plugin into a PluginError that begins with ``prefix``, but for Ctrl-C."""
     try:
         yield
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise PluginError(f"{what}: {' '.join(reason.split())}") from error
+        raise PluginError(f"{prefix}: {' '.join(reason.split())}") from error

@@ -1,4 +1,4 @@
-"""How the package hangs together: who imports whom, what is public, and that it knows no model family."""
+"""The structure of the package: imports, sizes, the public names, and that it knows no model family."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import megacore
 
 PACKAGE = Path(megacore.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+PLUGINS = sorted(Path(__file__).parent.parent.glob("plugins/*/megacore_*"))
 
 MAY_IMPORT = {
     "errors": set(),
@@ -23,13 +26,13 @@ MAY_IMPORT = {
     "hookspecs": {"config", "errors"},
     "plugins": {"hookspecs", "config", "errors"},
     "signals": set(),
-    "outputs": {"errors"},
+    "atomic_output": {"errors"},
     "parallel": {"signals", "config", "errors"},
-    "checkpoint": {"data", "outputs", "parallel", "config", "errors"},
+    "checkpoint": {"data", "atomic_output", "parallel", "config", "errors"},
     "model": {"checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
-    "weights": {"model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
-    "data": {"outputs", "parallel", "config", "errors"},
-    "runs": {"errors"},
+    "weights": {"atomic_output", "model", "checkpoint", "parallel", "plugins", "hookspecs", "config", "errors"},
+    "data": {"atomic_output", "parallel", "config", "errors"},
+    "runs": {"atomic_output", "errors"},
 }
 """What each part of the package may import while it runs; imports for type checkers alone are free."""
 
@@ -93,6 +96,80 @@ def test_the_core_names_no_model_family_outside_of_documentation(path):
     named = [line for line in lines if re.search("llama|falcon|mistral", line, re.IGNORECASE)]
 
     assert named == []
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """The modules of ``package``, by their full names; that of a package is its ``__init__``."""
+    dotted = {path: ".".join(path.relative_to(package.parent).with_suffix("").parts) for path in package.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in dotted.items()}
+
+
+def imported_names(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """Every ``from module import name as alias`` anywhere in the code, and ``import module`` without a name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "", "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name, alias.asname or alias.name) for alias in node.names)
+
+
+def import_graph(modules: Mapping[str, Path]) -> dict[str, set[str]]:
+    """For each of ``modules``, those that it imports.
+
+    Imports count wherever they stand: at the top, in a function, and under ``if TYPE_CHECKING``. A name that a package
+    only hands on, by an import in its ``__init__``, counts as an import of the module that defines the name. That
+    importing ``a.b`` also runs ``a/__init__.py`` does not count.
+    """
+    imports = {name: list(imported_names(ast.parse(path.read_text()))) for name, path in modules.items()}
+
+    @cache
+    def definer(module: str, name: str) -> str:
+        """The module of ``from module import name``: a submodule, the one that defines the name, or ``module``."""
+        if f"{module}.{name}" in modules:
+            return f"{module}.{name}"
+        if modules.get(module, Path()).name == "__init__.py":
+            for origin, original, alias in imports[module]:
+                if alias == name and origin in modules:
+                    return definer(origin, original)
+        return module
+
+    return {
+        module: {definer(origin, name) for origin, name, _ in found if origin in modules} - {module}
+        for module, found in imports.items()
+    }
+
+
+@pytest.mark.parametrize("package", [PACKAGE, *PLUGINS], ids=lambda package: package.name)
+def test_no_modules_import_each_other_in_a_circle(package):
+    circle: list[str] = []
+    try:
+        TopologicalSorter(import_graph(modules_of(package))).prepare()
+    except CycleError as error:
+        circle = list(reversed(error.args[1]))
+
+    assert not circle, f"these modules import each other in a circle: {' -> '.join(circle)}"
+
+
+MOST_MODULES, MOST_LINES, FEWEST_LINES = 12, 500, 40
+
+SMALL_MODULES: dict[str, str] = {}
+"""Modules of less than ``FEWEST_LINES`` lines, each with the reason why it is not part of a larger one."""
+
+
+def test_no_package_has_more_modules_than_a_reader_takes_in_at_a_glance():
+    levels = {path.parent for path in MODULES} - {PACKAGE / "cli"}  # one module a command
+    sizes = {name_of(level): len(list(level.glob("[!_]*.py"))) for level in levels}
+
+    assert {name: size for name, size in sizes.items() if size > MOST_MODULES} == {}
+
+
+def test_no_module_is_too_long_to_read_or_too_short_to_stand_alone():
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
+    is_alone = {name: not name.endswith(("__init__.py", "__main__.py")) for name in lines}
+
+    assert {name: size for name, size in lines.items() if size > MOST_LINES} == {}
+    small = {name for name, size in lines.items() if size < FEWEST_LINES and is_alone[name]}
+    assert small == set(SMALL_MODULES), "each has its reason in SMALL_MODULES, and nothing else is there"
 
 
 def test_every_public_name_resolves_to_what_type_checkers_see():

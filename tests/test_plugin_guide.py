@@ -146,7 +146,7 @@ def test_a_name_that_no_package_can_have_is_refused(name, tmp_path, monkeypatch)
     result = new_plugin(name)
 
     assert result.exit_code == 2
-    assert "is no name for a family" in result.output
+    assert "is not a family name" in result.output
     assert list(tmp_path.iterdir()) == []
 
 

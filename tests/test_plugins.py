@@ -562,7 +562,7 @@ def test_hooks_without_a_family_are_refused(install):
 def test_the_families_of_others_cannot_be_wrapped(install):
     install("megacore-mpt", PREAMBLE + "@hookimpl(wrapper=True)\ndef model_families():\n    return (yield)\n")
 
-    assert why_not_available() == "wraps model_families, which a plugin answers for itself only"
+    assert why_not_available() == "wraps model_families, which a plugin implements for itself only"
 
 
 def test_a_generator_that_is_not_marked_as_a_wrapper_is_refused(install):

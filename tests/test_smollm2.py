@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import megacore
 from megacore.checkpoint import Checkpoint
 from megacore.training import batches, read_run_config
+from recorded_steps import train_steps
+from warm_commands import run as run_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -40,9 +42,8 @@ def verify(checkpoint: Path, published: Path, *options: str) -> dict:
     """Run `megacore verify` on real text and return its figures."""
     text, figures = published.parent / "text.txt", published.parent / "figures.json"
     text.write_text("\n".join(topics.values())[:20_000])
-    command = [sys.executable, "-m", "megacore", "verify", checkpoint, "--reference", published, "--text", text]
-    command += ["--json", figures, "--seq-length", "256", *options]
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
+    command = ["verify", checkpoint, "--reference", published, "--text", text, "--json", figures, "--seq-length", "256"]
+    run_command(*command, *options, imports=("transformers.models.llama.modeling_llama",)).check_returncode()
     return json.loads(figures.read_text())
 
 
@@ -147,7 +148,7 @@ def test_the_losses_of_50_steps_on_real_text_are_those_of_transformers_and_torch
     run_file = tmp_path / "run.toml"
     run_file.write_text(RUN.format(checkpoint=checkpoint, data=tmp_path / "data", out=tmp_path / "out"))
     run = read_run_config(run_file)
-    steps = megacore.train(run)
+    steps = train_steps(run)
 
     model = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]

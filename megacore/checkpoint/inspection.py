@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for a person or a program to read."""
+"""``inspect``: the contents of a checkpoint as plain JSON values, for a person or a program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megacore.parallel import describe_imbalance
 def inspect(
     checkpoint: Path | str, *, check: bool = False, advance: Callable[[int], None] = lambda num_bytes: None
 ) -> dict[str, Any]:
-    """Describe ``checkpoint`` in plain JSON values; with ``check``, read all of it and compare the digests first.
+    """Describe ``checkpoint`` in plain JSON values. With ``check``, first read all files and compare their digests.
 
     Raises:
         CheckpointError: when there is no checkpoint.

@@ -1,24 +1,25 @@
-"""Which (tensor-parallel, pipeline-parallel) rank a parameter belongs to."""
+"""How a checkpoint is cut: the (tensor-parallel, pipeline-parallel) rank of each parameter."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from megacore.errors import LayoutError
+from megacore.parallel import Stage
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint is cut: over ``tp`` ranks inside each parameter, over pipeline stages between layers.
+    """The cut of a checkpoint: over ``tp`` ranks inside each parameter, over pipeline stages between layers.
 
     Attributes:
-        tp: tensor-parallel size.
-        stages: for each pipeline stage, the half-open range of its layers.
+        tp: Tensor-parallel size.
+        stages: Half-open range of layers of each pipeline stage.
     """
 
     tp: int
@@ -26,20 +27,25 @@ class Layout:
 
     @classmethod
     def even(cls, *, tp: int, pp: int, num_layers: int) -> Layout:
-        """Layers spread over ``pp`` stages as evenly as they go, the first stages taking one more where they must.
+        """Spread the layers evenly over ``pp`` stages; where they do not divide, the first stages have one more.
 
         Raises:
             LayoutError: when there are more stages than layers.
         """
         if tp < 1 or pp < 1:
-            raise LayoutError(f"tensor and pipeline parallel sizes start at 1; asked for tp {tp}, pp {pp}")
+            raise LayoutError(f"tensor and pipeline parallel sizes start at 1, but tp is {tp} and pp {pp}")
         if pp > num_layers:
             raise LayoutError(
                 f"pp {pp} is more than the model's {num_layers} layers; pp sizes that work: 1 to {num_layers}"
             )
-        small, larger_stages = divmod(num_layers, pp)
-        ends = [stage * small + min(stage, larger_stages) for stage in range(pp + 1)]
+        small, num_larger = divmod(num_layers, pp)
+        ends = [stage * small + min(stage, num_larger) for stage in range(pp + 1)]
         return cls(tp=tp, stages=tuple(pairwise(ends)))
+
+    @classmethod
+    def from_stages(cls, stages: Sequence[Stage], *, tp: int) -> Layout:
+        """Return the layout of a model that is held in these pipeline stages."""
+        return cls(tp=tp, stages=tuple((stage.start, stage.stop) for stage in stages))
 
     @property
     def pp(self) -> int:
@@ -50,7 +56,7 @@ class Layout:
         return self.stages[-1][1]
 
     def stage_of(self, name: str) -> int:
-        """The pipeline stage of parameter ``name``; the embedding is on the first, final norm and head on the last."""
+        """Return the stage of parameter ``name``; the embedding is on the first, final norm and head on the last."""
         if match := _LAYER.match(name):
             layer = int(match.group(1))
             for stage, (start, stop) in enumerate(self.stages):

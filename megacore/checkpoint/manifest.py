@@ -1,16 +1,19 @@
-"""``megacore.json``: what a native checkpoint says of itself."""
+"""``megacore.json``, the manifest: the description of a native checkpoint, and how a new one is put together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megacore.checkpoint.json_file import read_json_object
+from megacore.checkpoint.input_files import read_json_object
 from megacore.checkpoint.layout import Layout
 from megacore.checkpoint.safetensors_file import DTYPES, FileRecord
 from megacore.checkpoint.training_record import TrainingRecord
@@ -32,15 +35,15 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""The files that a tokenizer may consist of."""
+"""Names of the files that a tokenizer may consist of."""
 FORMAT_VERSION = 1
 TRAINING_FORMAT_VERSION = 2
-"""Of a checkpoint with a record of its training, whose files a megacore that knows version 1 only cannot read."""
+"""Version of training checkpoints, whose files a megacore that knows version 1 only cannot read."""
 
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """A parameter of the whole model: its shape and cut, and the dtype it is stored in (a safetensors name)."""
+    """A parameter of the whole model: its shape and cut, and its dtype in the files (a safetensors name)."""
 
     spec: ParameterSpec
     dtype: str
@@ -48,7 +51,7 @@ class ParameterEntry:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file: whose rank's it is, what is in it, and the digest of its bytes."""
+    """A weight file: the rank that it belongs to, the names of its tensors, its length and digest."""
 
     tp_rank: int
     stage: int
@@ -56,23 +59,64 @@ class WeightFile:
     record: FileRecord
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Everything a checkpoint knows of itself.
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """The part of a manifest that does not depend on how the model is cut and stored.
 
     Attributes:
-        family: the model family, whose plugin builds the layers.
-        config: the fields of its :class:`~megacore.config.ModelConfig`.
-        layout: how it is cut.
-        parameters: by native name, in the order of the model.
-        files: the weight files, by name.
-        tokenizer: the SHA-256 of each of the tokenizer's files, by name.
-        origin: where the weights came from: ``source`` (the format), ``config`` (the published configuration) and
-            whatever else an export must give back.
-        history: one entry a command that made this checkpoint, the oldest first.
-        rotary_layout: how the rotary pairs lie in a head.
-        training: what a run needs to go on, and where the parameters are; ``None`` where there are only weights, in
-            files by ``layout``.
+        family: Model family, whose plugin builds the layers.
+        config: Fields of its :class:`~megacore.config.ModelConfig`.
+        origin: Origin of the weights: ``source`` (the format), ``config`` (the published configuration) and whatever
+            else an export must give back.
+        history: One entry for each command that led to this checkpoint, the oldest first.
+    """
+
+    family: str
+    config: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
+
+    def after(self, command: str, **details: Any) -> ModelDescription:
+        """Return the description with another entry of history; see :func:`history_entry`."""
+        return replace(self, history=(*self.history, history_entry(command, **details)))
+
+    def after_training(self, started_from: Path, *, run_id: str, **details: Any) -> ModelDescription:
+        """Return the description of what run ``run_id`` makes of the checkpoint ``started_from``.
+
+        A run has one entry, however often it is resumed. Its source is the checkpoint that the run began with.
+        """
+        own = next((entry for entry in self.history if entry.get("run_id") == run_id), None)
+        source = str(started_from) if own is None else own["source"]
+        earlier = tuple(entry for entry in self.history if entry is not own)
+        return replace(self, history=earlier).after("train", source=source, **details, run_id=run_id)
+
+
+def history_entry(command: str, **details: Any) -> dict[str, Any]:
+    """Return an entry of a checkpoint's history, for ``command``; ``details`` are plain JSON values."""
+    return {
+        "command": command,
+        "megacore": version("megacore"),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **details,
+    }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of a checkpoint.
+
+    Attributes:
+        family: Model family, whose plugin builds the layers.
+        config: Fields of its :class:`~megacore.config.ModelConfig`.
+        layout: The cut over tensor and pipeline parallel ranks.
+        parameters: Parameters by native name, in the order of the model.
+        files: Weight files by name.
+        tokenizer: SHA-256 of each of the tokenizer's files, by name.
+        origin: Origin of the weights; see :class:`ModelDescription`.
+        history: One entry for each command that led to this checkpoint, the oldest first.
+        rotary_layout: Arrangement of the rotary pairs in a head.
+        training: State of the run of a training checkpoint, and where its tensors are. ``None`` for a checkpoint of
+            weights alone, whose files follow ``layout``.
     """
 
     family: str
@@ -90,6 +134,11 @@ class Manifest:
     def specs(self) -> dict[str, ParameterSpec]:
         return {name: entry.spec for name, entry in self.parameters.items()}
 
+    @property
+    def description(self) -> ModelDescription:
+        """The part that a checkpoint made from this one inherits."""
+        return ModelDescription(family=self.family, config=self.config, origin=self.origin, history=self.history)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "megacore",
@@ -106,7 +155,7 @@ class Manifest:
                     "dtype": entry.dtype,
                     "shard_dim": entry.spec.shard_dim,
                     "row_dims": entry.spec.row_dims,
-                    **_finer_cut(entry.spec),
+                    **_subunits_to_json(entry.spec),
                 }
                 for name, entry in self.parameters.items()
             },
@@ -168,24 +217,26 @@ class Manifest:
         return manifest
 
     def _validate(self) -> None:
-        """Raise ``ValueError`` for what no megacore would have written: the digest is no proof of who did."""
+        """Raise ``ValueError`` for a document that no megacore would write; the digest does not prove who did."""
         ends = (0, *(stop for _, stop in self.layout.stages))
         if not _is_size(self.layout.tp) or not self.layout.stages or self.layout.stages != tuple(pairwise(ends)):
-            raise ValueError("tp and stages are no layout")
+            raise ValueError("tp or stages are invalid")
         if any(not _is_size(stop - start) for start, stop in self.layout.stages):
             raise ValueError("a stage has no layers")
         for name, entry in self.parameters.items():
             spec = entry.spec
-            whole = all(_is_size(size) for size in spec.shape) and 0 < spec.row_dims <= len(spec.shape)
-            if not whole or entry.dtype not in DTYPES or spec.shard_dim not in (None, *range(len(spec.shape))):
-                raise ValueError(f"parameter {name} is none")
-            if not _can_be_cut_finer(spec):
-                raise ValueError(f"parameter {name} cannot be cut in {spec.num_subunits!r} and {spec.num_shared!r}")
+            has_shape = all(_is_size(size) for size in spec.shape) and 0 < spec.row_dims <= len(spec.shape)
+            if not has_shape or entry.dtype not in DTYPES or spec.shard_dim not in (None, *range(len(spec.shape))):
+                raise ValueError(f"parameter {name} has an invalid shape, dtype or cut")
+            if not _has_valid_subunits(spec):
+                raise ValueError(
+                    f"parameter {name} has invalid num_subunits {spec.num_subunits!r} or num_shared {spec.num_shared!r}"
+                )
             self.layout.stage_of(name)
         if self.training is not None:
             self._validate_training(self.training)
-        if strangers := self.tokenizer.keys() - set(TOKENIZER_FILES):
-            raise ValueError(f"{min(strangers)} is no file of a tokenizer")
+        if unknown := self.tokenizer.keys() - set(TOKENIZER_FILES):
+            raise ValueError(f"{min(unknown)} is not the name of a tokenizer's file")
         if self.rotary_layout != "half":
             raise ValueError(f"rotary_layout {self.rotary_layout!r} is not known")
 
@@ -193,36 +244,61 @@ class Manifest:
         for name, entry in self.parameters.items():
             stored = training.tensors[f"model.{name}"]
             if (stored.shape, stored.dtype) != (entry.spec.shape, entry.dtype):
-                raise ValueError(f"parameter {name} is not what is stored of it")
+                raise ValueError(f"parameter {name} has another shape or dtype than its stored tensor")
 
 
-def _finer_cut(spec: ParameterSpec) -> dict[str, int]:
-    """What the manifest says of a parameter whose units can be dealt out to several ranks; else nothing."""
+def build_manifest(
+    model: ModelDescription,
+    *,
+    layout: Layout,
+    parameters: Mapping[str, ParameterEntry],
+    files: Mapping[str, WeightFile],
+    tokenizer: Mapping[str, str],
+    training: TrainingRecord | None = None,
+) -> Manifest:
+    """Return the manifest of a new checkpoint of ``model``; the other arguments are attributes of :class:`Manifest`.
+
+    A checkpoint that is made from another one takes ``model`` from the :attr:`Manifest.description` of that one.
+    """
+    return Manifest(
+        family=model.family,
+        config=model.config,
+        layout=layout,
+        parameters=dict(parameters),
+        files=dict(files),
+        tokenizer=dict(tokenizer),
+        origin=model.origin,
+        history=model.history,
+        training=training,
+    )
+
+
+def _subunits_to_json(spec: ParameterSpec) -> dict[str, int]:
+    """Return the entries of a parameter whose units can be divided between ranks; none for any other."""
     if spec.num_subunits == 1:
         return {}
     return {"num_subunits": spec.num_subunits, "num_shared": spec.num_shared}
 
 
-def _can_be_cut_finer(spec: ParameterSpec) -> bool:
-    """Whether ``num_subunits`` and ``num_shared`` describe the axis after ``shard_dim``."""
+def _has_valid_subunits(spec: ParameterSpec) -> bool:
+    """Return whether ``num_subunits`` and ``num_shared`` fit the axis after ``shard_dim``."""
     if (spec.num_subunits, spec.num_shared) == (1, 0):
         return True
     if spec.shard_dim is None or spec.shard_dim + 1 >= len(spec.shape):
         return False
-    dealt = spec.shape[spec.shard_dim + 1] - spec.num_shared if isinstance(spec.num_shared, int) else 0
-    return _is_size(spec.num_subunits) and spec.num_shared >= 0 and dealt > 0 and dealt % spec.num_subunits == 0
+    divided = spec.shape[spec.shard_dim + 1] - spec.num_shared if isinstance(spec.num_shared, int) else 0
+    return _is_size(spec.num_subunits) and spec.num_shared >= 0 and divided > 0 and divided % spec.num_subunits == 0
 
 
 def _is_size(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and 0 < number < MAX_SIZE
 
 
-_NUM_NAMED = 8
-"""Of the checkpoints that somebody may have meant, the last ones."""
+_MAX_SUGGESTIONS = 8
 
 
 def _checkpoints_in(directory: Path) -> list[Path]:
-    """Those that are whole, by their names; what may not be read is passed over."""
+    """Return the complete checkpoints in ``directory``, by name; unreadable entries are skipped."""
     found = (manifest.parent for manifest in directory.glob(f"*/{MANIFEST_NAME}"))
     return sorted(path for path in found if not path.name.startswith("."))
 
@@ -231,13 +307,15 @@ def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of the checkpoint in ``directory``.
 
     Raises:
-        CheckpointError: when there is none, or a newer megacore wrote it.
-        CorruptCheckpointError: when it cannot be read.
+        CheckpointError: when there is no manifest, or a newer megacore wrote it.
+        CorruptCheckpointError: when it is damaged.
     """
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
-        beside = [path.name for path in _checkpoints_in(directory.parent)]
-        hint = f": {directory.parent} holds the checkpoints {', '.join(beside[-_NUM_NAMED:])}" if beside else ""
+        siblings = [path.name for path in _checkpoints_in(directory.parent)]
+        hint = (
+            f": {directory.parent} holds the checkpoints {', '.join(siblings[-_MAX_SUGGESTIONS:])}" if siblings else ""
+        )
         raise CheckpointError(f"{directory} is not a directory{hint}")
     if not path.is_file():
         hint = ""
@@ -247,12 +325,11 @@ def read_manifest(directory: Path) -> Manifest:
             hint = f", but holds checkpoints: give one of them, for example {inside[-1]}"
         raise CheckpointError(f"{directory} is not a megacore checkpoint: it has no {MANIFEST_NAME}{hint}")
     document = read_json_object(path)
-    version, digest = document.get("version"), document.pop("sha256", None)
-    if version not in (FORMAT_VERSION, TRAINING_FORMAT_VERSION):
+    format_version, digest = document.get("version"), document.pop("sha256", None)
+    if format_version not in (FORMAT_VERSION, TRAINING_FORMAT_VERSION):
         raise CheckpointError(
-            f"{path} has format version {version}, and this megacore reads {FORMAT_VERSION} and "
-            f"{TRAINING_FORMAT_VERSION}: "
-            "install the megacore that wrote it"
+            f"{path} has format version {format_version}, and this megacore reads {FORMAT_VERSION} and "
+            f"{TRAINING_FORMAT_VERSION}: install the megacore that wrote it"
         )
     if digest != _digest(document):
         raise CorruptCheckpointError(f"{path} is damaged: it was changed after it was written")
@@ -274,12 +351,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """The SHA-256 of the document, whatever its white space and the order of its keys."""
+    """Return the SHA-256 of the document, independent of white space and of the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _plain_file_name(name: str) -> str:
-    """Refuse a name that would lead out of the checkpoint's directory."""
+    """Return ``name``. Raise ``ValueError`` if it would lead out of the checkpoint's directory."""
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file in the checkpoint")
     return name

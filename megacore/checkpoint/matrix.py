@@ -1,8 +1,8 @@
-"""Matrices that are read piece by piece.
+"""Lazy matrices, which are read block by block.
 
-Converting, splitting, merging, loading and exporting are all the same act: rows and columns of stored matrices end up
-in other matrices. A :class:`LazyMatrix` says which, without holding any of it; reading a block touches only the bytes
-of that block. Stored tensors are memory-mapped, so a block of one is a view.
+Converting, splitting, merging, loading and exporting are the same operation: rows and columns of stored matrices are
+rearranged into other matrices. A :class:`LazyMatrix` describes the result without holding it; reading a block touches
+only the bytes of that block. Stored tensors are memory-mapped, so a block of one is a view.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LazyMatrix(ABC):
 
 
 class StoredMatrix(LazyMatrix):
-    """A whole tensor somewhere, in a file say; ``load`` is called for each block, and must not copy or read it."""
+    """A whole tensor, in a file for example. ``load`` is called for each block and must not copy or read the data."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, load: Callable[[], Tensor]) -> None:
         super().__init__(rows, columns, dtype)
@@ -45,16 +45,22 @@ class StoredMatrix(LazyMatrix):
         return block[rows] if isinstance(rows, slice) else block.index_select(0, rows)
 
 
+def as_matrix(tensor: Tensor) -> StoredMatrix:
+    """Return a tensor of one or two dimensions, with any strides, as a matrix; a vector of n is ``[n, 1]``."""
+    rows, columns = tensor.shape if tensor.dim() == 2 else (len(tensor), 1)
+    return StoredMatrix(rows, columns, tensor.dtype, lambda: tensor)
+
+
 class RowsOf(LazyMatrix):
-    """Some rows of another matrix, in some order."""
+    """A selection of the rows of another matrix, in any order."""
 
     def __init__(self, base: LazyMatrix, chosen: Rows) -> None:
-        super().__init__(count(chosen), base.columns, base.dtype)
+        super().__init__(num_rows(chosen), base.columns, base.dtype)
         self._base = base
         self._chosen = chosen
 
     def read(self, rows: Rows, columns: slice) -> Tensor:
-        return self._base.read(compose(self._chosen, rows), columns)
+        return self._base.read(compose_rows(self._chosen, rows), columns)
 
 
 class ColumnsOf(LazyMatrix):
@@ -70,7 +76,7 @@ class ColumnsOf(LazyMatrix):
 
 
 class Cast(LazyMatrix):
-    """Another matrix in another dtype; ``name`` is for the message when a number has no place in it."""
+    """Another matrix in another dtype; ``name`` is for the error when a number is out of its range."""
 
     def __init__(self, base: LazyMatrix, dtype: torch.dtype, name: str) -> None:
         super().__init__(base.rows, base.columns, dtype)
@@ -125,7 +131,11 @@ class ConcatenatedColumns(LazyMatrix):
 
 
 def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """``block``, of tensor ``name``, in ``dtype``. Raises :class:`CheckpointError` if one would become infinite."""
+    """Return ``block``, of tensor ``name``, in ``dtype``.
+
+    Raises:
+        CheckpointError: when a finite number would become infinite.
+    """
     if block.dtype == dtype:
         return block
     converted = block.to(dtype)
@@ -134,29 +144,30 @@ def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return converted
 
 
-def equal(one: LazyMatrix, other: LazyMatrix) -> bool:
-    """Whether two matrices of one shape hold the same numbers, compared some rows at a time."""
-    columns = slice(0, one.columns)
-    blocks = (slice(start, min(start + _COMPARED_ROWS, one.rows)) for start in range(0, one.rows, _COMPARED_ROWS))
-    return all(torch.equal(one.read(rows, columns), other.read(rows, columns)) for rows in blocks)
+def equal_matrices(first: LazyMatrix, second: LazyMatrix) -> bool:
+    """Return whether two matrices of one shape hold the same numbers; a block of rows is compared at a time."""
+    columns = slice(0, first.columns)
+    blocks = (slice(start, min(start + _COMPARED_ROWS, first.rows)) for start in range(0, first.rows, _COMPARED_ROWS))
+    return all(torch.equal(first.read(rows, columns), second.read(rows, columns)) for rows in blocks)
 
 
-def count(rows: Rows) -> int:
-    """How many rows an index chooses."""
+def num_rows(rows: Rows) -> int:
+    """Return the number of rows that an index selects."""
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
-def compose(chosen: Rows, rows: Rows) -> Rows:
-    """The rows that ``rows`` chooses among those that ``chosen`` chose."""
-    if isinstance(chosen, torch.Tensor):
-        return chosen[rows]
+def compose_rows(chosen: Rows, rows: Rows) -> Rows:
+    """Return the index of the rows that ``rows`` selects among those that ``chosen`` has selected."""
+    if isinstance(chosen, Tensor):
+        selected: Tensor = chosen[rows]
+        return selected
     if isinstance(rows, slice):
         return slice(chosen.start + rows.start, chosen.start + rows.stop)
     return rows + chosen.start
 
 
 def block_of(matrix: LazyMatrix, rows: Rows, columns: slice) -> LazyMatrix:
-    """Block ``[rows, columns]`` of ``matrix``, itself unread."""
+    """Return block ``[rows, columns]`` of ``matrix``, without reading it."""
     if columns != slice(0, matrix.columns):
         matrix = ColumnsOf(matrix, columns)
     if isinstance(rows, slice) and rows == slice(0, matrix.rows):
@@ -169,6 +180,6 @@ def _starts(sizes: Iterable[int]) -> list[int]:
 
 
 def _overlap(wanted: slice, first: int, size: int) -> slice | None:
-    """The part of ``wanted`` that falls into ``size`` rows from ``first``, counted from ``first``."""
+    """Return the part of ``wanted`` within the ``size`` rows from ``first``, relative to ``first``."""
     start, stop = max(wanted.start - first, 0), min(wanted.stop - first, size)
     return slice(start, stop) if start < stop else None

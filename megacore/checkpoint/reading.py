@@ -1,4 +1,4 @@
-"""Reading a native checkpoint: any rank of any layout takes the rows and columns it needs, and no more."""
+"""Reading a native checkpoint: a rank of any layout reads only the rows and columns that it needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megacore.checkpoint.input_files import file_sha256
 from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, read_manifest
 from megacore.checkpoint.matrix import (
     ConcatenatedColumns,
@@ -19,9 +20,9 @@ from megacore.checkpoint.matrix import (
     RowsOf,
     StoredMatrix,
     block_of,
-    count,
+    num_rows,
 )
-from megacore.checkpoint.safetensors_file import DTYPES, SafetensorsFile, file_sha256
+from megacore.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, SafetensorsFile
 from megacore.checkpoint.training_record import Chunk, ChunkedMatrix, read_chunk
 from megacore.errors import CheckpointError, CorruptCheckpointError
 from megacore.parallel import ParameterSpec, Rows
@@ -30,10 +31,10 @@ from megacore.parallel import ParameterSpec, Rows
 class Checkpoint:
     """A native checkpoint on disk: weights, or a training checkpoint, whose weights are read in the same way.
 
-    Opening it reads the manifest and checks that every file is there with its length; :meth:`check` reads them all.
+    Opening it reads the manifest and checks that every file exists and has its length; :meth:`check` reads them all.
 
     Raises:
-        CheckpointError: when the directory holds no checkpoint.
+        CheckpointError: when the directory is not a checkpoint.
         CorruptCheckpointError: when a file is missing or has another length than was written.
     """
 
@@ -50,22 +51,25 @@ class Checkpoint:
             if not file.is_file():
                 raise CorruptCheckpointError(f"{file} is missing: the checkpoint is incomplete, make it again")
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_opened": {}}  # another process opens the files itself
+
     @property
     def tokenizer_directory(self) -> Path | None:
-        """Where the tokenizer's own files are; ``None`` where the checkpoint came without."""
+        """The directory of the tokenizer's files; ``None`` for a checkpoint without a tokenizer."""
         return self.path / TOKENIZER_DIRECTORY if self.manifest.tokenizer else None
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """The tokenizer's own files, by name; empty where the checkpoint came without."""
+        """Return the tokenizer's files by name; empty for a checkpoint without a tokenizer."""
         return {name: self.path / TOKENIZER_DIRECTORY / name for name in self.manifest.tokenizer}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the weight files."""
+        """Total size of the weight files in bytes."""
         return sum(file.record.num_bytes for file in self.manifest.files.values())
 
     def matrix(self, name: str) -> LazyMatrix:
-        """Parameter ``name`` as one matrix, however many ranks it is cut over; nothing is read yet.
+        """Return parameter ``name`` as one matrix, joined over the ranks that it is cut over; nothing is read yet.
 
         Raises:
             CheckpointError: when there is no such parameter.
@@ -81,7 +85,7 @@ class Checkpoint:
             return self._part(name, 0, *spec.matrix_shape)
         blocks = [spec.stored_block(tp, rank) for rank in range(tp)]
         parts = [
-            self._part(name, rank, count(rows), columns.stop - columns.start)
+            self._part(name, rank, num_rows(rows), columns.stop - columns.start)
             for rank, (rows, columns) in enumerate(blocks)
         ]
         if spec.shard_dim >= spec.row_dims:
@@ -91,7 +95,7 @@ class Checkpoint:
         return merged if order is None else RowsOf(merged, order)
 
     def read_local(self, name: str, spec: ParameterSpec, *, tp_size: int, tp_rank: int) -> Tensor:
-        """The part of parameter ``name`` that rank ``tp_rank`` of ``tp_size`` holds, in memory of its own.
+        """Read a copy of the part of parameter ``name`` that rank ``tp_rank`` of ``tp_size`` holds.
 
         Raises:
             CheckpointError: when there is no such parameter.
@@ -101,7 +105,7 @@ class Checkpoint:
         return local.reshape(spec.local_shape(tp_size, tp_rank)).clone()
 
     def check_parameters(self, specs: Mapping[str, ParameterSpec]) -> None:
-        """Refuse a checkpoint that does not hold exactly the parameters that a model has.
+        """Check that the checkpoint has exactly the parameters ``specs`` of its model.
 
         Raises:
             CheckpointError: names the parameters that differ.
@@ -112,12 +116,12 @@ class Checkpoint:
         if differing:
             listed = ", ".join(differing[:8]) + (" and more" if len(differing) > 8 else "")
             raise CheckpointError(
-                f"{self.path} does not hold the parameters of its model: {listed} differ. "
+                f"{self.path} does not have the parameters of its model: {listed} differ. "
                 f"Was it made with another version of the plugin for {self.manifest.family}?"
             )
 
     def check(self, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Read every file and compare it with the digest taken when it was written.
+        """Read every file and compare it with its digest in the manifest.
 
         Raises:
             CorruptCheckpointError: names every file that differs.
@@ -139,17 +143,17 @@ class Checkpoint:
         return {(tensor, file.tp_rank): name for name, file in self.manifest.files.items() for tensor in file.tensors}
 
     def _part(self, name: str, tp_rank: int, rows: int, columns: int) -> LazyMatrix:
-        """What the file of ``tp_rank`` holds of ``name``; a parameter that is not cut is in the file of rank 0."""
+        """Return the part of ``name`` in the file of ``tp_rank``; a parameter that is not cut is in that of rank 0."""
         file_name = self._file_of.get((name, tp_rank))
         if file_name is None:
-            raise CorruptCheckpointError(f"{self.path}: no file holds {name} of tp rank {tp_rank}; make it again")
+            raise CorruptCheckpointError(f"{self.path}: no file contains {name} of tp rank {tp_rank}; make it again")
         entry = self.manifest.parameters[name]
         shape = entry.spec.stored_shape(self.manifest.layout.tp, tp_rank)
         dtype = DTYPES[entry.dtype]
         return StoredMatrix(rows, columns, dtype, lambda: self._load(file_name, name, shape, dtype))
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """A box of tensor ``name`` of a training checkpoint, mapped and not yet read."""
+        """Return a chunk of tensor ``name`` of a training checkpoint, mapped and not yet read."""
         assert self.manifest.training is not None
         return read_chunk(self._open(chunk.file), name, self.manifest.training.tensors[name], chunk)
 
@@ -159,17 +163,14 @@ class Checkpoint:
         return self._opened[file_name]
 
     def _load(self, file_name: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Map a tensor of a weight file, opening the file if this is the first, and compare it with the manifest."""
+        """Map a tensor of a weight file. Its header must agree with the manifest."""
         file = self._open(file_name)
-        if name not in file.names or (file.shape(name), file.dtype(name)) != (shape, dtype):
-            raise CorruptCheckpointError(
-                f"{file.path} is damaged: its header does not say of {name} what the manifest does. Make it again"
-            )
+        file.require(name, shape, DTYPE_NAMES[dtype])
         return file.tensor(name)
 
 
 def _merging_order(blocks: list[Rows]) -> Tensor | None:
-    """For ranks whose rows lie one below the other, the order that sorts them into the whole; ``None`` if sorted."""
+    """Return the order that sorts the concatenated rows of all ranks into the whole; ``None`` if they are sorted."""
     if all(isinstance(rows, slice) for rows in blocks):
         return None
     return torch.cat(
@@ -178,11 +179,11 @@ def _merging_order(blocks: list[Rows]) -> Tensor | None:
 
 
 @contextmanager
-def checked_meanwhile(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
-    """Check the digests of ``checkpoint`` in another thread while the block works on it.
+def check_in_background(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
+    """Check the digests of ``checkpoint`` in another thread while the block reads it.
 
-    Yields a function that waits for the verdict and raises :class:`CorruptCheckpointError` if it is bad; to be called
-    before the results of the block are made visible.
+    Yields a function that waits for the check and raises its :class:`CorruptCheckpointError`. Call it before the
+    results of the block are made visible.
     """
     abandoned = False
 
@@ -191,9 +192,9 @@ def checked_meanwhile(checkpoint: Checkpoint) -> Iterator[Callable[[], None]]:
             raise InterruptedError
 
     with ThreadPoolExecutor(1) as pool:
-        verdict = pool.submit(checkpoint.check, advance=stop_if_abandoned)
+        check = pool.submit(checkpoint.check, advance=stop_if_abandoned)
         try:
-            yield verdict.result
+            yield check.result
         except BaseException:
             abandoned = True
             raise

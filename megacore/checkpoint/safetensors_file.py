@@ -1,8 +1,9 @@
-"""safetensors files, written front to back from matrices that need not fit into memory.
+"""safetensors files, written sequentially from matrices that need not fit into memory.
 
-The format (https://huggingface.co/docs/safetensors): the length of the header as a little-endian uint64, the header as
-JSON (name to dtype, shape and byte offsets), then the tensors back to back. Sizes are known beforehand, so the header
-comes first and the file is never seeked: it is hashed while it is written.
+The writer is our own, since that of the safetensors library needs all tensors in memory. The format
+(https://huggingface.co/docs/safetensors): the length of the header as a little-endian uint64, the header as JSON (name
+to dtype, shape and byte offsets), then the tensors back to back. Sizes are known in advance, so the file is written
+without seeking and hashed meanwhile.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megacore.checkpoint.input_files import require_readable
 from megacore.checkpoint.matrix import LazyMatrix, StoredMatrix, cast
 from megacore.errors import CheckpointError, CorruptCheckpointError
 
@@ -31,15 +34,15 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""The names that safetensors gives to the dtypes a parameter may have."""
+"""Dtypes that a parameter may have, by their safetensors names."""
 
 STORED_DTYPES = DTYPES | {"U8": torch.uint8}
-"""With what a training checkpoint holds beside parameters."""
+"""Dtypes of all tensors in a training checkpoint."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 MAX_FILE_BYTES = 5_000_000_000
-"""No file is larger, unless a single tensor is."""
+"""Limit of a file's size; only a file with a single tensor may be larger."""
 
 _CHUNK_BYTES = 4 << 20  # small enough to stay in the processor's cache from reading to hashing and writing
 _CHUNKS_IN_FLIGHT = 4
@@ -47,7 +50,7 @@ _CHUNKS_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written: its name and shape in the file, and the matrix with its elements, row by row."""
+    """A tensor to write: its name, shape and dtype in the file, and its elements as a matrix, row by row."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,14 +64,14 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What was written: the length of a file in bytes and its SHA-256, in hexadecimal."""
+    """The length of a written file in bytes, and its SHA-256 in hexadecimal."""
 
     num_bytes: int
     sha256: str
 
 
 def split_by_size(tensors: Sequence[OutputTensor], limit: int = MAX_FILE_BYTES) -> list[list[OutputTensor]]:
-    """Distribute ``tensors``, in order, over files of at most ``limit`` bytes."""
+    """Distribute ``tensors``, in order, over files of at most ``limit`` bytes each."""
     files: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -85,12 +88,17 @@ def write_safetensors(
     tensors: Sequence[OutputTensor],
     *,
     advance: Callable[[int], None] = lambda num_bytes: None,
-    is_alone: bool = True,
+    limit_threads: bool = True,
 ) -> FileRecord:
-    """Write ``tensors`` to ``path`` and flush it to the disk. ``advance`` is told of every few bytes written.
+    """Write ``tensors`` to ``path`` and flush it to the disk.
 
     Reading and converting, hashing, and writing overlap in three threads; a few chunks of 4 MiB exist at a time.
-    ``is_alone`` says that nothing else computes meanwhile: torch is then kept to one thread.
+
+    Args:
+        path: File to write.
+        tensors: Tensors in the order of the file.
+        advance: Receives the bytes written since its last call.
+        limit_threads: Restrict torch to one thread meanwhile. Must be false if something else is computing.
     """
     digest = hashlib.sha256()
     header = _header(tensors)
@@ -99,7 +107,7 @@ def write_safetensors(
         path.open("wb", buffering=0) as file,
         ThreadPoolExecutor(1) as hasher,
         ThreadPoolExecutor(1) as writer,
-        _one_torch_thread() if is_alone else nullcontext(),
+        _one_torch_thread() if limit_threads else nullcontext(),
     ):
         file.write(header)
         pending: deque[tuple[Future[None], Future[None], int]] = deque()
@@ -123,36 +131,19 @@ def write_safetensors(
         return FileRecord(num_bytes=file.tell(), sha256=digest.hexdigest())
 
 
-def file_sha256(path: Path, *, advance: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(buffer):
-            digest.update(view[:num_bytes])
-            advance(num_bytes)
-    return digest.hexdigest()
-
-
 class SafetensorsFile:
-    """A safetensors file opened for reading: its header is checked, its tensors are mapped when they are read.
+    """A safetensors file opened for reading. Its header is checked; its tensors are mapped when they are read.
 
     Raises:
-        CheckpointError: when the file is missing.
-        CorruptCheckpointError: when it is truncated or is no safetensors file.
+        CheckpointError: when the file is missing or may not be read.
+        CorruptCheckpointError: when it is truncated or not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
+        require_readable(path)
         try:
-            path.open("rb").close()  # safetensors would say of a file that may not be read that it is missing
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            self._file = safe_open(path, framework="pt")
+            self._file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpointError(
                 f"{path} is damaged or incomplete ({path.stat().st_size} bytes): {error}. Fetch it again"
@@ -166,22 +157,34 @@ class SafetensorsFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises :class:`CheckpointError` for a dtype that no parameter has (quantized weights, for example)."""
+        """Return the dtype of a tensor.
+
+        Raises:
+            CheckpointError: when no parameter may have that dtype (quantized weights, for example).
+        """
         found = self.dtype_name(name)
         if found not in DTYPES:
             raise CheckpointError(f"{self.path}: {name} has dtype {found}; parameters may be {', '.join(DTYPES)}")
         return DTYPES[found]
 
     def dtype_name(self, name: str) -> str:
-        """As the file has it."""
+        """Return the safetensors name of a tensor's dtype."""
         return str(self._file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor ``name``, mapped and not yet read."""
-        return self._file.get_tensor(name)
+        """Return tensor ``name``, mapped and not yet read."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def require(self, name: str, shape: tuple[int, ...], dtype_name: str) -> None:
+        """Raise :class:`CorruptCheckpointError` unless the file has tensor ``name`` with this shape and dtype."""
+        if name not in self.names or (self.shape(name), self.dtype_name(name)) != (shape, dtype_name):
+            raise CorruptCheckpointError(
+                f"{self.path} is damaged: its header and the manifest disagree about {name}. Make it again"
+            )
 
     def matrix(self, name: str, rows: int, columns: int) -> StoredMatrix:
-        """Tensor ``name``, seen as ``rows`` × ``columns``."""
+        """Return tensor ``name`` as a matrix of ``rows`` × ``columns``."""
         return StoredMatrix(rows, columns, self.dtype(name), lambda: self.tensor(name))
 
 
@@ -202,7 +205,7 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
 
 
 def chunks_of(tensor: OutputTensor) -> Iterator[memoryview]:
-    """The bytes of ``tensor``, in its own dtype, a few megabytes at a time."""
+    """Yield the bytes of ``tensor``, in its dtype, a few megabytes at a time."""
     matrix = tensor.matrix
     step = max(1, _CHUNK_BYTES // max(1, matrix.columns * max(tensor.dtype.itemsize, matrix.dtype.itemsize)))
     for start in range(0, matrix.rows, step):
@@ -216,7 +219,7 @@ def _bytes_of(block: Tensor) -> memoryview:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Keep torch to the calling thread: its others would spin, while they wait, on the cores that hash and write."""
+    """Restrict torch to the calling thread: its idle threads would spin on the cores that hash and write."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

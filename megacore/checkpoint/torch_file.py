@@ -1,8 +1,9 @@
-"""``.pt`` and ``.pth`` files of ``torch.save``, read lazily and written front to back, without holding their tensors.
+"""``.pt`` and ``.pth`` files of ``torch.save``, read lazily and written sequentially, without holding their tensors.
 
-Such a file is a zip archive whose entries are not compressed: ``data.pkl`` is the pickled document, in which every
-tensor is a reference to one of the entries ``data/0``, ``data/1``, … with its elements. Reading maps the file, and the
-unpickler is torch's restricted one (``weights_only``): it builds what is on its list and runs nothing else.
+The writer is our own, since ``torch.save`` needs all tensors in memory. Such a file is a zip archive of uncompressed
+entries: ``data.pkl`` is the pickled document, in which every tensor refers to one of the entries ``data/0``,
+``data/1``, … with its elements. Reading maps the file with torch's restricted unpickler (``weights_only``), which
+builds only what is on its allow-list and runs nothing else.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
-from megacore.checkpoint.matrix import LazyMatrix, StoredMatrix
+from megacore.checkpoint.input_files import require_readable
+from megacore.checkpoint.matrix import as_matrix
 from megacore.checkpoint.safetensors_file import DTYPES, OutputTensor, chunks_of
 from megacore.errors import CheckpointError, CorruptCheckpointError
-from megacore.parallel import Rows
 
-_ALIGNMENT = 64  # of the tensors' bytes in the file, as torch writes them
+_ALIGNMENT = 64  # torch aligns the bytes of tensors like this
 _LOCAL_HEADER_BYTES = 30
-_PADDING_FIELD = 0x4246  # of the extra field that moves an entry to its alignment; torch's own is "FB" too
-_ZIP64_FIELD_BYTES = 20  # what zipfile adds to the local header of an entry that is to hold more than 4 GB
+_PADDING_FIELD = 0x4246  # "FB", torch's id of the extra field that pads an entry to its alignment
+_ZIP64_FIELD_BYTES = 20  # zipfile adds this field to the local header of an entry of more than 4 GB
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
@@ -36,13 +37,13 @@ _STORAGES = {
 }
 
 Allowed = Callable[..., Any] | tuple[Callable[..., Any], str]
-"""A class or function that a file may name, or what is to be used in place of the one called ``"module.name"``."""
+"""A class or function that a file may name, or ``(replacement, "module.name")``."""
 
 
 class Foreign:
-    """Stands for an object of a class that is not installed here: what it was made of, and nothing else.
+    """A stand-in for an object whose class is not installed: its arguments and state, and nothing else.
 
-    It is written back under the name that it came with.
+    It is written under the name of the original class.
     """
 
     qualified_name: ClassVar[str]
@@ -57,27 +58,23 @@ class Foreign:
 
 
 def foreign(qualified_name: str) -> Allowed:
-    """An entry of an allow-list: objects of class ``qualified_name`` are read as :class:`Foreign`."""
+    """Return the allow-list entry that reads objects of class ``qualified_name`` as :class:`Foreign`."""
     return type(qualified_name.rpartition(".")[2], (Foreign,), {"qualified_name": qualified_name}), qualified_name
 
 
 def read_torch_file(path: Path, *, allowed: Sequence[Allowed] = ()) -> Any:
-    """The document in ``path``. Its tensors are mapped; a block of one is read when it is looked at.
+    """Return the document in ``path``. Its tensors are mapped; elements are read when they are used.
 
     Args:
-        path: a file that ``torch.save`` wrote.
-        allowed: what the file may contain beside tensors, containers, numbers and strings.
+        path: File written by ``torch.save``.
+        allowed: Classes and functions that the file may contain beside tensors, containers, numbers and strings.
 
     Raises:
-        CheckpointError: when the file is missing, or contains what is not allowed. Nothing of that is executed.
+        CheckpointError: when the file is missing or cannot be read, or contains something that is not allowed, which is
+            not executed.
         CorruptCheckpointError: when it is truncated or was not written by ``torch.save``.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    require_readable(path)
     if not zipfile.is_zipfile(path):
         raise CorruptCheckpointError(
             f"{path} is incomplete ({path.stat().st_size} bytes), or older than torch 1.6: fetch it "
@@ -96,46 +93,32 @@ def read_torch_file(path: Path, *, allowed: Sequence[Allowed] = ()) -> Any:
 
 
 def _refusal(path: Path, allowed: Sequence[Allowed]) -> str:
-    """Why the restricted unpickler refused ``path``."""
+    """Return the reason why the restricted unpickler refused ``path``."""
     known = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in allowed}
     try:
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known
-    except Exception:  # the document is so odd that not even its names can be listed
+    except Exception:  # not even the names in the document can be listed
         named = set()
-    what = f"names {', '.join(sorted(named))}" if named else "holds instructions"
+    found = f"names {', '.join(sorted(named))}" if named else "contains instructions"
     return (
-        f"{path} {what}, which a file of weights has no need of. It was not loaded and nothing in it was executed: "
-        "a file like this can run any program. If you trust whoever wrote it, have them save the tensors alone"
+        f"{path} {found}, which a file of weights does not need. It was not loaded and nothing in it was executed: "
+        "a file like this can run any program. If you trust its author, ask for a file with the tensors alone"
     )
 
 
-class MappedMatrix(LazyMatrix):
-    """A tensor of one or two dimensions that lies in a mapped file, in whatever order of its elements."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        matrix = tensor if tensor.dim() == 2 else tensor.unsqueeze(1)
-        super().__init__(matrix.shape[0], matrix.shape[1], tensor.dtype)
-        self._matrix = matrix
-
-    def read(self, rows: Rows, columns: slice) -> Tensor:
-        block = self._matrix[:, columns]
-        return block[rows] if isinstance(rows, slice) else block.index_select(0, rows)
-
-
 def output_tensor(name: str, tensor: Tensor) -> OutputTensor:
-    """A mapped tensor of any shape, to be written again as it is."""
-    flat = tensor.reshape(-1)
-    return OutputTensor(name, tuple(tensor.shape), tensor.dtype, StoredMatrix(len(flat), 1, flat.dtype, lambda: flat))
+    """Return a mapped tensor of any shape as an output that writes it unchanged."""
+    return OutputTensor(name, tuple(tensor.shape), tensor.dtype, as_matrix(tensor.reshape(-1)))
 
 
 def write_torch_file(path: Path, document: Any, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
-    """Write ``document`` to ``path`` so that ``torch.load`` reads it. ``advance`` is told of every few bytes written.
+    """Write ``document`` to ``path`` in the format that ``torch.load`` reads.
 
     Args:
-        path: the file; it is not flushed to the disk.
-        document: nested dictionaries and lists of plain values; an :class:`OutputTensor` in it becomes a tensor, its
-            elements are written a few at a time.
-        advance: is told of every few bytes written.
+        path: File to write; it is not flushed to the disk.
+        document: Nested dictionaries and lists of plain values. An :class:`OutputTensor` in it becomes a tensor, whose
+            elements are written a few megabytes at a time.
+        advance: Receives the bytes written since its last call.
     """
     buffer = BytesIO()
     pickler = _DocumentPickler(buffer)
@@ -144,19 +127,19 @@ def write_torch_file(path: Path, document: Any, *, advance: Callable[[int], None
         _write_entry(archive, "data.pkl", [buffer.getbuffer()])
         _write_entry(archive, "byteorder", [sys.byteorder.encode()])
         for key, tensor in enumerate(pickler.tensors):
-            _write_entry(archive, f"data/{key}", _told(chunks_of(tensor), advance), num_bytes=tensor.num_bytes)
+            _write_entry(archive, f"data/{key}", _with_progress(chunks_of(tensor), advance), num_bytes=tensor.num_bytes)
         _write_entry(archive, "version", [b"3\n"])
 
 
 class _Storage:
-    """Where the elements of a tensor are; what the pickled tensor refers to."""
+    """The storage that a pickled tensor refers to, with the number of its entry."""
 
     def __init__(self, key: int, tensor: OutputTensor) -> None:
         self.key = key
         self.tensor = tensor
 
 
-# The pickler in Python, since the one in C would import what it writes the name of.
+# The Python pickler, since the one in C imports every class whose name it writes.
 class _DocumentPickler(pickle._Pickler):
     """Pickles a document as ``torch.save`` does, and collects its tensors."""
 
@@ -190,26 +173,26 @@ class _DocumentPickler(pickle._Pickler):
 
 
 class _ForeignName:
-    """A class by its name alone. Callable, since the pickler asks what it reduces to for that."""
+    """The name of a class. It is callable because the pickler requires that of a constructor."""
 
     def __init__(self, qualified_name: str) -> None:
         self.qualified_name = qualified_name
 
     def __call__(self) -> None:
-        raise AssertionError("is only ever written")
+        raise AssertionError("a name is only written, never called")
 
 
 _DocumentPickler.dispatch[_ForeignName] = _DocumentPickler.save_foreign_name
 
 
-def _told(chunks: Iterable[memoryview], advance: Callable[[int], None]) -> Iterable[memoryview]:
+def _with_progress(chunks: Iterable[memoryview], advance: Callable[[int], None]) -> Iterable[memoryview]:
     for chunk in chunks:
         yield chunk
         advance(len(chunk))
 
 
 def _write_entry(archive: zipfile.ZipFile, name: str, chunks: Iterable[bytes | memoryview], num_bytes: int = 0) -> None:
-    """Append an entry, its first byte aligned. Every entry is written in zip64 form, whatever its size."""
+    """Append an entry whose first byte is aligned. Every entry is written in zip64 form, whatever its size."""
     entry = zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
     entry.file_size = num_bytes
     start = archive.start_dir + _LOCAL_HEADER_BYTES + len(entry.filename) + _ZIP64_FIELD_BYTES + 4
@@ -221,7 +204,7 @@ def _write_entry(archive: zipfile.ZipFile, name: str, chunks: Iterable[bytes | m
 
 
 def check_dtypes(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise :class:`CheckpointError` for a tensor whose dtype no parameter has (quantized weights, for example)."""
+    """Raise :class:`CheckpointError` if a tensor has a dtype that no parameter may have (quantized weights do)."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             found = str(tensor.dtype).removeprefix("torch.")

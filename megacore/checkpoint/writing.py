@@ -1,4 +1,4 @@
-"""Writing a native checkpoint from matrices, streaming: no model is built, and memory holds a few chunks."""
+"""Writing a native checkpoint from lazy matrices: no model is built, and memory holds a few chunks at a time."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
+from megacore.checkpoint.input_files import file_sha256
 from megacore.checkpoint.layout import Layout
-from megacore.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, ParameterEntry, WeightFile, write_manifest
-from megacore.checkpoint.matrix import LazyMatrix, block_of
-from megacore.checkpoint.safetensors_file import (
-    DTYPE_NAMES,
-    OutputTensor,
-    file_sha256,
-    split_by_size,
-    write_safetensors,
+from megacore.checkpoint.manifest import (
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    ModelDescription,
+    ParameterEntry,
+    WeightFile,
+    build_manifest,
+    write_manifest,
 )
-from megacore.checkpoint.staging import require_space, staged_directory
+from megacore.checkpoint.matrix import LazyMatrix, block_of
+from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor, split_by_size, write_safetensors
 from megacore.parallel import ParameterSpec, check_tensor_parallel
 
 Advance = Callable[[int], None]
-"""Told of every few bytes that are done, for a progress bar."""
+"""``advance(num_bytes)`` receives the bytes written since its last call, for a progress bar."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter to be written: how it is cut, its elements, and the dtype to store them in."""
+    """A parameter to write: its shape and cut, its elements, and the dtype to store them in."""
 
     spec: ParameterSpec
     matrix: LazyMatrix
@@ -43,22 +45,20 @@ class Parameter:
 def write_checkpoint(
     out: Path,
     parameters: Mapping[str, Parameter],
+    model: ModelDescription,
     *,
-    family: str,
-    config: dict[str, Any],
     layout: Layout,
     tokenizer_files: Mapping[str, Path],
-    origin: dict[str, Any],
-    history: tuple[dict[str, Any], ...],
     before_commit: Callable[[], None] = lambda: None,
     advance: Advance = lambda num_bytes: None,
 ) -> Manifest:
-    """Write a native checkpoint to ``out``, whole or not at all.
+    """Write a native checkpoint of ``model`` to ``out``, whole or not at all.
 
-    ``before_commit`` is called when all is written but nothing is visible; an exception from it abandons the output.
+    ``before_commit`` is called when everything is written but nothing is visible yet; an exception from it abandons
+    the output.
 
     Raises:
-        LayoutError: when a rank would be left with nothing of a parameter.
+        LayoutError: when a rank would have no part of a parameter.
         OutputError: when ``out`` exists or cannot be written.
         DiskFullError: when it does not fit.
     """
@@ -75,9 +75,8 @@ def write_checkpoint(
                     if parameters[name].spec.is_stored_by(tp_rank)
                 ]
                 files |= write_weight_files(staging, tensors, tp_rank=tp_rank, stage=stage, advance=advance)
-        manifest = Manifest(
-            family=family,
-            config=config,
+        manifest = build_manifest(
+            model,
             layout=layout,
             parameters={
                 name: ParameterEntry(parameter.spec, DTYPE_NAMES[parameter.dtype])
@@ -85,8 +84,6 @@ def write_checkpoint(
             },
             files=files,
             tokenizer=copy_tokenizer(tokenizer_files, staging),
-            origin=origin,
-            history=history,
         )
         before_commit()
         write_manifest(staging, manifest)
@@ -94,7 +91,7 @@ def write_checkpoint(
 
 
 def local_tensor(name: str, parameter: Parameter, *, tp_size: int, tp_rank: int) -> OutputTensor:
-    """What rank ``tp_rank`` of ``tp_size`` stores of ``parameter``."""
+    """Return the part of ``parameter`` that the file of rank ``tp_rank`` of ``tp_size`` holds."""
     spec = parameter.spec
     return OutputTensor(
         name=name,
@@ -107,7 +104,7 @@ def local_tensor(name: str, parameter: Parameter, *, tp_size: int, tp_rank: int)
 def write_weight_files(
     directory: Path, tensors: list[OutputTensor], *, tp_rank: int, stage: int, advance: Advance = lambda num_bytes: None
 ) -> dict[str, WeightFile]:
-    """Write one rank's tensors, in as many files as their size asks for; return what to put into the manifest."""
+    """Write the tensors of one rank, in as many files as their size needs; return the entries for the manifest."""
     groups = split_by_size(tensors)
     files = {}
     for number, group in enumerate(groups, start=1):
@@ -119,7 +116,7 @@ def write_weight_files(
 
 
 def copy_tokenizer(files: Mapping[str, Path], directory: Path) -> dict[str, str]:
-    """Copy the tokenizer's own files as they are into the checkpoint in ``directory``; return their digests."""
+    """Copy the tokenizer's files, unchanged, into the checkpoint in ``directory``; return their digests."""
     if files:
         (directory / TOKENIZER_DIRECTORY).mkdir()
     digests = {}

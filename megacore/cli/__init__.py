@@ -1,6 +1,7 @@
-"""The command line: one file a command. Parsing and printing are here, the work is in the library.
+"""The command line. Each command is a module that parses options and prints results; the library does the work.
 
-Command modules import click and nothing heavy; torch and transformers are imported when a command runs.
+Importing a command imports click and nothing heavy: torch and transformers are imported when it runs. Shared options
+are in ``options``, ``published_options``, ``run_options`` and ``tokenizing_options``. Start reading in ``train``.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from megacore.cli.verify import verify
 from megacore.errors import MegacoreError, ReaderGoneError
 from megacore.signals import SIGNALS, ExitOnSignal
 
-_LET_THE_FIRST_SPEAK = 10.0
-"""Seconds that a mistake is kept which every process of torchrun or srun is likely to find.
+_ERROR_DELAY = 10.0
+"""Seconds that all but the first process of a node wait before they print an error and exit.
 
-A launcher ends them all when one has ended, the first perhaps before it has told the mistake. Where that one has not
-found any, the others tell theirs.
+Under torchrun or srun a user's mistake usually fails every process. The launcher ends them all once one has exited,
+so the first gets the time to print its error alone. If only another process fails, that one prints the error later.
 """
 
 
@@ -51,10 +52,10 @@ class CommandGroup(click.Group):
         except MegacoreError as error:
             if error.rank is not None:
                 click.echo(f"Error on rank {error.rank}: {error}", err=True)
-            elif _speaks_for_its_node():
+            elif _is_first_on_node():
                 click.echo(f"Error: {error}", err=True)
             else:
-                time.sleep(_LET_THE_FIRST_SPEAK)
+                time.sleep(_ERROR_DELAY)
                 click.echo(f"Error on rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
@@ -64,15 +65,15 @@ class CommandGroup(click.Group):
             ctx.exit(2)
 
 
-def _speaks_for_its_node() -> bool:
-    """Whether this is the first of the processes that torchrun or srun has started on this machine, or on its own."""
+def _is_first_on_node() -> bool:
+    """Return whether this is the first process of torchrun or srun on this machine, or runs without either."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="megacore", prog_name="megacore")
 def cli() -> None:
-    """Take a published language model through tokenizing, converting, verifying, splitting, training and export."""
+    """Tokenize data, and convert, verify, reshard, train, evaluate and export large language models."""
 
 
 for command in (

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a step or, on a terminal, a panel that is kept up to date."""
+"""The console output of a run: one line per logged step or, on a terminal, a live panel."""
 
 from __future__ import annotations
 
@@ -21,38 +21,41 @@ if TYPE_CHECKING:
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NUM_LINES = 8
-"""Lines of steps that the panel holds, and leaves behind."""
+"""Number of step lines above the panel."""
 
 _NUM_LOSSES = 400
-"""Of which the sparkline shows the mean of each of a few stretches."""
+"""Number of recent losses in the sparkline."""
 
-_REDRAWS = 4.0
-"""Of the panel in a second, at most: they take a few milliseconds each."""
+_REDRAWS_PER_SECOND = 4.0
+"""Upper bound on the redraws of the panel, each of which takes a few milliseconds."""
 
 
 class Console:
-    """Shows steps and evaluations. Where the panel is shown, it is there between entering and leaving this.
+    """Prints steps and evaluations. On a terminal, the panel is shown while the context manager is entered.
 
     Args:
-        log_interval: steps from one line to the next; the first here, the last, and where a run stops are told too.
-        plain: lines only, on a terminal too.
+        log_interval: Number of steps between two lines. The first step, the last, and the one that stops the run are
+            always printed.
+        plain: True to print lines on a terminal too.
     """
 
     def __init__(self, *, log_interval: int = 1, plain: bool = False) -> None:
         self.log_interval = log_interval
         self.plain = plain
-        self._pace = Pace()
+        self._eta = TimeLeft()
         self._losses: deque[float] = deque(maxlen=_NUM_LOSSES)
         self._lines: deque[str] = deque(maxlen=_NUM_LINES)
-        self._last: Step | None = None
+        self._last_step: Step | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> Console:
-        self._pace.start()
+        self._eta.reset()
         if not self.plain and sys.stdout.isatty():
             from rich.live import Live
 
-            self._live = Live(get_renderable=self._panel, refresh_per_second=_REDRAWS, vertical_overflow="visible")
+            self._live = Live(
+                get_renderable=self._panel, refresh_per_second=_REDRAWS_PER_SECOND, vertical_overflow="visible"
+            )
             self._live.start()
         return self
 
@@ -65,15 +68,15 @@ class Console:
             self._live = None
 
     def __call__(self, step: Step) -> None:
-        """Show a step."""
-        self._pace.done(step.iteration)
-        if self._last is None and self._live is None and step.peak_flops_per_second is not None:
-            peak = with_unit(step.peak_flops_per_second)
-            print_note(f"matrix products were measured at {peak}FLOP/s, which is what shares of the peak are of")
+        """Print a step and its notes, or update the panel."""
+        self._eta.record(step.iteration)
+        is_first, self._last_step = self._last_step is None, step
+        if is_first and self._live is None and step.peak_flops_per_second is not None:
+            peak = format_si(step.peak_flops_per_second)
+            print_note(f"matrix products were measured at {peak}FLOP/s, the reference for % of peak")
         self._losses.append(step.loss)
-        is_first, self._last = self._last is None, step
         if is_first or step.is_logged(self.log_interval):
-            line = step_line(step, seconds_left=self._pace.seconds_left(step))
+            line = format_step(step, seconds_left=self._eta.seconds_left(step))
             if self._live is None:
                 self._print(line)
             else:
@@ -85,11 +88,11 @@ class Console:
                 self._print(f"Note: {note}.")
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Show an evaluation. It stays, above the panel too, whose lines the next steps take the place of."""
-        self._print(evaluation_line(evaluation))
+        """Print an evaluation. On a terminal it stays above the panel, whose own lines scroll."""
+        self._print(format_evaluation(evaluation))
 
     def _print(self, line: str) -> None:
-        """Print a line, above the panel where that is shown."""
+        """Print a line, above the panel if there is one."""
         with printing():
             if self._live is None:
                 click.echo(line)
@@ -97,87 +100,95 @@ class Console:
                 self._live.console.print(line, markup=False, highlight=False)
 
     def _panel(self) -> RenderableType:
-        """The last lines, and what a person wants to know at a glance."""
+        """Render the last lines, the current values and a progress bar."""
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        step = self._last
+        step = self._last_step
         if step is None:
-            return Text("the first step is under way …")
-        facts = Table.grid(padding=(0, 2))
-        facts.add_row("loss", f"{step.loss:.4f}", sparkline(self._losses))
-        facts.add_row("lr", f"{step.lr:.3e}", f"grad norm {step.grad_norm:.4f}{_scale(step)}")
+            return Text("running the first step …")
+        values = Table.grid(padding=(0, 2))
+        values.add_row("loss", f"{step.loss:.4f}", sparkline(self._losses))
+        values.add_row("lr", f"{step.lr:.3e}", f"grad norm {step.grad_norm:.4f}{_format_scale(step)}")
         peak = step.peak_flops_per_second
-        measured = "" if peak is None else f", which was measured to be {with_unit(peak)}FLOP/s"
-        facts.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s", flops_told(step) + measured)
+        measured = "" if peak is None else f" (measured: {format_si(peak)}FLOP/s)"
+        values.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s", format_flops(step) + measured)
         bar = Table.grid(padding=(0, 2))
-        left = self._pace.seconds_left(step)
+        left = self._eta.seconds_left(step)
         bar.add_row(
             f"iteration {step.iteration}/{step.train_iters}",
             ProgressBar(total=step.train_iters, completed=step.iteration, width=30),
-            "done" if step.iteration == step.train_iters else f"{duration(left)} left" if left is not None else "",
+            "done"
+            if step.iteration == step.train_iters
+            else f"{format_duration(left)} left"
+            if left is not None
+            else "",
         )
         lines = Text("\n".join(self._lines), style="dim", no_wrap=True, overflow="ellipsis")
-        return Group(lines, Panel(Group(bar, facts), expand=False))
+        return Group(lines, Panel(Group(bar, values), expand=False))
 
 
-class Pace:
-    """How fast a run goes, by so many steps that evaluations and saving have the part in it that they will have."""
+class TimeLeft:
+    """An estimate of the remaining time, from so many recent steps that evaluations and saving are averaged in."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, float]] = deque(maxlen=10_000)
 
-    def start(self) -> None:
-        """The first step begins."""
+    def reset(self) -> None:
+        """Forget all steps."""
         self._marks.clear()
 
-    def done(self, iteration: int) -> None:
-        """A step is done."""
+    def record(self, iteration: int) -> None:
+        """Record the completion of a step."""
         self._marks.append((iteration, time.monotonic()))
 
     def seconds_left(self, step: Step) -> float | None:
-        """Until the last step is done; ``None`` where a single one is too little to tell by."""
-        (first, began), (last, ended) = self._marks[0], self._marks[-1]
+        """Return the estimated seconds until the last step is done, ``None`` after a single step."""
+        (first, started), (last, ended) = self._marks[0], self._marks[-1]
         if first == last:
             return None
-        return (step.train_iters - step.iteration) * (ended - began) / (last - first)
+        return (step.train_iters - step.iteration) * (ended - started) / (last - first)
 
 
-def step_line(step: Step, *, seconds_left: float | None = None) -> str:
-    """The line that tells of one step."""
-    left = f" | {duration(seconds_left)} left" if seconds_left is not None and step.iteration < step.train_iters else ""
+def format_step(step: Step, *, seconds_left: float | None = None) -> str:
+    """Return the line for a step."""
+    left = (
+        f" | {format_duration(seconds_left)} left"
+        if seconds_left is not None and step.iteration < step.train_iters
+        else ""
+    )
     return (
         f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
-        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s | {flops_told(step)}"
-        f"{_scale(step)}{'' if step.is_taken else ' | not taken'}{left}"
+        f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s | {format_flops(step)}"
+        f"{_format_scale(step)}{'' if step.is_taken else ' | not taken'}{left}"
     )
 
 
-def evaluation_line(evaluation: Evaluation) -> str:
-    """The line that tells of one evaluation."""
-    told = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
+def format_evaluation(evaluation: Evaluation) -> str:
+    """Return the line for an evaluation."""
+    values = " | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in evaluation.values.items())
     when = f" at iteration {evaluation.iteration}" if evaluation.iteration else ""
-    return f"{evaluation.split}{when} | {told}"
+    return f"{evaluation.split}{when} | {values}"
 
 
-def flops_told(step: Step) -> str:
-    """What the run achieves, and which share that is of the peak that was measured, if it was."""
-    told = f"{with_unit(step.flops_per_second)}FLOP/s"
+def format_flops(step: Step) -> str:
+    """Return the achieved FLOP/s and, if the peak was measured, the share of it."""
+    achieved = f"{format_si(step.flops_per_second)}FLOP/s"
     if step.peak_flops_per_second is None:
-        return told
-    return f"{told}, {step.flops_per_second / step.peak_flops_per_second:.1%} of peak"
+        return achieved
+    return f"{achieved}, {step.flops_per_second / step.peak_flops_per_second:.1%} of peak"
 
 
-def _scale(step: Step) -> str:
+def _format_scale(step: Step) -> str:
     scale = "" if step.loss_scale is None else f" | loss scale {step.loss_scale:g}"
     return scale + (f" | skipped {step.num_skipped}" if step.num_skipped or step.loss_scale is not None else "")
 
 
-def with_unit(number: float) -> str:
-    """A number with three digits and the prefix of a unit."""
+def format_si(number: float) -> str:
+    """Return a number with three digits and an SI prefix, to be followed by its unit."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if number < 999.5:
             return f"{number:.3g} {prefix}"
@@ -185,8 +196,8 @@ def with_unit(number: float) -> str:
     return f"{number:.3g} E"
 
 
-def duration(seconds: float) -> str:
-    """A time to wait, to the precision that a person needs."""
+def format_duration(seconds: float) -> str:
+    """Return a duration in its two largest units."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -198,7 +209,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Iterable[float], *, width: int = 40) -> str:
-    """The values as a row of at most ``width`` bars, each the mean of a stretch of them; one that is no number is ×."""
+    """Return a row of at most ``width`` bars, each the mean of consecutive values. A mean that is not finite is ×."""
     numbers = list(values)
     size = -(-len(numbers) // width) or 1
     means = [sum(stretch := numbers[first : first + size]) / len(stretch) for first in range(0, len(numbers), size)]

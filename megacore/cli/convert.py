@@ -1,4 +1,4 @@
-"""``megacore convert``."""
+"""``megacore convert``: a published checkpoint to a native one."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.options import (
-    DtypeType,
-    FamilyType,
-    add_tokens_option,
+from megacore.cli.options import add_tokens_option, dtype_option, out_option, pp_option, tp_option
+from megacore.cli.progress import bytes_progress, published_bytes
+from megacore.cli.published_options import (
     cache_dir_option,
+    find_published,
     from_option,
-    out_option,
-    pp_option,
+    model_option,
     revision_option,
     source_option,
-    tp_option,
     true_vocab_size_option,
 )
-from megacore.cli.origin import published_directory
-from megacore.cli.progress import bytes_progress, published_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +27,17 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--model", type=FamilyType(), required=True, help="Model family; `megacore plugins` lists them.")
-@from_option("convert", default="where --size is")
+@model_option
+@from_option("convert", default="the repository of --size")
 @click.option(
     "--size",
-    help="Published size to fetch from the hub; with --from, refuse a checkpoint that is not of this size.",
+    help="Published size to download from the hub. With --from, refuse a checkpoint of another size.",
 )
 @cache_dir_option
 @revision_option
 @out_option
 @source_option
-@click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
+@dtype_option
 @tp_option
 @pp_option
 @true_vocab_size_option
@@ -60,7 +56,9 @@ def convert(
     true_vocab_size: int | None,
     add_tokens: Path | None,
 ) -> None:
-    """Convert a published checkpoint to megacore's format, streaming from file to file.
+    """Convert a published checkpoint to the native format.
+
+    Tensors are streamed from file to file; the model is never in memory as a whole.
 
     \b
     megacore convert --model mpt --from published/ --out ckpt/
@@ -76,7 +74,7 @@ def convert(
     if origin is None:
         assert size is not None
         origin = repository_of_size(model, size)
-    source_directory = published_directory(origin, out=out, cache_dir=cache_dir, revision=revision, is_on_hub=is_on_hub)
+    source_directory = find_published(origin, out=out, cache_dir=cache_dir, revision=revision, is_on_hub=is_on_hub)
     with bytes_progress("converting", published_bytes(source_directory, source)) as advance:
         manifest = convert(
             model,

@@ -1,4 +1,4 @@
-"""``megacore export``."""
+"""``megacore export``: a native checkpoint to a published format."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.options import DtypeType, checkpoint_argument, format_option, out_option, pp_option, tp_option
+from megacore.cli.options import checkpoint_argument, dtype_option, out_option, pp_option, tp_option
 from megacore.cli.progress import bytes_progress
+from megacore.cli.published_options import format_option
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 @checkpoint_argument
 @out_option
 @format_option
-@click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
+@dtype_option
 @tp_option
 @pp_option
 def export(checkpoint: Path, out: Path, format: str, dtype: torch.dtype | None, tp: int, pp: int) -> None:
-    """Write CKPT in a published format: weights, index, config.json and tokenizer.
+    """Export CKPT to a published format.
+
+    The output has the weights, their index, the configuration and the tokenizer.
 
     \b
     megacore export ckpt/ --out exported/

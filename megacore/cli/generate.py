@@ -1,4 +1,4 @@
-"""``megacore generate``."""
+"""``megacore generate``: text after a prompt, or a conversation on the terminal."""
 
 from __future__ import annotations
 
@@ -12,71 +12,82 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megacore.cli.notes import print_note, printing_for_a_reader
-from megacore.cli.options import DtypeType, checkpoint_argument, parallel_size_option
+from megacore.cli.notes import print_note, printing_result
+from megacore.cli.options import DtypeType, checkpoint_argument, model_tp_option
 
 if TYPE_CHECKING:
     import torch
 
     from megacore.generation import Generated
 
-_WAIT_FOR_A_TURN = timedelta(days=7)
+_TURN_TIMEOUT = timedelta(days=7)
+"""Time that the other ranks wait for rank 0, which waits for a person."""
 
 
 @click.command()
 @checkpoint_argument
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Go on from this; may be given several times.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue. Repeatable.")
 @click.option(
     "--prompt-file",
     "files",
     multiple=True,
     type=click.Path(path_type=Path, allow_dash=True),
     metavar="FILE",
-    help="Go on from what this file holds, less a line end at its end; - is standard input. Without any prompt it is "
-    "read, too.",
+    help="File with a text to continue, whose final line break is removed; - is standard input. Repeatable.  [default: "
+    "standard input, if there is no prompt]",
 )
 @click.option(
     "--chat",
     is_flag=True,
-    help="Answer the prompt as the tokenizer's chat template has it; without a prompt, talk on the terminal.",
+    help="Answer the prompt as a message in the tokenizer's chat template. Without a prompt, chat on the terminal.",
 )
-@click.option("--system", metavar="TEXT", help="With --chat: the system message.")
+@click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option(
     "--chat-template",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --chat: take this template.  [default: the tokenizer's]",
+    help="Jinja chat template, with --chat.  [default: the tokenizer's]",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each text.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Maximum number of tokens to generate for each prompt.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="Draw tokens, the less likely ones the more often the higher it is; 0 takes the most likely.",
+    help="Sampling temperature; 0 is greedy decoding.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), help="Draw from so many tokens, the most likely ones.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K most likely tokens only.")
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Draw from the most likely tokens that together have this probability.",
+    help="Sample from the smallest set of most likely tokens whose probabilities add up to P (nucleus sampling).",
 )
-@click.option("--seed", type=int, help="Of what is drawn.  [default: another one each time]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this; may be given several times.")
+@click.option("--seed", type=int, help="Random seed for sampling.  [default: a new one each time]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the text before this string. Repeatable.")
 @click.option(
     "--bos/--no-bos",
     "add_bos",
     default=None,
-    help="Begin a text with the token for that, or not.  [default: as the tokenizer's files say]",
+    help="Prepend the BOS token to a text, or not.  [default: as the tokenizer's files say]",
 )
-@click.option("--dtype", type=DtypeType(), help="What the model computes in.  [default: the checkpoint's]")
-@parallel_size_option("--tp", "Tensor-parallel size to run at.  [default: the checkpoint's]", default=None)
+@click.option("--dtype", type=DtypeType(), help="Dtype that the model computes in.  [default: the checkpoint's]")
+@model_tp_option
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Texts that grow at a time."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Number of texts to generate at once.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each prompt, once all are done.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt, once all are done.")
 def generate(
     checkpoint: Path,
     prompts: tuple[str, ...],
@@ -96,15 +107,17 @@ def generate(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Print what the model of CKPT says after a prompt, as it comes.
+    """Generate text with the model of CKPT.
+
+    The text is printed as it is generated.
 
     \b
     megacore generate ckpt/ --prompt "The capital of France is"
     megacore generate ckpt/ --chat --temperature 0.7 --top-p 0.9
     """
     if not chat and (system is not None or chat_template is not None):
-        raise click.UsageError("--system and --chat-template are for --chat.")
-    from megacore.generation import Limits, Sampling, converse, generate, with_generator
+        raise click.UsageError("--system and --chat-template require --chat.")
+    from megacore.generation import Limits, Sampling, converse, generate, run_with_generator
     from megacore.parallel import is_first_process
 
     settings: dict[str, Any] = {"dtype": dtype, "add_bos": add_bos, "chat_template": chat_template}
@@ -112,29 +125,25 @@ def generate(
     if is_interactive and (as_json or not chat):
         raise click.UsageError("Give --prompt, --prompt-file, or a prompt on standard input.")
     if is_interactive:
-        drawn = {} if seed is None else {"seed": seed}
-        with_generator(
+        seeded = {} if seed is None else {"seed": seed}
+        run_with_generator(
             checkpoint,
             converse,
             Limits(max_new_tokens=max_new_tokens, stop=stop),
-            Sampling(temperature=temperature, top_k=top_k, top_p=top_p, **drawn),
+            Sampling(temperature=temperature, top_k=top_k, top_p=top_p, **seeded),
             system,
             Terminal(os.ttyname(sys.stdin.fileno())),
-            print_answer,
-            print_refusal,
+            print_answer_text,
+            print_turn_error,
             tp=tp,
-            timeout=_WAIT_FOR_A_TURN,
+            timeout=_TURN_TIMEOUT,
             **settings,
         )
         return
     texts = [*prompts, *map(read_prompt, files or (() if prompts else (Path("-"),)))] if is_first_process() else [""]
-    asked: list[Any] = list(texts)
-    if chat:
-        said_before = [] if system is None else [{"role": "system", "content": system}]
-        asked = [[*said_before, {"role": "user", "content": text}] for text in texts]
     results = generate(
         checkpoint,
-        asked,
+        [as_messages(text, system) for text in texts] if chat else texts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -151,12 +160,18 @@ def generate(
     for number, (text, result) in enumerate(zip(texts, results, strict=True), start=1):
         if as_json:
             print_text(json.dumps({"prompt": text, **result.to_json()}, ensure_ascii=False) + "\n")
-        elif note := note_on(result, max_new_tokens):
-            print_note(f"the text {note}" if len(texts) == 1 else f"text {number} {note}")
+        elif reason := truncation_reason(result, max_new_tokens):
+            print_note(f"the text {reason}" if len(texts) == 1 else f"text {number} {reason}")
+
+
+def as_messages(text: str, system: str | None) -> list[dict[str, str]]:
+    """Return the messages of a conversation in which the user asks ``text``."""
+    system_messages = [] if system is None else [{"role": "system", "content": system}]
+    return [*system_messages, {"role": "user", "content": text}]
 
 
 def read_prompt(file: Path) -> str:
-    """The text of a file, less a line end at its end; ``-`` is standard input."""
+    """Return the text of a file, or of standard input for ``-``, without a final line break."""
     from megacore.errors import DataError
 
     try:
@@ -166,41 +181,41 @@ def read_prompt(file: Path) -> str:
         raise DataError(f"{file} cannot be read as text: {error}") from error
 
 
-def note_on(result: Generated, max_new_tokens: int) -> str | None:
-    """What a person should know of how a text ended."""
+def truncation_reason(result: Generated, max_new_tokens: int) -> str | None:
+    """Return why a text was cut off, ``None`` if it was not."""
     if result.ended_by == "max_new_tokens":
-        return f"was cut off after {max_new_tokens} tokens: --max-new-tokens lets it go on"
+        return f"was cut off after {max_new_tokens} tokens; increase --max-new-tokens for more"
     if result.ended_by == "context":
-        return "was cut off where the context of the model is full"
+        return "was cut off at the context length of the model"
     return None
 
 
 def print_text(text: str) -> None:
-    """Print what was asked for, as it is; see :func:`~megacore.cli.notes.printing_for_a_reader`."""
-    with printing_for_a_reader():
+    """Print generated text without a line break; see :func:`~megacore.cli.notes.printing_result`."""
+    with printing_result():
         click.echo(text, nl=False)
 
 
 class TextPrinter:
-    """Prints the texts one after the other, each as it comes; what comes of a later one waits."""
+    """Prints several texts in order while they are generated together, the current one as it grows."""
 
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts
         self.current = 0
-        self.waiting = [""] * len(prompts)
+        self.pending = [""] * len(prompts)
         self.ended: set[int] = set()
         self.has_title = len(prompts) == 1
 
     def __call__(self, index: int, text: str) -> None:
-        self.waiting[index] += text
+        self.pending[index] += text
         if not text:
             self.ended.add(index)
         while self.current < len(self.prompts):
             if not self.has_title:
                 print_text(f"==> {self.prompts[self.current]}\n")
                 self.has_title = True
-            print_text(self.waiting[self.current])
-            self.waiting[self.current] = ""
+            print_text(self.pending[self.current])
+            self.pending[self.current] = ""
             if self.current not in self.ended:
                 return
             print_text("\n")
@@ -209,18 +224,18 @@ class TextPrinter:
 
 
 class Terminal:
-    """Asks for turns on the terminal at ``path``, also from a process that was started without one."""
+    """Reads the user's turns from the terminal at ``path``, also in a rank process, whose standard input is closed."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def __call__(self) -> str | None:
-        """A line that is not empty; ``None`` at the end of the input (Ctrl-D)."""
+        """Return the next line that is not empty, ``None`` at the end of the input (Ctrl-D)."""
         if not sys.stdin.isatty():
             os.dup2(os.open(self.path, os.O_RDWR), 0)
             sys.stdin = open(0, closefd=False)  # noqa: SIM115
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (lets input() edit the line)
+            import readline  # noqa: F401  (gives input() line editing)
         while True:
             try:
                 line = input("> ")
@@ -231,11 +246,11 @@ class Terminal:
                 return line
 
 
-def print_answer(turn: int, text: str) -> None:
-    """Print some of an answer, and two line ends after it."""
+def print_answer_text(turn: int, text: str) -> None:
+    """Print the next text of an answer, and an empty line at its end."""
     print_text(text or "\n\n")
 
 
-def print_refusal(reason: str) -> None:
-    """Say why a turn has no answer."""
+def print_turn_error(reason: str) -> None:
+    """Print why a turn could not be answered."""
     click.echo(f"Error: {reason}", err=True)

@@ -1,4 +1,4 @@
-"""``megacore inspect``."""
+"""``megacore inspect``: the contents of a native checkpoint."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megacore.cli.progress import bytes_progress
 @click.command()
 @checkpoint_argument
 @click.option(
-    "--check", is_flag=True, help="Read every file and compare it with its digest; exit code 1 if one differs."
+    "--check", is_flag=True, help="Compare every file with its SHA-256 digest. Exit with code 1 if one differs."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all that the checkpoint says of itself, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole description as JSON.")
 def inspect(checkpoint: Path, check: bool, as_json: bool) -> None:
-    """Say what CKPT holds and how it is cut; with --check, whether it is undamaged."""
+    """Describe the contents and the layout of CKPT. With --check, verify the digests of its files."""
     from megacore.checkpoint import Checkpoint, inspect
 
     with bytes_progress("checking", Checkpoint(checkpoint).num_bytes if check else 0) as advance:

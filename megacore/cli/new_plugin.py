@@ -1,15 +1,12 @@
-"""``megacore new-plugin``: a model plugin to start from."""
+"""``megacore new-plugin``: a working model plugin to start from."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import click
-
-_NAME = r"[a-z][a-z0-9]*([-_][a-z0-9]+)*"
 
 _FILES = {
     "pyproject.toml": "pyproject.toml.template",
@@ -19,32 +16,30 @@ _FILES = {
     "{package}/layer.py": "layer.py.template",
     "tests/test_conformance.py": "test_conformance.py.template",
 }
-"""Each file of a plugin, and the template beside this module that it is made from."""
+"""The files of a plugin and the templates in ``plugin_template/`` that they are rendered from."""
 
 
-class FamilyName(click.ParamType):
-    """The name of a family that does not exist yet."""
-
-    name = "name"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not re.fullmatch(_NAME, value):
-            self.fail(f"{value!r} is no name for a family: lower-case letters, digits, and - or _ between them", param)
-        return value
+def _check_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse a name that a family, a distribution and a package cannot have."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", value):
+        raise click.BadParameter(
+            f"{value!r} is not a family name: use lower-case letters, digits, and - or _ between them"
+        )
+    return value
 
 
 @click.command("new-plugin")
-@click.argument("name", type=FamilyName())
+@click.argument("name", callback=_check_name)
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to create.  [default: megacore-NAME]")
 def new_plugin(name: str, out: Path | None) -> None:
-    """Write a model plugin for a family called NAME. It works and passes the conformance kit: change it from there.
+    """Write a model plugin for a new family called NAME.
 
-    docs/writing-a-plugin.md goes through it file by file.
+    The plugin works as it is and passes the conformance tests. docs/writing-a-plugin.md explains it file by file.
 
     \b
     megacore new-plugin mpt --out megacore-mpt/
     """
-    from megacore.checkpoint.staging import staged_directory
+    from megacore.atomic_output import staged_directory
 
     plugin = render_plugin(name)
     out = out or Path(_distribution(name))
@@ -56,7 +51,7 @@ def new_plugin(name: str, out: Path | None) -> None:
 
 
 def render_plugin(name: str) -> dict[str, str]:
-    """The files of a plugin for a family called ``name``, by their paths."""
+    """Return the contents of the files of a plugin for a family called ``name``, by path."""
     from importlib.metadata import version
     from importlib.resources import files
 

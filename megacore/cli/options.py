@@ -1,10 +1,10 @@
-"""Option types that several commands share."""
+"""The options and option types that commands share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -16,19 +16,31 @@ if TYPE_CHECKING:
 
     from megacore.plugins import Family
 
+    _FamilyParam = click.ParamType[Family, Any]
+    _DtypeParam = click.ParamType[torch.dtype, Any]
+else:
+    _FamilyParam = _DtypeParam = click.ParamType  # older versions of click cannot subscript it
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+DTYPE_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The dtypes of the command line and their names in torch."""
 
-class FamilyType(click.ParamType):
+
+class FamilyType(_FamilyParam):
     """The name of a model family, converted to its :class:`~megacore.plugins.Family`.
 
-    Not :class:`click.Choice`, which would load every plugin while the command line is being defined.
+    :class:`click.Choice` would load every plugin while the command line is being defined.
     """
 
     name = "family"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Family:
-        """Return the family called ``value``. Raises :class:`click.BadParameter` with the plugin error's message."""
+        """Return the family called ``value``.
+
+        Raises:
+            click.BadParameter: No usable plugin provides the family; the message is the plugin error's.
+        """
         from megacore.plugins import Family, get_family
 
         if isinstance(value, Family):  # click converts a default that is converted already
@@ -44,90 +56,50 @@ class FamilyType(click.ParamType):
         return [CompletionItem(name) for name in list_families() if name.startswith(incomplete)]
 
 
-class DtypeType(click.ParamType):
-    """``fp64``, ``fp32``, ``bf16`` or ``fp16``, converted to a torch dtype."""
+class DtypeType(_DtypeParam):
+    """``fp64``, ``fp32``, ``bf16`` or ``fp16``, converted to a torch dtype.
+
+    :class:`click.Choice` would import torch while the command line is being defined.
+    """
 
     name = "dtype"
-    names: ClassVar[dict[str, str]] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> torch.dtype:
         import torch
 
         if isinstance(value, torch.dtype):
             return value
-        if value not in self.names:
-            self.fail(f"{value!r} is none of {', '.join(self.names)}", param, ctx)
-        return getattr(torch, self.names[value])
+        if value not in DTYPE_NAMES:
+            self.fail(f"{value!r} is none of {', '.join(DTYPE_NAMES)}", param, ctx)
+        dtype: torch.dtype = getattr(torch, DTYPE_NAMES[value])
+        return dtype
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(self.names)}]"
+        return f"[{'|'.join(DTYPE_NAMES)}]"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
-
-
-checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
-"""A native checkpoint that a command reads."""
-
-out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
-"""Where a command writes to."""
+        return [CompletionItem(name) for name in DTYPE_NAMES if name.startswith(incomplete)]
 
 
 def parallel_size_option(name: str, help: str, default: int | None = 1) -> Callable[[Command], Command]:
-    """An option for a number of ranks."""
+    """Return an option for a number of processes."""
     return click.option(name, type=click.IntRange(min=1), default=default, help=help, show_default=default is not None)
 
 
-tp_option = parallel_size_option("--tp", "Tensor-parallel size to cut for.")
-pp_option = parallel_size_option("--pp", "Pipeline-parallel size to cut for.")
-
-FORMAT_NAMES = ("hf", "meta", "megatron-llm")
-"""The published formats; those of :data:`megacore.weights.formats.FORMATS`, which would be slow to import."""
-
-source_option = click.option(
-    "--source", help=f"Format of the checkpoint: {', '.join(FORMAT_NAMES)}.  [default: recognised by its files]"
+checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
+dtype_option = click.option(
+    "--dtype", type=DtypeType(), help="Convert all tensors to this dtype.  [default: every tensor keeps its own]"
 )
-"""The format that a command reads."""
-
-format_option = click.option(
-    "--format", default="hf", show_default=True, help=f"Format to write: {', '.join(FORMAT_NAMES)}."
+tp_option = parallel_size_option("--tp", "Tensor-parallel size of the output.")
+pp_option = parallel_size_option("--pp", "Pipeline-parallel size of the output.")
+model_tp_option = parallel_size_option(
+    "--tp", "Tensor-parallel size to run the model at.  [default: the checkpoint's]", default=None
 )
-"""The format that a command writes."""
-
-true_vocab_size_option = click.option(
-    "--true-vocab-size",
-    type=click.IntRange(min=1),
-    help="Rows of the vocabulary that are tokens, where a checkpoint pads it and does not say so.",
-)
-"""What a command is told of the vocabulary."""
-
-
-def from_option(verb: str, *, default: str | None = None) -> Callable[[Command], Command]:
-    """An option for the published checkpoint that a command reads; required unless there is a ``default``."""
-    return click.option(
-        "--from",
-        "origin",
-        metavar="DIR_OR_HUB_ID",
-        required=default is None,
-        help=f"Checkpoint to {verb}: a directory, or owner/name on the Hugging Face hub."
-        + (f"  [default: {default}]" if default else ""),
-    )
-
-
-cache_dir_option = click.option(
-    "--cache-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Keep what comes from the hub here.  [default: the cache of huggingface_hub]",
-)
-"""Where a command keeps what it fetches."""
-
-revision_option = click.option("--revision", help="Branch, tag or commit to fetch from the hub.  [default: main]")
-"""Which state of a repository a command fetches."""
-
 add_tokens_option = click.option(
     "--add-tokens",
     type=click.Path(path_type=Path),
     metavar="PREFIX_OR_DIR",
-    help="Give embedding and head rows for the new tokens of a dataset's tokenizer (or of one in a directory), each "
-    "the mean of the rows before the first of them.",
+    help="Add embedding and head rows for the new tokens of a dataset's tokenizer, or of the tokenizer in a directory. "
+    "Each new row is the mean of the rows before the first new one.",
 )

@@ -1,4 +1,4 @@
-"""``megacore permute-qkv``."""
+"""``megacore permute-qkv``: an old Megatron-LLM checkpoint to the current rotary layout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from megacore.cli.progress import bytes_progress, published_bytes
 @click.option(
     "--layout",
     type=click.Choice(["halves"]),
-    help="How the rotary pairs lie in the checkpoint to update. Needed unless its files record it.",
+    help="Rotary layout of the input. Required unless its files record it.",
 )
 def permute_qkv(input_dir: Path, output_dir: Path, layout: str | None) -> None:
-    """Update a Megatron-LLM checkpoint of commit 332cf3c or earlier to the later order of query and key rows.
+    """Update the rotary layout of an old Megatron-LLM checkpoint.
 
-    Sharded checkpoints are updated rank by rank and stay as they are cut. The result records its layout, so that it is
-    not updated twice.
+    Checkpoints of its commit 332cf3c or earlier have another order of query and key rows. Sharded
+    checkpoints are updated rank by rank and keep their sharding. The output records its rotary layout and is refused
+    as an input.
 
     \b
     megacore permute-qkv --input-dir old/ --output-dir new/ --layout halves

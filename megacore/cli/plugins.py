@@ -1,4 +1,4 @@
-"""``megacore plugins``: which plugins are installed, whether each can be used, and what it provides."""
+"""``megacore plugins``: the installed plugins, their status and their families."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, one object a plugin.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with one object per plugin.")
 def plugins(as_json: bool) -> None:
     """List the installed model plugins and their families.
 
-    One line a plugin: distribution, version, active, failed or disabled, and the families it provides or the reason
-    why it cannot be used. Set MEGACORE_DISABLE_PLUGINS=<distribution>[,<distribution>] to switch plugins off.
+    Each line has a distribution, its version, its status (active, failed or disabled), and its families or the reason
+    why it cannot be used. Set MEGACORE_DISABLE_PLUGINS=<distribution>[,<distribution>] to disable plugins.
     """
     from megacore.plugins import default_registry
 
     found = default_registry().plugins
     if as_json:
-        click.echo(json.dumps([_as_object(plugin) for plugin in found], indent=2))
+        click.echo(json.dumps([_to_json(plugin) for plugin in found], indent=2))
     elif found:
-        _echo_columns([(plugin.distribution, plugin.version, plugin.status, _remark(plugin)) for plugin in found])
+        _echo_columns(
+            [(plugin.distribution, plugin.version, plugin.status, _families_or_error(plugin)) for plugin in found]
+        )
     else:
         click.echo("No model plugin is installed. Each is a package of its own: pip install megacore-<family>")
 
 
-def _as_object(plugin: LoadedPlugin) -> dict[str, Any]:
+def _to_json(plugin: LoadedPlugin) -> dict[str, Any]:
     return {
         "distribution": plugin.distribution,
         "version": plugin.version,
@@ -43,7 +45,7 @@ def _as_object(plugin: LoadedPlugin) -> dict[str, Any]:
     }
 
 
-def _remark(plugin: LoadedPlugin) -> str:
+def _families_or_error(plugin: LoadedPlugin) -> str:
     if plugin.error:
         return str(plugin.error)
     if plugin.families:
@@ -52,7 +54,7 @@ def _remark(plugin: LoadedPlugin) -> str:
 
 
 def _echo_columns(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print ``rows`` with aligned columns; the last one is as long as it is."""
+    """Print ``rows`` with aligned columns, the last of which is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     for *cells, last in rows:
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))

@@ -1,4 +1,4 @@
-"""A progress bar on standard error while a person is watching."""
+"""Progress bars on standard error, drawn only on a terminal."""
 
 from __future__ import annotations
 
@@ -36,37 +36,25 @@ def _tracked(directory: Path) -> Path:
 
 @contextmanager
 def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to be told of every few bytes done, out of ``total``. Draws nothing unless on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda num_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
+    """Show a progress bar of ``total`` bytes; yield the function that advances it by a number of bytes."""
+    with documents_progress(what, total) as (advance, _):
+        yield advance
 
 
 @contextmanager
 def documents_progress(what: str, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """As :func:`bytes_progress`, with a second function to be told of every few documents done."""
+    """Show a progress bar of ``total`` bytes, and documents per second; yield the functions that advance each."""
     if not sys.stderr.isatty():
         yield (lambda num_bytes: None), (lambda num_documents: None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[documents]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    documents_column = TextColumn("{task.fields[documents]}")
+    with Progress(
+        TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), documents_column, TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    ) as progress:  # fmt: skip
         task = progress.add_task(what, total=total, documents="")
         num_documents, started = 0, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""``megacore report``."""
+"""``megacore report``: a page with the curves of one or several runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import click
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE.html",
-    help="What to write.  [default: report.html in the directory of a single run]",
+    help="File to write.  [default: report.html in the directory of a single run]",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Write one HTML page with the curves of one or several runs, which need not have ended.
+    """Write an HTML page with the curves of runs.
 
-    RUN is a directory that output.directory named in a run file. The page needs no network and no other file.
+    RUN is the output.directory of a run file, which may still be running. The page is self-contained: it
+    needs no network and no other file.
 
     \b
     megacore report runs/first

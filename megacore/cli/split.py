@@ -1,4 +1,4 @@
-"""``megacore split``."""
+"""``megacore split``: a native checkpoint to another parallel layout."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.options import add_tokens_option, checkpoint_argument, out_option, parallel_size_option
+from megacore.cli.options import add_tokens_option, checkpoint_argument, out_option, pp_option, tp_option
 from megacore.cli.progress import bytes_progress
 
 
 @click.command()
 @checkpoint_argument
 @out_option
-@parallel_size_option("--tp", "Tensor-parallel size to cut for; 1 merges.")
-@parallel_size_option("--pp", "Pipeline-parallel size to cut for; 1 merges.")
+@tp_option
+@pp_option
 @add_tokens_option
 def split(checkpoint: Path, out: Path, tp: int, pp: int, add_tokens: Path | None) -> None:
-    """Cut CKPT for other parallel sizes, or merge it. Training and verification load any layout; this saves them time.
+    """Reshard CKPT to another TP × PP size. Without --tp and --pp it is merged into one shard.
+
+    Every command loads a checkpoint of any layout; a checkpoint in the right one loads faster.
 
     \b
     megacore split ckpt/ --out ckpt-tp2/ --tp 2

@@ -1,4 +1,4 @@
-"""``megacore tokenize``: text files to a dataset of token ids."""
+"""``megacore tokenize``: text to an indexed dataset of token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from megacore.cli.notes import counted, print_note
 from megacore.cli.progress import documents_progress
 from megacore.cli.tokenizing_options import (
-    ManyInputs,
+    MultiInputCommand,
     inputs_option,
     note_new_tokens,
     on_error_option,
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
     from megacore.data import TokenizeSummary
 
 
-@click.command(cls=ManyInputs)
+@click.command(cls=MultiInputCommand)
 @inputs_option(
-    "Text to tokenize. A .jsonl or .json file holds one JSON object a line, each a document; a .parquet file has them "
-    "in a column; any other file is plain text and one document as a whole."
+    "Text to tokenize. A .jsonl or .json file has one JSON object per line, each a document; a .parquet file has one "
+    "document per row; any other file is plain text and a single document."
 )
 @tokenizer_option(
-    "tokenizer.json, tokenizer.model, or a directory with one of them (with both, tokenizer.json is used; name the "
-    "file to choose)."
+    "A tokenizer.json, a tokenizer.model, or a directory with one of them. If it has both, tokenizer.json is used."
 )
 @prefix_option(
-    "Writes PREFIX.bin, PREFIX.idx and PREFIX.json, none of which may exist, and where tokens are new the tokenizer "
-    "that has them, PREFIX-tokenizer/."
+    "Prefix of the output: PREFIX.bin, PREFIX.idx and PREFIX.json and, if tokens are added, the extended tokenizer "
+    "PREFIX-tokenizer/. None of them may exist."
 )
 @click.option(
     "--json-key",
@@ -43,21 +42,24 @@ if TYPE_CHECKING:
     show_default="text",
     multiple=True,
     metavar="KEY",
-    help="Where a JSON line has its text, or a parquet file its column. Of several, each makes a dataset PREFIX_KEY.",
+    help="Key of the text in a JSON object, or column of a parquet file. Repeatable: each of several keys makes a "
+    "dataset PREFIX_KEY.",
 )
-@click.option("--append-eod", is_flag=True, help="End every document with the end-of-document token.")
-@click.option("--prepend-bos", is_flag=True, help="Begin every document with the tokenizer's begin token.")
+@click.option("--append-eod", is_flag=True, help="Append the end-of-document token to every document.")
+@click.option("--prepend-bos", is_flag=True, help="Prepend the tokenizer's BOS token to every document.")
 @click.option(
     "--no-new-tokens",
     is_flag=True,
-    help="Leave the vocabulary as it is. By default <CLS> <SEP> <EOD> <MASK> <PAD> are added to it (<PAD> where there "
-    "is no padding token), and the model needs rows for them.",
+    help="Keep the vocabulary. By default <CLS> <SEP> <EOD> <MASK> are added to it, and <PAD> if it has no padding "
+    "token; the model then needs embedding rows for them.",
 )
-@click.option("--vocab-extra-ids", default=0, metavar="N", help="Add N tokens <extra_id_0>, <extra_id_1>…")
+@click.option(
+    "--vocab-extra-ids", default=0, metavar="N", help="Add N tokens <extra_id_0>, <extra_id_1>, … to the vocabulary."
+)
 @vocab_extra_ids_list_option
 @on_error_option
 @click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes to spread the work over.  [default: cores]"
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Number of processes.  [default: number of cores]"
 )
 def tokenize(
     inputs: tuple[Path, ...],
@@ -72,9 +74,9 @@ def tokenize(
     on_error: Literal["stop", "skip"],
     workers: int | None,
 ) -> None:
-    """Turn text into a dataset of token ids for training and verification.
+    """Tokenize text into an indexed dataset.
 
-    Documents keep their order; those without a token are skipped and counted.
+    Documents keep their order. Documents without a token are skipped and counted.
 
     \b
     megacore tokenize --input 'data/*.jsonl' --tokenizer published/ --out data/train --append-eod --no-new-tokens
@@ -103,10 +105,10 @@ def tokenize(
     for error in summary.first_errors:
         print_note(f"skipped {error}")
     note_new_tokens(summary.new_tokens, summary.tokenizer_directory)
-    click.echo(_told(summary))
+    click.echo(_format_summary(summary))
 
 
-def _told(summary: TokenizeSummary) -> str:
+def _format_summary(summary: TokenizeSummary) -> str:
     skipped = [
         counted(number, noun)
         for number, noun in (

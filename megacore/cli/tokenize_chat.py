@@ -1,4 +1,4 @@
-"""``megacore tokenize-chat``: conversations to a dataset of token ids and of who speaks."""
+"""``megacore tokenize-chat``: conversations to instruction data, token ids with the role of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from megacore.cli.notes import counted, print_note
 from megacore.cli.progress import bytes_progress
 from megacore.cli.tokenizing_options import (
-    ManyInputs,
+    MultiInputCommand,
     inputs_option,
     note_new_tokens,
     on_error_option,
@@ -19,37 +19,41 @@ from megacore.cli.tokenizing_options import (
     vocab_extra_ids_list_option,
 )
 
-_SHOWN = 10
-"""Skipped records that are told of one by one."""
+_MAX_SKIP_NOTES = 10
+"""Number of skipped records with a note of their own."""
 
 
-@click.command(name="tokenize-chat", cls=ManyInputs)
-@inputs_option("Conversations, each a JSON object in a line of a .jsonl or .json file, or a row of a .parquet file.")
+@click.command(name="tokenize-chat", cls=MultiInputCommand)
+@inputs_option("Conversations: one JSON object per line of a .jsonl or .json file, or one row of a .parquet file.")
 @tokenizer_option(
-    "tokenizer.json, or the directory that has it, its tokenizer_config.json and its chat template; a tokenizer.model "
-    "too, with the markup of megatron-llm."
+    "A tokenizer.json, or the directory with it, its tokenizer_config.json and its chat template. With --markup "
+    "megatron-llm also a tokenizer.model."
 )
-@prefix_option("Writes PREFIX-text and PREFIX-role, each a .bin and an .idx, and PREFIX.json. None of them may exist.")
+@prefix_option(
+    "Prefix of the output: PREFIX-text and PREFIX-role, each a .bin and an .idx, and PREFIX.json. None may exist."
+)
 @click.option(
-    "--messages-key", metavar="KEY", help="Where a record has its list of role and content.  [default: messages]"
+    "--messages-key",
+    metavar="KEY",
+    help="Key of the list of messages, each with role and content.  [default: messages]",
 )
-@click.option("--tools-key", metavar="KEY", help="Where it has the tools, if any, for the template.  [default: tools]")
+@click.option("--tools-key", metavar="KEY", help="Key of the tools for the chat template, if any.  [default: tools]")
 @click.option(
-    "--question-key", metavar="KEY", help="Where a record has its question, instead of messages.  [default: input]"
+    "--question-key", metavar="KEY", help="Key of the question, for records without messages.  [default: input]"
 )
-@click.option("--answer-key", metavar="KEY", help="Where a record has its answer.  [default: output]")
-@click.option("--system-key", metavar="KEY", help="Where a record has its system message.  [default: there is none]")
+@click.option("--answer-key", metavar="KEY", help="Key of the answer.  [default: output]")
+@click.option("--system-key", metavar="KEY", help="Key of the system message.  [default: no system message]")
 @click.option(
     "--markup",
     type=click.Choice(["template", "megatron-llm"]),
-    help="What turns are written as: with a chat template, or with <|im_start|>question and so on, as Megatron-LLM "
-    "does.  [default: megatron-llm for questions and answers, template for messages]",
+    help="Markup of the turns: the chat template, or Megatron-LLM's <|im_start|>question and so on.  [default: "
+    "megatron-llm for questions and answers, template for messages]",
 )
 @click.option(
     "--chat-template",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A Jinja template.  [default: the tokenizer's own]",
+    help="Jinja chat template.  [default: the tokenizer's own]",
 )
 @vocab_extra_ids_list_option
 @on_error_option
@@ -67,9 +71,10 @@ def tokenize_chat(
     vocab_extra_ids_list: str,
     on_error: Literal["stop", "skip"],
 ) -> None:
-    """Turn conversations into instruction data: token ids, and who speaks at each of them.
+    """Tokenize conversations into instruction data.
 
-    Training on it (data.kind = "instruction") has a loss on the assistant's tokens, the end of its turns included.
+    The output has token ids and the role of each. With data.kind = "instruction", the training loss covers the
+    assistant's tokens, including the end of its turns.
 
     \b
     megacore tokenize-chat --input chats.jsonl --tokenizer published/ --out data/chats
@@ -79,23 +84,23 @@ def tokenize_chat(
     from megacore.data.preprocess.readers import expand, total_size
     from megacore.errors import DataError
 
-    asks_messages, asks_questions = messages_key or tools_key, question_key or answer_key or system_key
-    if asks_messages and asks_questions:
+    has_message_keys, has_question_keys = messages_key or tools_key, question_key or answer_key or system_key
+    if has_message_keys and has_question_keys:
         raise click.UsageError(
             "records have either messages (--messages-key, --tools-key) or a question and an answer (--question-key, "
             "--answer-key, --system-key)"
         )
     keys = (
         megacore.data.QuestionKeys(question=question_key or "input", answer=answer_key or "output", system=system_key)
-        if asks_questions
+        if has_question_keys
         else megacore.data.MessageKeys(messages=messages_key or "messages", tools=tools_key or "tools")
     )
-    num_told = 0
+    num_skipped = 0
 
-    def tell(error: DataError) -> None:
-        nonlocal num_told
-        num_told += 1
-        if num_told <= _SHOWN:
+    def note_skipped(error: DataError) -> None:
+        nonlocal num_skipped
+        num_skipped += 1
+        if num_skipped <= _MAX_SKIP_NOTES:
             print_note(f"skipped {error}")
 
     total = total_size(expand(inputs))
@@ -109,16 +114,16 @@ def tokenize_chat(
             chat_template=chat_template,
             vocab_extra_ids_list=vocab_extra_ids_list.split(",") if vocab_extra_ids_list else (),
             on_error=on_error,
-            on_skip=tell,
+            on_skip=note_skipped,
             advance=advance,
         )
-    if num_told > _SHOWN:
-        print_note(f"skipped {num_told - _SHOWN:,} more")
+    if num_skipped > _MAX_SKIP_NOTES:
+        print_note(f"skipped {num_skipped - _MAX_SKIP_NOTES:,} more")
     note_new_tokens(summary.new_tokens, summary.tokenizer_directory)
     if summary.num_with_special_tokens:
         print_note(
-            f"{counted(summary.num_with_special_tokens, 'conversation')} with text that spells special tokens, which "
-            "it has become; remove it from the records where it must not have that power"
+            f"{counted(summary.num_with_special_tokens, 'conversation')} with text that spells special tokens and was "
+            "tokenized as such; remove it from the records if that is not intended"
         )
     click.echo(
         f"{out}: {counted(summary.num_conversations, 'conversation')}, {counted(summary.num_tokens, 'token')}, "

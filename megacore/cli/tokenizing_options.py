@@ -1,4 +1,4 @@
-"""What ``tokenize`` and ``tokenize-chat`` share."""
+"""The options of ``tokenize`` and ``tokenize-chat``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megacore.cli.notes import counted, print_note
 from megacore.cli.options import Command
 
 
-class ManyInputs(click.Command):
-    """Lets one ``--input`` take several files, as a shell writes ``--input data/*.jsonl``; click's options take one."""
+class MultiInputCommand(click.Command):
+    """A command whose ``--input`` takes several files, for ``--input data/*.jsonl``; an option of click takes one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_repeat_option("--input", args)))
 
 
 def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
-    """``--input a b`` as ``--input a --input b``; nothing else is touched, since the command takes no bare words."""
+    """Rewrite ``--input a b`` as ``--input a --input b``, for a command without positional arguments."""
     current, num_values = "", 0
     for word in args:
         if word.startswith("-"):
@@ -32,8 +32,8 @@ def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
         yield word
 
 
-def inputs_option(what: str) -> Callable[[Command], Command]:
-    """``--input``, which takes several files, of a :class:`ManyInputs`; ``what`` they hold."""
+def inputs_option(description: str) -> Callable[[Command], Command]:
+    """Return the option ``--input`` of a :class:`MultiInputCommand`."""
     return click.option(
         "--input",
         "inputs",
@@ -41,18 +41,18 @@ def inputs_option(what: str) -> Callable[[Command], Command]:
         multiple=True,
         required=True,
         metavar="FILE...",
-        help=f"{what} Lines and text may be compressed (.gz, .zst). Files are taken in the order given; a quoted "
-        "pattern ('data/*.jsonl') stands for its files, sorted.",
+        help=f"{description} JSON Lines and text may be compressed (.gz, .zst). Files are read in the given order; a "
+        "quoted pattern ('data/*.jsonl') is expanded and sorted.",
     )
 
 
 def tokenizer_option(help_: str) -> Callable[[Command], Command]:
-    """``--tokenizer``, a file or a directory."""
+    """Return the option ``--tokenizer``, a file or a directory."""
     return click.option("--tokenizer", type=click.Path(path_type=Path), required=True, metavar="PATH", help=help_)
 
 
 def prefix_option(help_: str) -> Callable[[Command], Command]:
-    """``--out``, what the names of all files that are written begin with."""
+    """Return the option ``--out``, the prefix of all files that are written."""
     return click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PREFIX", help=help_)
 
 
@@ -65,15 +65,15 @@ on_error_option = click.option(
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="What to do about a record that cannot be used.",
+    help="Stop at a malformed record, or skip and count it.",
 )
 
 
 def note_new_tokens(new_tokens: Mapping[str, int], directory: Path | None) -> None:
-    """Say which tokens were added, and what a model needs for them."""
+    """Print which tokens were added to the tokenizer, if any."""
     if directory is not None:
         tokens = ", ".join(f"{token} {number}" for token, number in new_tokens.items())
         print_note(
-            f"{counted(len(new_tokens), 'new token')} ({tokens}): the tokenizer that has them is {directory}, and the "
-            "model needs rows for them"
+            f"added {counted(len(new_tokens), 'new token')} ({tokens}): the extended tokenizer is {directory}, and the "
+            "model needs embedding rows for them (--add-tokens of convert and split)"
         )

@@ -1,9 +1,9 @@
-"""``megacore train``."""
+"""``megacore train``: the training of a model, as a run file describes it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -11,16 +11,13 @@ from megacore.cli.console import Console
 from megacore.cli.notes import print_note, printing
 from megacore.cli.run_options import read_run, run_file_argument, run_options
 
-if TYPE_CHECKING:
-    from megacore.training.starting_point import Resume
 
-
-class _HowToResume(click.Choice[str]):
-    """``--resume`` alone, or with ``auto``; a run file that follows it would be taken for what it says."""
+class _ResumeType(click.Choice[str]):
+    """The value of ``--resume``, with a hint for a run file that was taken for it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
-            self.fail(f"it is followed by auto or nothing: megacore train {value} --resume, perhaps?", param, ctx)
+            self.fail(f"the only value is auto. Did you mean: megacore train {value} --resume", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -30,43 +27,43 @@ class _HowToResume(click.Choice[str]):
     "--resume",
     is_flag=False,
     flag_value="yes",
-    type=_HowToResume(["yes", "auto"]),
-    help="Go on from the newest training checkpoint of the run; with auto, if there is one.",
+    type=_ResumeType(["yes", "auto"]),
+    help="Resume from the newest training checkpoint of the run; with auto, only if there is one.",
 )
 @click.option(
     "--load",
     metavar="CKPT",
     type=click.Path(path_type=Path),
-    help="Native checkpoint to start from, instead of model.checkpoint; or training checkpoint, or directory of them, "
-    "to go on from.",
+    help="Native checkpoint to start from instead of model.checkpoint; or training checkpoint, or directory of them, "
+    "to resume from.",
 )
 @run_options
-@click.option("--plain", is_flag=True, help="Print a line a step on a terminal too, instead of the panel.")
+@click.option("--plain", is_flag=True, help="Print lines instead of the live panel on a terminal too.")
 def train(
     run_file: Path,
     resume: Literal["yes", "auto"] | None,
     load: Path | None,
     plain: bool,
-    **given: Any,
+    **options: Any,
 ) -> None:
-    """Train as RUN.toml says, on as many processes as it needs, and save a checkpoint.
+    """Train a model as RUN.toml describes.
 
-    Under torchrun or srun it joins the processes that are there.
+    The trained model is saved as the native checkpoint output.checkpoint. The command starts the processes that the
+    run needs; under torchrun or srun it joins the existing ones.
 
     \b
     megacore train run.toml --tp 2 --set optimizer.lr=1e-4
     megacore train run.toml --tp 4 --nodes 2 --node-rank 0 --addr node1     # on node1
     megacore train run.toml --tp 4 --nodes 2 --node-rank 1 --addr node1     # on node2
     """
-    run, nodes = read_run(run_file, **given)
+    run, nodes = read_run(run_file, **options)
     from megacore.parallel import is_first_process
     from megacore.training import train
 
-    going_on: Resume = "auto" if resume == "auto" else resume is not None
     console = Console(log_interval=run.logging.log_interval, plain=plain)
-    steps = train(
+    result = train(
         run,
-        resume=going_on,
+        resume="auto" if resume == "auto" else resume is not None,
         load=load,
         nodes=nodes,
         on_note=print_note,
@@ -75,9 +72,8 @@ def train(
     )
     if not is_first_process(nodes):
         return
-    told = f"Saved {run.output.checkpoint}."
-    if steps and steps[-1].stopped_by:
-        last = steps[-1]
-        told = f"Stopped by {last.stopped_by} after iteration {last.iteration}; --resume goes on from there."
+    outcome = f"Saved {run.output.checkpoint}."
+    if result.stopped_by is not None and result.last_step is not None:
+        outcome = f"Stopped by {result.stopped_by} after iteration {result.last_step.iteration}; resume with --resume."
     with printing():
-        click.echo(told)
+        click.echo(outcome)

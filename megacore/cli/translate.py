@@ -1,4 +1,4 @@
-"""``megacore translate``."""
+"""``megacore translate``: a published checkpoint to another published format."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from megacore.cli.notes import print_note
-from megacore.cli.options import (
-    DtypeType,
-    FamilyType,
+from megacore.cli.options import dtype_option, out_option, pp_option, tp_option
+from megacore.cli.progress import bytes_progress, published_bytes
+from megacore.cli.published_options import (
     cache_dir_option,
+    find_published,
     format_option,
     from_option,
-    out_option,
-    pp_option,
+    model_option,
     revision_option,
     source_option,
-    tp_option,
     true_vocab_size_option,
 )
-from megacore.cli.origin import published_directory
-from megacore.cli.progress import bytes_progress, published_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +28,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--model", type=FamilyType(), required=True, help="Model family; `megacore plugins` lists them.")
+@model_option
 @from_option("translate")
 @cache_dir_option
 @revision_option
 @out_option
 @source_option
 @format_option
-@click.option("--dtype", type=DtypeType(), help="Convert to this dtype.  [default: every tensor keeps its own]")
+@dtype_option
 @tp_option
 @pp_option
 @true_vocab_size_option
@@ -55,14 +52,16 @@ def translate(
     pp: int,
     true_vocab_size: int | None,
 ) -> None:
-    """Write a published checkpoint in another published format, streaming from file to file.
+    """Convert a published checkpoint to another format.
+
+    Tensors are streamed from file to file; the model is never in memory as a whole.
 
     \b
     megacore translate --model mpt --from published/ --out translated/
     """
     from megacore.weights import translate
 
-    source_directory = published_directory(origin, out=out, cache_dir=cache_dir, revision=revision)
+    source_directory = find_published(origin, out=out, cache_dir=cache_dir, revision=revision)
     with bytes_progress("translating", published_bytes(source_directory, source)) as advance:
         translate(
             model,

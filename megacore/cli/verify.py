@@ -1,4 +1,4 @@
-"""``megacore verify``."""
+"""``megacore verify``: a comparison with the reference implementation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megacore.cli.options import DtypeType, cache_dir_option, checkpoint_argument, parallel_size_option, revision_option
+from megacore.cli.options import DtypeType, checkpoint_argument, model_tp_option
+from megacore.cli.published_options import cache_dir_option, revision_option
 
 if TYPE_CHECKING:
     import torch
@@ -22,33 +23,33 @@ if TYPE_CHECKING:
     "--reference",
     metavar="DIR_OR_HUB_ID",
     required=True,
-    help="The published checkpoint to compare with: a directory, or owner/name on the Hugging Face hub.",
+    help="Published checkpoint to compare with: a directory, or OWNER/NAME on the Hugging Face hub.",
 )
 @cache_dir_option
 @revision_option
-@click.option("--data", type=click.Path(path_type=Path), metavar="PREFIX", help="Take token ids from this dataset.")
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Take them from this text.")
-@click.option("--random-ids", is_flag=True, help="Take random ones.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="PREFIX", help="Compare on token ids of this dataset.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Compare on this text, tokenized.")
+@click.option("--random-ids", is_flag=True, help="Compare on random token ids.")
 @click.option("--iters", type=click.IntRange(min=1), default=10, show_default=True, help="Number of comparisons.")
 @click.option(
     "--seq-length",
     type=click.IntRange(min=1),
-    help="Tokens a comparison.  [default: 512, or the model's context length where that is shorter]",
+    help="Tokens of each comparison.  [default: 512, or the model's context length if that is shorter]",
 )
-@click.option("--dtype", type=DtypeType(), default="fp32", show_default=True, help="What our model computes in.")
-@parallel_size_option("--tp", "Tensor-parallel size to compare at.  [default: the checkpoint's]", default=None)
+@click.option("--dtype", type=DtypeType(), default="fp32", show_default=True, help="Dtype that our model computes in.")
+@model_tp_option
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="Allowed largest logit error (the mean: a tenth of it); in 16 bit, allowed mean logit error.  "
-    "[default: 0.001; in 16 bit 0.1]",
+    help="Largest allowed logit error; the mean error may be a tenth of it. In 16 bit, the largest allowed mean error."
+    "  [default: 0.001; in 16 bit 0.1]",
 )
 @click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Also write the figures here.",
+    help="Also write the results to this JSON file.",
 )
 @click.pass_context
 def verify(
@@ -67,14 +68,16 @@ def verify(
     tolerance: float | None,
     json_file: Path | None,
 ) -> None:
-    """Compare the model of CKPT with the implementation it came from, logit by logit. Exit code 1 if they differ.
+    """Compare the logits of CKPT with a reference.
+
+    The reference is an independent implementation on the published weights. The exit code is 1 if the logits differ.
 
     \b
     megacore verify ckpt/ --reference published/ --data data/text
     """
     if (data is not None) + (text is not None) + random_ids != 1:
         raise click.UsageError("Give one of --data, --text and --random-ids.")
-    if json_file is not None and not json_file.absolute().parent.is_dir():  # said before the work, not after it
+    if json_file is not None and not json_file.absolute().parent.is_dir():  # checked before the work, not after it
         raise click.UsageError(f"{json_file.absolute().parent}, for --json, is not a directory: create it first.")
     from megacore.checkpoint import Checkpoint
     from megacore.parallel import is_first_process
@@ -106,7 +109,7 @@ def verify(
 
 
 def print_iteration(iteration: Iteration) -> None:
-    """The lines that tell of one comparison."""
+    """Print the result of one comparison."""
     click.echo(
         f"Iteration {iteration.index}...\n"
         f"Max absolute error in the logits: {iteration.max_error:.6f}\n"

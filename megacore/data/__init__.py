@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megacore.data.datasets.description import DatasetDescription as DatasetDescription
+    from megacore.data.datasets.description import check_token_ids as check_token_ids
     from megacore.data.datasets.indexed import IndexedDataset as IndexedDataset
     from megacore.data.datasets.indexed import IndexedDatasetWriter as IndexedDatasetWriter
     from megacore.data.datasets.indexed import token_dtype as token_dtype
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from megacore.data.datasets.splits import SPLITS as SPLITS
     from megacore.data.datasets.splits import Split as Split
     from megacore.data.datasets.splits import split_tokens as split_tokens
-    from megacore.data.datasets.vocabulary import check_token_ids as check_token_ids
     from megacore.data.preprocess.chat import ChatSummary as ChatSummary
     from megacore.data.preprocess.chat import tokenize_chat as tokenize_chat
     from megacore.data.preprocess.conversations import MessageKeys as MessageKeys
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from megacore.data.preprocess.text import TokenizeSummary as TokenizeSummary
     from megacore.data.preprocess.text import tokenize as tokenize
     from megacore.data.sampling.instruction_samples import InstructionSamples as InstructionSamples
-    from megacore.data.sampling.mixed_samples import MixedSamples as MixedSamples
-    from megacore.data.sampling.mixed_samples import SampleSource as SampleSource
-    from megacore.data.sampling.mixed_samples import WindowSamples as WindowSamples
     from megacore.data.sampling.mixture import Mixture as Mixture
+    from megacore.data.sampling.samples import MixedSamples as MixedSamples
     from megacore.data.sampling.samples import Sample as Sample
+    from megacore.data.sampling.samples import SampleSource as SampleSource
+    from megacore.data.sampling.samples import WindowSamples as WindowSamples
     from megacore.data.sampling.windows import KeyedPermutation as KeyedPermutation
     from megacore.data.sampling.windows import SampleOrder as SampleOrder
     from megacore.data.sampling.windows import TokenWindows as TokenWindows
@@ -50,7 +50,7 @@ _HOME = {
     "InstructionSamples": "megacore.data.sampling.instruction_samples",
     "KeyedPermutation": "megacore.data.sampling.windows",
     "MessageKeys": "megacore.data.preprocess.conversations",
-    "MixedSamples": "megacore.data.sampling.mixed_samples",
+    "MixedSamples": "megacore.data.sampling.samples",
     "Mixture": "megacore.data.sampling.mixture",
     "NewTokens": "megacore.data.tokenizers.added_tokens",
     "QuestionKeys": "megacore.data.preprocess.conversations",
@@ -58,13 +58,13 @@ _HOME = {
     "SPLITS": "megacore.data.datasets.splits",
     "Sample": "megacore.data.sampling.samples",
     "SampleOrder": "megacore.data.sampling.windows",
-    "SampleSource": "megacore.data.sampling.mixed_samples",
+    "SampleSource": "megacore.data.sampling.samples",
     "Split": "megacore.data.datasets.splits",
     "TokenWindows": "megacore.data.sampling.windows",
     "TokenizeSummary": "megacore.data.preprocess.text",
     "Tokenizer": "megacore.data.tokenizers.tokenizer",
-    "WindowSamples": "megacore.data.sampling.mixed_samples",
-    "check_token_ids": "megacore.data.datasets.vocabulary",
+    "WindowSamples": "megacore.data.sampling.samples",
+    "check_token_ids": "megacore.data.datasets.description",
     "load_tokenizer": "megacore.data.tokenizers.tokenizer",
     "merge_datasets": "megacore.data.datasets.merge",
     "split_tokens": "megacore.data.datasets.splits",

@@ -1,4 +1,4 @@
-"""Tokens after tokens: a batch of prompts through the model, on every rank in the same steps."""
+"""The decoding loop: a batch of prompts through the model, token by token, with the same steps on every rank."""
 
 from __future__ import annotations
 
@@ -12,50 +12,53 @@ from megacore.model import DecoderModel, KeyValueCache, Positions
 from megacore.parallel import ParallelContext, chunk_bounds, vocab_parallel_logits
 
 PROMPT_TOKENS = 8192
-"""Prompts pass the layers together up to about so many tokens, which bounds the memory of activations."""
+"""Approximate number of prompt tokens that pass the layers together, which bounds the memory of activations."""
 
 ENDED = -1
-"""Stands for the next token of a sequence that has none."""
+"""Returned in place of the next token by a sequence that has ended."""
 
-Chooser = Callable[[Tensor], list[int]]
-"""Given the logits of sequences that go on, ``[sequences, vocabulary]``, says their next tokens, or :data:`ENDED`."""
+ChooseTokens = Callable[[Tensor], list[int]]
+"""Maps the logits of the active sequences, ``[sequences, vocabulary]``, to their next tokens, or :data:`ENDED`."""
 
 
 @torch.no_grad()
-def decode(model: DecoderModel, prompts: Sequence[Sequence[int]], longest: int, choose: Chooser | None) -> None:
-    """Let each of ``prompts`` grow, all in one batch, until ``choose`` has ended every one.
+def decode(
+    model: DecoderModel, prompts: Sequence[Sequence[int]], max_length: int, choose_tokens: ChooseTokens | None
+) -> None:
+    """Extend all ``prompts``, in one batch, until ``choose_tokens`` has ended each of them.
 
-    All tensor-parallel ranks call this with the same prompts. The first one chooses, the others follow, so that they
-    cannot come to differ.
+    All tensor-parallel ranks call this with the same prompts. The first one chooses the tokens and broadcasts them, so
+    that the ranks cannot diverge.
 
     Args:
-        model: the whole model, or this rank's part of each layer.
-        prompts: token ids, at least one each, of any lengths.
-        longest: the number of tokens that no sequence exceeds.
-        choose: on the first rank.
+        model: The whole model, or this rank's part of each layer.
+        prompts: Token ids, at least one for each prompt; the lengths may differ.
+        max_length: Upper bound of the length of a sequence in tokens.
+        choose_tokens: Chooses the next tokens, on the first rank; ``None`` on the others.
 
     Raises:
-        PluginError: when the model's layers keep no keys and values.
+        PluginError: when the model's layers do not cache keys and values.
     """
     embeddings = model.head.local("weight")
     cache = KeyValueCache(
-        model.config, model.parallel, longest=longest, device=model.parallel.device, dtype=embeddings.dtype
+        model.config, model.parallel, max_length=max_length, device=model.parallel.device, dtype=embeddings.dtype
     )
-    logits = torch.cat([_prompt_logits(model, cache, group) for group in _groups(prompts)])
-    cache.check_used_by(model)
+    logits = torch.cat([_prompt_logits(model, cache, group) for group in _grouped(prompts)])
+    cache.check_used_by(model.decoder.layers)
     while True:
-        next_ids = _agreed(logits, choose, model.config.vocab_size, model.parallel)
-        going_on = [row for row, token_id in enumerate(next_ids.tolist()) if token_id != ENDED]
-        if not going_on:
+        next_ids = _next_ids(logits, choose_tokens, model.config.vocab_size, model.parallel)
+        active = [row for row, token_id in enumerate(next_ids.tolist()) if token_id != ENDED]
+        if not active:
             return
-        if len(going_on) < len(next_ids):
-            cache.keep(going_on)
-            next_ids = next_ids[going_on]
-        positions = cache.step()
+        if len(active) < len(next_ids):
+            cache.select(active)
+            next_ids = next_ids[active]
+        positions = cache.add_tokens()
         logits = _last_logits(model, next_ids.unsqueeze(-1), positions)[:, 0]
 
 
-def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def _grouped(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Yield consecutive prompts of up to :data:`PROMPT_TOKENS` tokens together."""
     group: list[Sequence[int]] = []
     for prompt in prompts:
         if group and sum(map(len, group)) + len(prompt) > PROMPT_TOKENS:
@@ -66,42 +69,42 @@ def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
 
 
 def _prompt_logits(model: DecoderModel, cache: KeyValueCache, prompts: list[Sequence[int]]) -> Tensor:
-    """This rank's logits after the last token of each prompt, ``[prompts, local_vocab]``."""
+    """Return this rank's logits after the last token of each prompt, ``[prompts, local_vocab]``."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.cat([torch.tensor(prompt) for prompt in prompts]).to(cache.device)
     last = (lengths.cumsum(0) - 1).to(cache.device)
-    return _last_logits(model, ids.unsqueeze(0), cache.prompts(lengths.tolist()), last)[0]
+    return _last_logits(model, ids.unsqueeze(0), cache.add_prompts(lengths.tolist()), last)[0]
 
 
 def _last_logits(model: DecoderModel, input_ids: Tensor, positions: Positions, last: Tensor | None = None) -> Tensor:
-    """This rank's logits of all tokens, or of those at the places ``last``: ``[batch, places, local_vocab]``."""
+    """Return this rank's logits after all tokens, or after the tokens ``last``, ``[batch, tokens, local_vocab]``."""
     hidden = model.decoder(model.embedding(input_ids, None), positions)
     if last is not None:
         hidden = hidden[:, last]
     return vocab_parallel_logits(hidden, model.head.local("weight"), model.parallel)
 
 
-def _agreed(logits: Tensor, choose: Chooser | None, vocab_size: int, parallel: ParallelContext) -> Tensor:
-    """What the first rank chooses, on every rank: ``[sequences]``, on the device."""
-    gathered = _at_first_rank(logits, vocab_size, parallel)
+def _next_ids(logits: Tensor, choose_tokens: ChooseTokens | None, vocab_size: int, parallel: ParallelContext) -> Tensor:
+    """Return the tokens that the first rank chooses, on every rank: ``[sequences]``, on the device."""
+    gathered = _gather_to_first_rank(logits, vocab_size, parallel)
     if gathered is None:
         next_ids = torch.empty(len(logits), dtype=torch.int64, device=parallel.device)
     else:
-        assert choose is not None, "the first rank chooses"
-        next_ids = torch.tensor(choose(gathered), device=parallel.device)
+        assert choose_tokens is not None, "the first rank chooses the tokens"
+        next_ids = torch.tensor(choose_tokens(gathered), device=parallel.device)
     if parallel.tp_mesh is not None:
         dist.broadcast(next_ids, group=parallel.tp_group, group_src=0)
     return next_ids
 
 
-def _at_first_rank(logits: Tensor, vocab_size: int, parallel: ParallelContext) -> Tensor | None:
-    """The logits of the whole vocabulary, ``[sequences, vocabulary]``; ``None`` on other ranks than the first."""
+def _gather_to_first_rank(logits: Tensor, vocab_size: int, parallel: ParallelContext) -> Tensor | None:
+    """Return the logits of the whole vocabulary, ``[sequences, vocabulary]``, on the first rank; ``None`` elsewhere."""
     if parallel.tp_mesh is None:
         return logits
-    # As torch.chunk cuts, the last parts may be shorter: a collective wants equal ones.
+    # The last parts of an uneven cut are smaller, and the collective needs equal ones.
     _, largest = chunk_bounds(vocab_size, parallel.tp_size, 0)
-    own = logits.new_zeros(len(logits), largest)
-    own[:, : logits.shape[1]] = logits
-    parts = [torch.empty_like(own) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
-    dist.gather(own, parts, group=parallel.tp_group, group_dst=0)
+    padded = logits.new_zeros(len(logits), largest)
+    padded[:, : logits.shape[1]] = logits
+    parts = [torch.empty_like(padded) for _ in range(parallel.tp_size)] if parallel.tp_rank == 0 else None
+    dist.gather(padded, parts, group=parallel.tp_group, group_dst=0)
     return None if parts is None else torch.cat(parts, dim=-1)[:, :vocab_size]

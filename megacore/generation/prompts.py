@@ -1,4 +1,4 @@
-"""What a model is to go on from: text, token ids or a conversation, as token ids."""
+"""Prompts: text, token ids or a conversation, and their encoding as token ids."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from megacore.data.tokenizers.chat_template import ChatTemplate, Message, open_c
 from megacore.errors import GenerationError
 
 Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or the messages of a conversation that the assistant is to answer."""
+"""A text, token ids, or the messages of a conversation that the assistant answers."""
 
 
 def is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
-    """Whether a prompt is the messages of a conversation."""
+    """Return whether a prompt is the messages of a conversation."""
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
-class PromptReader:
-    """Makes token ids of prompts, with the tokenizer of a checkpoint.
+class PromptEncoder:
+    """Encodes prompts as token ids, with the tokenizer of a checkpoint.
 
     Args:
-        checkpoint: where the tokenizer is.
-        add_bos: whether a text begins with the token for a beginning; by default as its tokenizer says.
-        chat_template: a file to take instead of the tokenizer's own chat template.
+        checkpoint: Checkpoint with the tokenizer.
+        add_bos: True to prepend the BOS token to a text; by default as the tokenizer says.
+        chat_template: File with a chat template that replaces the tokenizer's.
 
     Attributes:
-        tokenizer: ``None`` where the checkpoint came without.
+        tokenizer: Tokenizer of the checkpoint; ``None`` for a checkpoint without one.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, *, add_bos: bool | None = None, chat_template: Path | None = None
     ) -> None:
-        self._where = checkpoint.path
+        self._path = checkpoint.path
         directory = checkpoint.tokenizer_directory
         self.tokenizer = None if directory is None else load_tokenizer(directory)
         self._context = int(checkpoint.manifest.config["max_position_embeddings"])
@@ -45,72 +45,72 @@ class PromptReader:
         self._template_file = chat_template
         self._template: ChatTemplate | None = None
 
-    def read(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt.
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt.
 
         Raises:
             GenerationError: when it is empty, is longer than the model's context, or needs a tokenizer and the
                 checkpoint has none.
-            DataError: when the chat template does not take it.
+            DataError: when the chat template refuses it.
         """
         if isinstance(prompt, str):
-            ids = self._of_text(prompt)
+            ids = self._encode_text(prompt)
         elif is_conversation(prompt):
             template = self.require_template()
             ids = self.require_tokenizer().encode(template.render(prompt, add_generation_prompt=True))
         else:
             ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
-        told = _abridged(prompt)
+        excerpt = _abridged(prompt)
         if not ids:
             raise GenerationError(
-                f"the prompt {told} has no token, so there is nothing to go on from: give one with text"
+                f"the prompt {excerpt} has no token, so there is nothing to continue: give one with text"
             )
         if unknown := [token_id for token_id in ids if not 0 <= token_id < self._vocab_size]:
             raise GenerationError(
-                f"the prompt {told} has the token id {unknown[0]}, and the vocabulary of {self._where} ends at "
+                f"the prompt {excerpt} has the token id {unknown[0]}, and the vocabulary of {self._path} ends at "
                 f"{self._vocab_size - 1}: was its tokenizer extended, and the model not?"
             )
         if len(ids) >= self._context:
             raise GenerationError(
-                f"the prompt {told} is {len(ids)} tokens, and the context of the model {self._context}: there is no "
-                "room for another token. Shorten the prompt"
+                f"the prompt {excerpt} has {len(ids)} tokens, and the context of the model is {self._context}: there "
+                "is no room for another token. Shorten the prompt"
             )
         return ids
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises :class:`GenerationError` where there is none."""
+        """Return the tokenizer. Raise :class:`GenerationError` if there is none."""
         if self.tokenizer is None:
             raise GenerationError(
-                f"{self._where} came without a tokenizer, so that text has no meaning for it: convert the model from a "
-                "directory that has one, or give prompts as token ids (megacore.generate in Python)"
+                f"{self._path} has no tokenizer, so it cannot encode text: convert the model from a directory that has "
+                "one, or give prompts as token ids (megacore.generate in Python)"
             )
         return self.tokenizer
 
     def require_template(self) -> ChatTemplate:
-        """The chat template. Raises :class:`DataError` where there is none."""
+        """Return the chat template. Raise :class:`DataError` if there is none."""
         if self._template is None:
             self._template = open_chat_template(self.require_tokenizer(), self._template_file)
         return self._template
 
-    def _of_text(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> list[int]:
         tokenizer = self.require_tokenizer()
         if not text:
             return []
         add_bos = tokenizer.adds_bos if self._add_bos is None else self._add_bos
         if add_bos and tokenizer.bos_id is None:
-            raise GenerationError(f"{tokenizer.file}: has no token for the beginning of a text: leave out --bos")
-        begin = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
-        return begin + tokenizer.encode(text)
+            raise GenerationError(f"{tokenizer.file} has no BOS token: leave out --bos")
+        prefix = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+        return prefix + tokenizer.encode(text)
 
 
 def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """The tokens that end a text: those that the published model names, and the one that ends a document."""
+    """Return the tokens that end a text: those that the published model names, and the end of a document."""
     ids: set[int] = set() if tokenizer is None or tokenizer.eod_id is None else {tokenizer.eod_id}
     published: dict[str, Any] = checkpoint.manifest.origin
     for settings in (published.get("generation_config"), published.get("config")):
-        told = (settings or {}).get("eos_token_id")
-        if told is not None:
-            ids |= {told} if isinstance(told, int) else set(told)
+        eos = (settings or {}).get("eos_token_id")
+        if eos is not None:
+            ids |= {eos} if isinstance(eos, int) else set(eos)
             break
     return frozenset(ids)
 

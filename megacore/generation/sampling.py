@@ -1,4 +1,4 @@
-"""Choosing the next token: the most likely one, or one that is drawn."""
+"""Choosing the next token: greedily, or by sampling."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from megacore.errors import GenerationError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """The settings that choose the next token.
 
-    What is drawn follows from the seed and the number of the prompt: it is the same in any batch and, but for rounding
-    of the logits, at any tensor-parallel size.
+    The random numbers depend only on the seed and the number of the prompt: the samples are the same in any batch and,
+    up to rounding of the logits, at any tensor-parallel size.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token, of equal ones that with the smallest id.
-        top_k: draw from so many tokens, the most likely ones; ``None`` from all.
-        top_p: draw from the most likely tokens that together have at least this probability (Holtzman et al., 2020,
-            arXiv:1904.09751), among those that ``top_k`` leaves.
-        seed: of what is drawn; another one each time unless it is given.
+        temperature: Temperature, which divides the logits; 0 takes the most likely token, the smallest id among equals.
+        top_k: Number of most likely tokens to sample from; ``None`` for all.
+        top_p: Minimum probability mass of the most likely tokens to sample from (Holtzman et al., 2020,
+            arXiv:1904.09751), after ``top_k``.
+        seed: Random seed; by default a new one each time.
 
     Raises:
-        GenerationError: for settings that mean nothing.
+        GenerationError: when a setting is invalid or has no effect.
     """
 
     temperature: float = 0.0
@@ -50,21 +50,21 @@ class Sampling:
             )
 
     def generator(self, index: int) -> torch.Generator:
-        """What the tokens that follow prompt ``index`` are drawn with."""
-        told = f"{self.seed},{index}".encode()
-        seed = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest()) >> 1
+        """Return the random number generator of prompt ``index``."""
+        key = f"{self.seed},{index}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
         return torch.Generator().manual_seed(seed)
 
     def choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """A token for each row of ``logits``, ``[sequences, vocabulary]``.
+        """Choose a token for each row of ``logits``, ``[sequences, vocabulary]``.
 
         Raises:
             GenerationError: when a logit is not a number.
         """
         if logits.isnan().any():
             raise GenerationError(
-                "the model's logits are not numbers (NaN): its weights are not, or they overflow in the dtype that is "
-                "computed in; try --dtype fp32"
+                "the model's logits are not numbers (NaN): its weights have NaN, or the dtype of the computation "
+                "overflows; try --dtype fp32"
             )
         if self.temperature == 0:
             return logits.argmax(dim=-1).tolist()
@@ -72,7 +72,7 @@ class Sampling:
         return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn with, ``[sequences, vocabulary]``, in float64, for a temperature above 0."""
+        """Return the sampling probabilities, ``[sequences, vocabulary]``, in float64, for a temperature above 0."""
         logits = logits.double()
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:

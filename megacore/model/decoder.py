@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megacore.config import ModelConfig
 from megacore.errors import LayoutError
-from megacore.model.attention import Positions
 from megacore.model.dropout import HiddenDropout
 from megacore.model.norms import build_norm
+from megacore.model.positions import Positions
 from megacore.parallel import (
     ParallelContext,
     ParallelModule,
@@ -27,11 +27,11 @@ from megacore.parallel import (
 )
 
 LayerBuilder = Callable[[ModelConfig, int, ParallelContext], nn.Module]
-"""``build_layer(config, layer_index, parallel)``, as a family has it."""
+"""``build_layer(config, layer_index, parallel)``, the hook of a family."""
 
 
 class Embedding(nn.Module):
-    """Token embeddings."""
+    """Token embeddings, followed by dropout."""
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -39,15 +39,16 @@ class Embedding(nn.Module):
         self.hidden_dropout = HiddenDropout(parallel)
 
     def forward(self, input_ids: Tensor, sample_ids: Tensor | None) -> Tensor:
-        return self.hidden_dropout(self.word_embeddings(input_ids), sample_ids)
+        hidden: Tensor = self.hidden_dropout(self.word_embeddings(input_ids), sample_ids)
+        return hidden
 
 
 class Decoder(nn.Module):
     """The layers of a stage, named by their number in the whole model, and on the last stage the final norm.
 
     Attributes:
-        recompute_layers: how many layers at a time keep nothing but their input and are computed again in the backward
-            pass (Chen et al., 2016, arXiv:1604.06174); 0 for none.
+        recompute_layers: Number of consecutive layers that keep only their common input and are recomputed in the
+            backward pass (Chen et al., 2016, arXiv:1604.06174); 0 for none.
     """
 
     def __init__(self, config: ModelConfig, build_layer: LayerBuilder, parallel: ParallelContext, stage: Stage) -> None:
@@ -63,24 +64,24 @@ class Decoder(nn.Module):
         if self.recompute_layers and torch.is_grad_enabled():
             for first in range(0, len(layers), self.recompute_layers):
                 block = layers[first : first + self.recompute_layers]
-                # Dropout draws its masks from seeds of its own, so that no state of a generator has to be put back.
-                hidden = checkpoint(_through, block, hidden, positions, use_reentrant=False, preserve_rng_state=False)
+                # Dropout draws its masks from its own seeds, so no generator state has to be restored.
+                hidden = checkpoint(_run, block, hidden, positions, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = _through(layers, hidden, positions)
+            hidden = _run(layers, hidden, positions)
         return self.final_layernorm(hidden) if self.is_last else hidden
 
 
-def _through(layers: list[nn.Module], hidden: Tensor, positions: Positions) -> Tensor:
+def _run(layers: list[nn.Module], hidden: Tensor, positions: Positions) -> Tensor:
     for layer in layers:
         hidden = layer(hidden, positions)
     return hidden
 
 
 class DecoderModel(nn.Module):
-    """Token ids to logits or to a loss, or the part of that way that one pipeline stage goes.
+    """A model from token ids to logits or to a loss, or one pipeline stage of it.
 
-    Built without values, on the meta device; see :func:`megacore.parallel.materialize`. Stages have the parameter names
-    of the whole model; where the head is the embedding, the last stage has a copy of it under the embedding's name.
+    It is built without values, on the meta device; see :func:`megacore.parallel.materialize`. Stages have the parameter
+    names of the whole model. With tied embeddings the last stage has a copy of the embedding under its name.
     """
 
     def __init__(
@@ -109,25 +110,25 @@ class DecoderModel(nn.Module):
         segments: Tensor | None = None,
         sample_ids: Tensor | None = None,
     ) -> Tensor:
-        """Go through this stage.
+        """Run this stage.
 
         Args:
-            inputs: on the first stage token ids, ``[batch, sequence]``; on the others what the stage before returned.
-            targets: token ids, ``[batch, sequence]``; the last stage then returns the loss instead of logits, or the
-                scores.
-            token_weights: of the loss; see :func:`megacore.parallel.linear_cross_entropy`. Without them there are
-                scores of the tokens; see :func:`megacore.parallel.token_scores`.
-            segments: number of each token's segment, ``[batch, sequence]``, on the CPU: tokens attend to those of their
-                own segment only, and positions count from its beginning; none where each row is one.
-            sample_ids: numbers of the samples, ``[batch]``, on the CPU, for dropout; none without.
+            inputs: Token ids, ``[batch, sequence]``, on the first stage; otherwise the output of the previous stage.
+            targets: Target token ids, ``[batch, sequence]``, with which the last stage returns the loss or the scores
+                instead of logits.
+            token_weights: Weights of the targets in the loss; see :func:`megacore.parallel.linear_cross_entropy`.
+                Without weights the last stage returns scores; see :func:`megacore.parallel.token_scores`.
+            segments: Number of each token's segment, ``[batch, sequence]``, on the CPU. Tokens attend within their
+                segment, whose positions start at 0. ``None`` if each row is one segment.
+            sample_ids: Numbers of the samples, ``[batch]``, on the CPU, for dropout; ``None`` without dropout.
 
         Returns:
-            On the last stage this rank's logits, ``[batch, sequence, local_vocab]``, or the loss, ``[1]``, or the
-            scores, ``[batch, sequence, 2]``; on the others hidden states, ``[batch, sequence, hidden]``, under sequence
-            parallelism this rank's slice of them.
+            The last stage returns this rank's logits, ``[batch, sequence, local_vocab]``, or the loss, ``[1]``, or the
+            scores, ``[batch, sequence, 2]``. Other stages return hidden states, ``[batch, sequence, hidden]``, under
+            sequence parallelism this rank's slice of the sequence.
 
         Raises:
-            LayoutError: under sequence parallelism, when the sequence is no multiple of the tensor-parallel size.
+            LayoutError: under sequence parallelism, when the sequence is not a multiple of the tensor-parallel size.
         """
         parallel = self.parallel
         sequence_length = inputs.shape[1]
@@ -135,13 +136,13 @@ class DecoderModel(nn.Module):
             if parallel.sequence_parallel and sequence_length % parallel.tp_size:
                 raise LayoutError(
                     f"a sequence of {sequence_length} tokens cannot be cut into {parallel.tp_size} equal slices, "
-                    "which sequence parallelism needs"
+                    "which sequence parallelism requires"
                 )
             hidden = self.embedding(inputs, sample_ids)
         else:
             hidden = inputs
             sequence_length *= parallel.tp_size if parallel.sequence_parallel else 1
-        positions = Positions.of(
+        positions = Positions.for_sequences(
             self.config,
             sequence_length,
             parallel,
@@ -170,11 +171,11 @@ class DecoderModel(nn.Module):
 
     @property
     def head(self) -> ParallelModule:
-        """The module whose weight, ``[local_vocab, hidden]``, projects to logits."""
+        """The module whose weight, ``[local_vocab, hidden]``, is the projection to logits."""
         return self.embedding.word_embeddings if self.config.tie_embeddings else self.output_layer
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters by name, without the last stage's copy of an embedding that is the head too."""
+        """Return the parameters by name, without the last stage's copy of a tied embedding."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -183,6 +184,6 @@ class DecoderModel(nn.Module):
 
 
 def model_specs(config: ModelConfig, build_layer: LayerBuilder) -> dict[str, ParameterSpec]:
-    """The parameters of the whole model and how each is cut, without allocating any."""
+    """Return the shape and cut of all parameters of the whole model, without allocating any."""
     with torch.device("meta"):
         return parameter_specs(DecoderModel(config, build_layer, ParallelContext.single()))

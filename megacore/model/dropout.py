@@ -1,9 +1,8 @@
 """Dropout whose masks do not depend on how a model is cut (Srivastava et al., 2014).
 
-A mask is drawn from a seed made of the run's seed, the number of the sample among all of the run, the layer and the
-place in the layer. So it is the same on ranks that hold the same activations, another on every other sample and in
-every other layer, the same again when a layer is recomputed, and the same at any tensor-, pipeline- and data-parallel
-size.
+A mask is drawn from a seed made of the run's seed, the number of the sample in the run, the layer and the place in the
+layer. It is therefore the same on ranks that hold the same activations, when a layer is recomputed, and at any tensor,
+pipeline and data parallel size; it differs between samples and between layers.
 """
 
 from __future__ import annotations
@@ -16,18 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megacore.model.kernels import compile_disabled
 from megacore.parallel import ParallelContext
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What one place of a model drops.
+    """The dropout at one place of a model.
 
     Attributes:
-        probability: that an element is dropped.
-        seed: of the run.
-        layer: number of the layer in the whole model; -1 for the embedding.
-        place: which of the layer's dropouts it is.
+        probability: Probability that an element is dropped.
+        seed: Seed of the run.
+        layer: Number of the layer in the whole model; -1 for the embedding.
+        place: Number of the dropout in its layer.
     """
 
     probability: float = 0.0
@@ -35,8 +35,8 @@ class Dropout:
     layer: int = -1
     place: int = 0
 
-    def keep(self, shape: tuple[int, ...], sample_id: int, *, device: torch.device) -> Tensor:
-        """Which elements of one sample's activation are kept, booleans of ``shape``."""
+    def keep_mask(self, shape: tuple[int, ...], sample_id: int, *, device: torch.device) -> Tensor:
+        """Return the mask of the elements of one sample's activation that are kept, booleans of ``shape``."""
         generator = torch.Generator(device).manual_seed(self._seed_of(sample_id))
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - self.probability, generator=generator)
 
@@ -44,7 +44,7 @@ class Dropout:
     def seeded(self, sample_ids: Tensor | None, *details: int, device: torch.device) -> Iterator[None]:
         """Seed torch's own generator, which the attention kernels draw from, while the block runs.
 
-        The seed is that of the first of ``sample_ids`` and of ``details``.
+        The seed depends on the first of ``sample_ids`` and on ``details``.
         """
         assert sample_ids is not None, "dropout needs the numbers of the samples"
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -55,15 +55,15 @@ class Dropout:
             yield
 
     def _seed_of(self, *numbers: int) -> int:
-        told = ",".join(map(str, (self.seed, self.layer, self.place, *numbers)))
-        return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest()) >> 1
+        key = ",".join(map(str, (self.seed, self.layer, self.place, *numbers)))
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
 
 class HiddenDropout(nn.Module):
-    """Dropout of what a layer adds to the residual, ``[batch, sequence, hidden]``, or of the embedding.
+    """Dropout of a branch that a layer adds to the residual, ``[batch, sequence, hidden]``, or of the embedding.
 
-    It drops nothing until the training run says how much, nor in evaluation; a layer calls it and need not care. Under
-    sequence parallelism each rank drops its slice of what it would drop as a whole.
+    It is inactive until a training run sets its probability, and in evaluation. Under sequence parallelism each rank
+    applies its slice of the mask of the whole sequence.
     """
 
     def __init__(self, parallel: ParallelContext) -> None:
@@ -76,15 +76,15 @@ class HiddenDropout(nn.Module):
             return hidden
         return self._drop(self.dropout, hidden, sample_ids)
 
-    # A compiled layer has no generators with seeds of their own, and would be compiled again for each layer's numbers.
-    @torch.compiler.disable
+    # A compiled layer cannot seed a generator, and would be compiled again for the numbers of each layer.
+    @compile_disabled
     def _drop(self, dropout: Dropout, hidden: Tensor, sample_ids: Tensor) -> Tensor:
         _, length, size = hidden.shape
         parallel = self.parallel
         num_slices = parallel.tp_size if parallel.sequence_parallel else 1
         keep = torch.stack(
             [
-                dropout.keep((num_slices * length, size), int(sample_id), device=hidden.device)
+                dropout.keep_mask((num_slices * length, size), int(sample_id), device=hidden.device)
                 for sample_id in sample_ids
             ]
         )

@@ -1,4 +1,4 @@
-"""The table of kernels: what can compute attention, norms and the optimizer's step, and what each asks for."""
+"""The table of kernels: the implementations of attention, norms and the optimizer's step, and their requirements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,26 +15,30 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megacore.errors import ConfigError
-from megacore.model.nvidia_apex import apex_problem
-from megacore.model.segments import Segments
+from megacore.model.positions import Segments
 
 EVERY_DTYPE = ("fp32", "fp64", "bf16", "fp16")
 SIXTEEN_BIT = ("bf16", "fp16")
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+compile_disabled: Callable[[_Function], _Function] = torch.compiler.disable
+"""Decorator of a function that compiled layers call without compiling it; torch gives its own no types."""
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """What an implementation asks for.
+    """The requirements of an implementation.
 
     Attributes:
-        told_as: what a person is told of it.
-        dtypes: what it computes in, as ``model.dtype`` of a run file names it, by type of device.
-        masks_on: the types of device on which it adds a mask to the scores, which linear biases are.
-        dropout_on: the types of device on which it drops attention weights.
-        package_problem: says why the package that it is in cannot be used, if so.
+        label: Name shown to users.
+        dtypes: Supported dtypes, as ``model.dtype`` of a run file names them, by type of device.
+        masks_on: Types of device on which it supports a mask on the scores, such as linear biases.
+        dropout_on: Types of device on which it supports dropout of attention weights.
+        package_problem: Returns the reason why the package that contains it cannot be used, ``None`` if it can.
     """
 
-    told_as: str
+    label: str
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"cpu": EVERY_DTYPE, "cuda": EVERY_DTYPE})
     masks_on: tuple[str, ...] = ("cpu", "cuda")
     dropout_on: tuple[str, ...] = ("cpu", "cuda")
@@ -42,6 +47,31 @@ class Kernel:
 
 def _flash_attn_problem() -> str | None:
     return None if find_spec("flash_attn") else "the package flash-attn is not installed: pip install flash-attn"
+
+
+_APEX_REMEDY = "NVIDIA's is built from https://github.com/NVIDIA/apex, with its CUDA extensions"
+
+
+def apex_problem(extension: str) -> str | None:
+    """Return the reason why NVIDIA's apex cannot be used, ``None`` if it can.
+
+    An unrelated package on PyPI has the same name. The two are distinguished by the contents of their directories,
+    without importing anything, since the import of another package may have any effect.
+
+    Args:
+        extension: Compiled module that the required part of apex calls.
+    """
+    spec = find_spec("apex")
+    if spec is None:
+        return f"the package apex is not installed; {_APEX_REMEDY}"
+    locations = [Path(location) for location in spec.submodule_search_locations or ()]
+    if not any((path / "optimizers").is_dir() and (path / "normalization").is_dir() for path in locations):
+        found = locations[0] if locations else spec.origin
+        return f"the apex installed at {found} is not NVIDIA's; {_APEX_REMEDY}"
+    # Earlier versions installed the extensions as modules of their own, later ones as libraries inside the package.
+    if find_spec(extension) is None and not any(any(p.glob(f"_extensions/_{extension}*.so")) for p in locations):
+        return f"the apex installed at {locations[0]} was built without its CUDA extension {extension}; {_APEX_REMEDY}"
+    return None
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {
@@ -77,32 +107,32 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         ),
     },
 }
-"""By what they compute, and by the name that a run file has for them."""
+"""Kernels by their purpose, and by their name in a run file."""
 
 
 def check_kernels(
     chosen: Mapping[str, str], *, device_type: str, dtype: str, has_mask: bool, drops_attention: bool
 ) -> None:
-    """Refuse kernels that cannot do here what they would have to.
+    """Check that the chosen kernels support this device, dtype and model.
 
     Args:
-        chosen: a name for each entry of :data:`KERNELS`.
+        chosen: Name of a kernel for each entry of :data:`KERNELS`.
         device_type: ``"cpu"`` or ``"cuda"``.
-        dtype: what is computed in, as ``model.dtype`` of a run file names it.
-        has_mask: whether the model adds a mask to the scores of attention.
-        drops_attention: whether there is dropout of the attention weights.
+        dtype: Dtype of the computation, as ``model.dtype`` of a run file names it.
+        has_mask: True if the model adds a mask to the scores of attention.
+        drops_attention: True if attention weights are dropped.
 
     Raises:
-        ConfigError: with everything that is in the way.
+        ConfigError: lists everything that is not supported.
     """
     refusals = []
     for kind, name in chosen.items():
         kernel = KERNELS[kind][name]
         problems = [*_problems(kernel, device_type, dtype)]
         if kind == "attention" and has_mask and device_type not in kernel.masks_on:
-            problems.append("it takes no mask, and the model has linear biases (ALiBi), which are one")
+            problems.append("it supports no mask, which the model's linear biases (ALiBi) need")
         if kind == "attention" and drops_attention and device_type not in kernel.dropout_on:
-            problems.append(f"it has no dropout on {_PLACES[device_type]}, and dropout.attention is not 0")
+            problems.append(f"it has no dropout on {_DEVICES[device_type]}, and dropout.attention is not 0")
         if problems:
             listed = "\n".join(f"  {problem}" for problem in problems)
             refusals.append(
@@ -113,18 +143,18 @@ def check_kernels(
         raise ConfigError("\n".join(refusals))
 
 
-_PLACES = {"cpu": "a CPU", "cuda": "a GPU"}
+_DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
 
 
 def _problems(kernel: Kernel, device_type: str, dtype: str) -> Iterator[str]:
     if device_type not in kernel.dtypes:
-        [needed] = kernel.dtypes
-        yield f"it computes on {_PLACES[needed]} only, and there is none"
-        device_type = needed
+        [required] = kernel.dtypes
+        yield f"it computes on {_DEVICES[required]} only, and there is none"
+        device_type = required
     dtypes = kernel.dtypes[device_type]
     if dtype not in dtypes:
-        bits = "in 16 bit only" if dtypes == SIXTEEN_BIT else "in no such dtype"
-        yield f"it computes {bits} on {_PLACES[device_type]}, and model.dtype is {dtype}: set it to {_or(dtypes)}"
+        bits = "in 16 bit only" if dtypes == SIXTEEN_BIT else "in other dtypes"
+        yield f"it computes {bits} on {_DEVICES[device_type]}, and model.dtype is {dtype}: set it to {_or(dtypes)}"
     if problem := kernel.package_problem():
         yield problem
 
@@ -134,17 +164,17 @@ def _or(names: tuple[str, ...]) -> str:
 
 
 def describe_kernels(chosen: Mapping[str, str], *, is_compiled: bool) -> str:
-    """What is computed by what, in a line."""
-    told = [f"{kind} {KERNELS[kind][name].told_as}" for kind, name in chosen.items()]
-    return f"kernels: {', '.join(told)}" + (", each layer compiled by torch" if is_compiled else "")
+    """Return a line that names the chosen kernels."""
+    labels = [f"{kind} {KERNELS[kind][name].label}" for kind, name in chosen.items()]
+    return f"kernels: {', '.join(labels)}" + (", each layer compiled by torch" if is_compiled else "")
 
 
 _Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-"""``attend(query, key, value, mask, dropout)``, as :class:`AttentionKernel`, of rows that are one segment each."""
+"""``attend(query, key, value, mask, dropout)``, an :class:`AttentionKernel` for rows that are one segment each."""
 
 
 class AttentionKernel(Protocol):
-    """What computes the heads' outputs, in one of the ways of :data:`KERNELS`."""
+    """An implementation of attention, one of those in :data:`KERNELS`."""
 
     def __call__(
         self,
@@ -155,25 +185,22 @@ class AttentionKernel(Protocol):
         dropout: float,
         segments: Segments | None = None,
     ) -> Tensor:
-        """Attend to what is in the same segment and not in the future.
+        """Return the outputs of causal attention within each segment, ``[batch, sequence, heads, head_dim]``.
 
         Args:
-            query: ``[batch, sequence, heads, head_dim]``.
-            key: likewise, of fewer heads where several queries share them.
-            value: likewise.
-            mask: what is added to the scores, no future included, ``[heads, sequence, sequence]``; with segments its
-                first rows and columns are added to the scores of each; ``None`` where nothing is to be added.
-            dropout: probability that an attention weight is dropped.
-            segments: ``None`` where each row is one.
-
-        Returns:
-            ``[batch, sequence, heads, head_dim]``.
+            query: Queries, ``[batch, sequence, heads, head_dim]``.
+            key: Keys, with fewer heads if several query heads share one.
+            value: Values, with the shape of ``key``.
+            mask: Causal mask to add to the scores, ``[heads, sequence, sequence]``; each segment takes its first rows
+                and columns. ``None`` for plain causal attention.
+            dropout: Probability that an attention weight is dropped.
+            segments: Segments of the rows; ``None`` if each row is one segment.
         """
 
 
 @cache
 def attention_kernel(name: str = "auto") -> AttentionKernel:
-    """The attention of that name in :data:`KERNELS`; one for all layers, which then are compiled once."""
+    """Return the attention of that name in :data:`KERNELS`, one object for all layers, which are then compiled once."""
     kernels: dict[str, AttentionKernel] = {
         "auto": partial(_by_segment, _sdpa),
         "math": partial(_by_segment, partial(_sdpa_by, SDPBackend.MATH)),
@@ -198,9 +225,9 @@ def _by_segment(
     return _each_segment(attend, query, key, value, mask, dropout, segments)
 
 
-# A mask over the whole row would have every score computed, to be thrown away: benchmarks/segments.py. Compiled, this
-# would be another graph for every number and length of segments.
-@torch.compiler.disable
+# With a mask over the whole row every score would be computed and most thrown away: benchmarks/segments.py. Compiled,
+# every number and length of segments would be another graph.
+@compile_disabled
 def _each_segment(
     attend: _Attention,
     query: Tensor,
@@ -211,11 +238,14 @@ def _each_segment(
     segments: Segments,
 ) -> Tensor:
     # Split rather than sliced: the backward pass of a slice is a gradient of the whole row.
-    parts = zip(*(heads.flatten(0, 1).split(segments.lengths) for heads in (query, key, value)), strict=True)
+    lengths = list(segments.lengths)
+    parts = zip(*(torch.split(heads.flatten(0, 1), lengths) for heads in (query, key, value)), strict=True)
     attended = []
-    for length, (own_query, own_key, own_value) in zip(segments.lengths, parts, strict=True):
-        own_mask = None if mask is None else mask[:, :length, :length]
-        attended.append(attend(own_query[None], own_key[None], own_value[None], own_mask, dropout).squeeze(0))
+    for length, (segment_query, segment_key, segment_value) in zip(lengths, parts, strict=True):
+        segment_mask = None if mask is None else mask[:, :length, :length]
+        attended.append(
+            attend(segment_query[None], segment_key[None], segment_value[None], segment_mask, dropout).squeeze(0)
+        )
     return torch.cat(attended).view_as(query)
 
 
@@ -224,7 +254,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropou
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        # With a batch axis, since torch's fused kernels take masks of two and of four axes only.
+        # With a batch axis, since torch's fused kernels support masks of two and of four dimensions only.
         attn_mask=None if mask is None else mask.unsqueeze(0),
         dropout_p=dropout,
         is_causal=mask is None,
@@ -241,7 +271,7 @@ def _sdpa_by(
 
 
 def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    # This backend of torch's has no grouped queries.
+    # This backend of torch does not support grouped queries.
     queries_per_kv = query.shape[2] // key.shape[2]
     key, value = (shared.repeat_interleave(queries_per_kv, dim=2) for shared in (key, value))
     return _sdpa_by(SDPBackend.EFFICIENT_ATTENTION, query, key, value, mask, dropout)
@@ -255,22 +285,23 @@ def _flash_attn(
     dropout: float,
     segments: Segments | None = None,
 ) -> Tensor:
-    """FlashAttention-2 (Dao, 2023, arXiv:2307.08691), which has grouped queries and segments, and no mask."""
+    """Compute FlashAttention-2 (Dao, 2023, arXiv:2307.08691), which supports grouped queries and segments, no mask."""
     from flash_attn import flash_attn_func
 
     assert mask is None, "check_kernels refuses a mask"
     if segments is not None:
-        return _flash_attn_of_segments(query, key, value, dropout, segments)
-    return flash_attn_func(query, key, value, dropout_p=dropout, causal=True)
+        return _flash_attn_by_segment(query, key, value, dropout, segments)
+    attended: Tensor = flash_attn_func(query, key, value, dropout_p=dropout, causal=True)
+    return attended
 
 
-# Compiled, this would be another graph for every length of the longest segment.
-@torch.compiler.disable
-def _flash_attn_of_segments(query: Tensor, key: Tensor, value: Tensor, dropout: float, segments: Segments) -> Tensor:
+# Compiled, every length of the longest segment would be another graph.
+@compile_disabled
+def _flash_attn_by_segment(query: Tensor, key: Tensor, value: Tensor, dropout: float, segments: Segments) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     longest = max(segments.lengths)
-    attended = flash_attn_varlen_func(
+    attended: Tensor = flash_attn_varlen_func(
         query.flatten(0, 1),
         key.flatten(0, 1),
         value.flatten(0, 1),
@@ -286,11 +317,11 @@ def _flash_attn_of_segments(query: Tensor, key: Tensor, value: Tensor, dropout: 
 
 @dataclass(frozen=True)
 class NormKernels:
-    """What computes the norms over the last axis.
+    """An implementation of the norms over the last axis.
 
     Attributes:
-        rms_norm: ``rms_norm(hidden, weight, eps)``.
-        layer_norm: ``layer_norm(hidden, weight, bias, eps)``.
+        rms_norm: Function ``rms_norm(hidden, weight, eps)``.
+        layer_norm: Function ``layer_norm(hidden, weight, bias, eps)``.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -299,7 +330,7 @@ class NormKernels:
 
 @cache
 def norm_kernels(name: str = "auto") -> NormKernels:
-    """The norms of that name in :data:`KERNELS`; the same for all layers."""
+    """Return the norms of that name in :data:`KERNELS`, one object for all layers."""
     if name != "apex":
         return NormKernels(
             lambda hidden, weight, eps: F.rms_norm(hidden, weight.shape, weight, eps),

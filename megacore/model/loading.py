@@ -1,15 +1,15 @@
-"""Building a model from a native checkpoint: each rank reads its own part, whatever layout the checkpoint has."""
+"""Building a model from a native checkpoint of any layout: each rank reads its own part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.reading import checked_meanwhile
+from megacore.checkpoint.reading import check_in_background
 from megacore.config import ModelConfig
 from megacore.model.decoder import DecoderModel, model_specs
 from megacore.parallel import ParallelContext, ParameterSpec, Stage, check_tensor_parallel, materialize
@@ -17,7 +17,7 @@ from megacore.plugins import Family, get_family
 
 
 def read_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
-    """The model configuration of a native checkpoint, in the class of its family."""
+    """Return the model configuration of a native checkpoint, as an object of its family's class."""
     return family.family.config_class.from_dict(checkpoint.manifest.config)
 
 
@@ -26,13 +26,13 @@ def load_model(
 ) -> DecoderModel:
     """Build the model of ``checkpoint``, or one pipeline stage, with this rank's part of the weights, in ``dtype``.
 
-    Meanwhile the first of all ranks compares the digests of all of its files.
+    Rank 0 checks the digests of all files meanwhile.
 
     Raises:
-        CorruptCheckpointError: when a file is not what was written.
+        CorruptCheckpointError: when a file has changed since it was written.
         PluginError: when no plugin for its family is installed.
         LayoutError: when the model cannot be cut over the ranks.
-        CheckpointError: when the checkpoint does not hold the parameters of the model.
+        CheckpointError: when the checkpoint does not have the parameters of the model.
     """
     return load_stages(checkpoint, parallel, [stage], dtype=dtype)[0]
 
@@ -44,14 +44,17 @@ def load_stages(
     *,
     dtype: torch.dtype,
     on_layer: Callable[[nn.Module], None] = lambda layer: None,
+    specs: Mapping[str, ParameterSpec] | None = None,
 ) -> list[DecoderModel]:
-    """As :func:`load_model`, several stages of one model; ``None`` stands for the whole.
+    """Build several stages of one model like :func:`load_model`; ``None`` stands for the whole model.
 
-    ``on_layer`` is given each layer as soon as it is loaded. If it shards it, a whole layer is all that is in memory.
+    ``on_layer`` receives each layer as soon as it is loaded. If it shards the layer, only one whole layer is in memory
+    at a time. ``specs`` are the parameters of the whole model, if they are known already.
     """
     family = get_family(checkpoint.manifest.family)
     config = read_config(family, checkpoint)
-    specs = model_specs(config, family.build_layer)
+    if specs is None:
+        specs = model_specs(config, family.build_layer)
     check_tensor_parallel(specs, parallel.tp_size)
     checkpoint.check_parameters(specs)
 
@@ -59,7 +62,7 @@ def load_stages(
         local = checkpoint.read_local(name, spec, tp_size=parallel.tp_size, tp_rank=parallel.tp_rank)
         return local.to(parallel.device, dtype)
 
-    with checked_meanwhile(checkpoint) if parallel.rank == 0 else nullcontext() as wait_for_check:
+    with check_in_background(checkpoint) if parallel.rank == 0 else nullcontext() as wait_for_check:
         models = [DecoderModel(config, family.build_layer, parallel, stage) for stage in stages]
         for model in models:
             for number, layer in model.decoder.layers.items():

@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer."""
+"""The feed-forward branch of a layer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """Look up an activation. Raises :class:`ConfigError` with the names that there are."""
+    """Return the activation called ``name``. Raise :class:`ConfigError` if it is not implemented."""
     if name not in ACTIVATIONS:
         raise ConfigError(f"activation {name!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 class MLP(nn.Module):
-    """``W_2 activation(W_1 x + b_1) + b_2``: ``linear_fc1`` is ``[ffn_hidden_size, hidden_size]``."""
+    """``W_2 activation(W_1 x + b_1) + b_2``, where ``linear_fc1`` is ``[ffn_hidden_size, hidden_size]``."""
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -38,7 +38,8 @@ class MLP(nn.Module):
         self.linear_fc2 = RowParallelLinear((ffn,), hidden, bias=bias, parallel=parallel)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(hidden)))
+        output: Tensor = self.linear_fc2(self.activation(self.linear_fc1(hidden)))
+        return output
 
 
 class GatedMLP(nn.Module):
@@ -56,4 +57,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.linear_fc1(hidden).chunk(2, dim=-1)
-        return self.linear_fc2(self.activation(gate) * up)
+        output: Tensor = self.linear_fc2(self.activation(gate) * up)
+        return output

@@ -38,7 +38,7 @@ class LayerNorm(ReplicatedModule):
 
 
 def build_norm(config: ModelConfig, parallel: ParallelContext) -> RMSNorm | LayerNorm:
-    """The norm that ``config.norm`` names. Raises :class:`ConfigError` for one that is not implemented."""
+    """Return the norm that ``config.norm`` names. Raise :class:`ConfigError` if it is not implemented."""
     norms: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
     if config.norm not in norms:
         raise ConfigError(f"norm {config.norm!r} is not implemented; implemented: {', '.join(norms)}")

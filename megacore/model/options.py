@@ -1,4 +1,4 @@
-"""How a model computes, as against what: precision, recomputation, dropout, kernels, compilation."""
+"""Settings of a model's computation: precision, recomputation, dropout, kernels, compilation."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from megacore.parallel import ColumnParallelLinear, ParallelModule
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """How a model computes.
+    """Settings of a model's computation.
 
     Attributes:
-        compute_dtype: of the arithmetic, where the parameters are held in a wider one; ``None`` for that of the
-            parameters.
-        caches_casts: keep what parameters are cast to, see :class:`~megacore.parallel.ParallelModule`.
-        recompute: ``"none"``; ``"selective"``, what lies between the projections of attention; ``"full"``, layers.
-        recompute_layers: of ``"full"``, how many layers at a time.
-        attention_dropout: probability that an attention weight is dropped.
-        hidden_dropout: probability that an element of what is added to the residual is dropped.
-        lima_dropout: let hidden dropout rise from 0 at the first layer to its value at the last, and have none at the
-            embedding (Zhou et al., 2023, arXiv:2305.11206).
-        dropout_seed: of the run.
-        attention: name of what computes attention, in :data:`megacore.model.kernels.KERNELS`.
-        norm: likewise of the norms.
-        compile: let torch compile each layer.
-        splits_backward: the backward pass computes the gradients of parameters apart from those of activations.
+        compute_dtype: Dtype of the arithmetic, if the parameters have a wider one; ``None`` for that of the parameters.
+        caches_casts: True to cache casts of parameters; see :class:`~megacore.parallel.ParallelModule`.
+        recompute: ``"none"``; ``"selective"``, everything between the projections of attention; ``"full"``, layers.
+        recompute_layers: Number of layers recomputed together with ``"full"``.
+        attention_dropout: Probability that an attention weight is dropped.
+        hidden_dropout: Probability that an element of a residual branch is dropped.
+        lima_dropout: True to let hidden dropout rise linearly from 0 at the first layer to its value at the last, with
+            none at the embedding (Zhou et al., 2023, arXiv:2305.11206).
+        dropout_seed: Seed of the run's dropout.
+        attention: Name of the attention kernel in :data:`megacore.model.kernels.KERNELS`.
+        norm: Name of the norm kernel in :data:`megacore.model.kernels.KERNELS`.
+        compile: True to compile each layer with torch.
+        splits_backward: True if the backward pass computes the gradients of parameters separately from those of
+            activations.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -53,14 +53,14 @@ class ComputeOptions:
 
 
 def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
-    """Let ``model``, whole or a stage, compute as ``options`` say.
+    """Apply ``options`` to ``model``, which is whole or a stage.
 
     Raises:
-        PluginError: when a layer of the family has no place to apply an option to.
+        PluginError: when a layer of the family has no module to apply an option to.
     """
     if options.compile and model.parallel.tp_size > 1:
-        # torch finds compiled code on disk by the whole shape of a DTensor, which does not say how much of an uneven
-        # cut a rank holds: without a tag, one rank was seen to run the code of another.
+        # torch looks compiled code up on disk by the whole shape of a DTensor, which does not determine the size of a
+        # rank's part of an uneven cut: without a tag, a rank was seen to run the code of another.
         torch.compiler.config.cache_key_tag = f"tp {model.parallel.tp_rank} of {model.parallel.tp_size}"
     for module in model.modules():
         if isinstance(module, ParallelModule):
@@ -79,8 +79,8 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
         attention = replace(hidden, probability=options.attention_dropout)
         dropouts = [module for module in layer.modules() if isinstance(module, HiddenDropout)]
         attentions = [module for module in layer.modules() if isinstance(module, SelfAttention)]
-        _require_places(model, options, bool(dropouts), bool(attentions))
-        _refuse_other_dropout(model, layer)
+        _require_modules(model, options, bool(dropouts), bool(attentions))
+        _refuse_torch_dropout(model, layer)
         for place, module in enumerate(dropouts, start=1):
             module.dropout = replace(hidden, place=place) if hidden.probability else None
         for place, module in enumerate(attentions, start=1):
@@ -94,15 +94,15 @@ def apply_options(model: DecoderModel, options: ComputeOptions) -> None:
     model.decoder.recompute_layers = options.recompute_layers if options.recompute == "full" else 0
 
 
-def _require_places(model: DecoderModel, options: ComputeOptions, dropouts: bool, attentions: bool) -> None:
+def _require_modules(model: DecoderModel, options: ComputeOptions, has_dropout: bool, has_attention: bool) -> None:
     family = model.config.family
-    if options.hidden_dropout and not dropouts:
+    if options.hidden_dropout and not has_dropout:
         raise PluginError(
-            f"hidden_dropout is {options.hidden_dropout}, and the layers of {family} have no HiddenDropout: its plugin "
+            f"hidden_dropout is {options.hidden_dropout}, but the layers of {family} have no HiddenDropout: its plugin "
             "does not support it. Set it to 0"
         )
-    asks_of_attention = options.attention_dropout or options.recompute == "selective" or options.attention != "auto"
-    if asks_of_attention and not attentions:
+    needs_attention = options.attention_dropout or options.recompute == "selective" or options.attention != "auto"
+    if needs_attention and not has_attention:
         raise PluginError(
             "attention_dropout, selective recomputation and a choice of the attention's kernel need megacore's "
             f"SelfAttention, which the layers of {family} do not use. Set attention_dropout to 0, recompute to none or "
@@ -110,8 +110,8 @@ def _require_places(model: DecoderModel, options: ComputeOptions, dropouts: bool
         )
 
 
-def _refuse_other_dropout(model: DecoderModel, layer: nn.Module) -> None:
-    """Refuse torch's own dropout: it drops other elements on every rank, and others again in a layer computed twice."""
+def _refuse_torch_dropout(model: DecoderModel, layer: nn.Module) -> None:
+    """Refuse torch's own dropout, whose masks differ between ranks and when a layer is recomputed."""
     for name, module in layer.named_modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
             raise PluginError(

@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864) and its stretchings to longer contexts.
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864) and its scaling to longer contexts.
 
-Pairs are laid out in halves: component ``i`` of a head turns with component ``i + head_dim / 2``. Frequencies are
-computed in float32 whatever the model's dtype, as the published models do.
+Pairs are laid out in halves: component ``i`` of a head is rotated with component ``i + head_dim / 2``. Frequencies are
+computed in float32 for any dtype of the model, as in the published models.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megacore.config import (
 def rotary_table(
     config: ModelConfig, sequence_length: int, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, each ``[sequence, head_dim]``, in ``dtype``."""
+    """Return the cosine and sine of every position's angles, each ``[sequence, head_dim]``, in ``dtype``."""
     return segmented_rotary_table(config, [sequence_length], device=device, dtype=dtype)
 
 
 def segmented_rotary_table(
     config: ModelConfig, lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The tables of sequences of these ``lengths``, joined: each ``[sum of lengths, head_dim]``."""
+    """Return the concatenated tables of sequences of these ``lengths``, each ``[sum of lengths, head_dim]``."""
     tables = {length: _angles(config, length) for length in set(lengths)}
     angles = torch.cat([tables[length][0] for length in lengths])
     [amplitude] = {amplitude for _, amplitude in tables.values()}
@@ -39,21 +39,21 @@ def segmented_rotary_table(
 
 
 def _angles(config: ModelConfig, sequence_length: int) -> tuple[Tensor, float]:
-    """The angles, ``[sequence, head_dim]``, and the factor on their cosine and sine."""
+    """Return the angles, ``[sequence, head_dim]``, and the factor on their cosine and sine."""
     frequencies, amplitude = inverse_frequencies(config, sequence_length)
     positions = torch.arange(sequence_length, dtype=torch.float32)
     return torch.outer(positions, frequencies).repeat(1, 2), amplitude
 
 
 def apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``heads``, ``[batch, sequence, heads, head_dim]``, by the angles of their positions."""
+    """Rotate ``heads``, ``[batch, sequence, heads, head_dim]``, by the angles of their positions."""
     first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return heads * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
+    rotated = torch.cat((-second, first), dim=-1)
+    return heads * cos.unsqueeze(-2) + rotated * sin.unsqueeze(-2)
 
 
 def inverse_frequencies(config: ModelConfig, sequence_length: int) -> tuple[Tensor, float]:
-    """The angle a position, ``[head_dim / 2]``, of each pair, and the factor on cosine and sine.
+    """Return the angle per position of each pair, ``[head_dim / 2]``, and the factor on cosine and sine.
 
     Only dynamic NTK scaling depends on ``sequence_length``.
     """
@@ -63,8 +63,8 @@ def inverse_frequencies(config: ModelConfig, sequence_length: int) -> tuple[Tens
     if isinstance(scaling, LinearScaling):
         return _frequencies(theta, dim) / scaling.factor, 1.0
     if isinstance(scaling, DynamicNtkScaling):
-        longest = config.max_position_embeddings
-        stretch = scaling.factor * max(sequence_length, longest) / longest - (scaling.factor - 1)
+        context = config.max_position_embeddings
+        stretch = scaling.factor * max(sequence_length, context) / context - (scaling.factor - 1)
         return _frequencies(theta * stretch ** (dim / (dim - 2)), dim), 1.0
     if isinstance(scaling, FrequencyBandScaling):
         return _by_frequency_band(_frequencies(theta, dim), scaling), 1.0
@@ -85,7 +85,7 @@ def _by_frequency_band(frequencies: Tensor, scaling: FrequencyBandScaling) -> Te
 
 def _yarn(theta: float, dim: int, scaling: YarnScaling) -> Tensor:
     def pair_with(turns: float) -> float:
-        """The (fractional) pair that makes ``turns`` full turns within the original context."""
+        """Return the (fractional) pair that makes ``turns`` full turns within the original context."""
         context = scaling.original_max_position_embeddings
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 

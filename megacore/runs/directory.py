@@ -11,7 +11,6 @@ of the environment is written, so no secret is.
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from itertools import chain, count
@@ -20,6 +19,7 @@ from typing import Any
 
 import tomli_w
 
+from megacore.atomic_output import output_errors, write_file
 from megacore.errors import DataError, OutputError
 
 Tables = Mapping[str, Mapping[str, Any]]
@@ -73,18 +73,14 @@ class RunDirectory:
         Raises:
             OutputError: when they cannot be written.
         """
-        try:
+        with output_errors(self.run_file):
             self.path.mkdir(parents=True, exist_ok=True)
             if self.run_file.is_file() and self.settings() != tables:
                 names = chain([f"run-until-{iteration}.toml"], (f"run-until-{iteration}-{n}.toml" for n in count(2)))
                 self.run_file.replace(next(path for path in map(self.path.joinpath, names) if not path.exists()))
-            write_whole(self.run_file, tomli_w.dumps(tables))
+            write_file(self.run_file, tomli_w.dumps(tables))
             starts = [*self.starts(), {"iteration": iteration} | dict(versions)]
-            write_whole(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")
-        except OSError as error:
-            raise OutputError(
-                f"output.directory: {error.filename or self.path} cannot be written: {error.strerror}"
-            ) from error
+            write_file(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """The run file.
@@ -156,24 +152,6 @@ def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
         if any(value != values[0] for value in values):
             found[name] = values
     return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, whenever the process is killed.
-
-    Raises:
-        OSError: when it cannot be written; nothing of it is left.
-    """
-    staging = path.with_name(f".{path.name}.incomplete")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
 
 
 def _told(value: Any) -> str:

@@ -13,20 +13,21 @@ none.
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from megacore.errors import DataError, OutputError
+from megacore.atomic_output import lock_output, output_errors
+from megacore.errors import DataError
 
 _YEAR_10000 = 253_402_300_799
 """In seconds since 1970, less one: dates end there."""
@@ -41,20 +42,13 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        refusal = f"{path} is being written by another run: wait for it, or give output.directory another name"
+        with output_errors(path), ExitStack() as stack:
+            stack.enter_context(lock_output(path, refusal=refusal))
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _end_with_a_whole_line(self._descriptor)
-            except BaseException:
-                os.close(self._descriptor)
-                raise
-        except BlockingIOError:
-            raise OutputError(
-                f"{path} is being written by another run: wait for it, or give output.directory another name"
-            ) from None
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+            stack.callback(os.close, self._descriptor)
+            _truncate_partial_line(self._descriptor)
+            self._stack = stack.pop_all()
         self._is_cut = False
 
     def start(self, iteration: int) -> None:
@@ -71,10 +65,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Wait until all is on the disk, and let others write the file."""
-        try:
+        with self._stack:
             os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = orjson.dumps({"time": time.time()} | entry) + b"\n"
@@ -86,7 +78,7 @@ class MetricsFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
-def _end_with_a_whole_line(descriptor: int) -> None:
+def _truncate_partial_line(descriptor: int) -> None:
     """Cut off what a killed process has left behind the last end of a line."""
     size = end = os.fstat(descriptor).st_size
     while end > 0:

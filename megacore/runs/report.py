@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megacore.atomic_output import write_file
 from megacore.errors import DataError, OutputError
 from megacore.runs.chart import COLOURS, Curve, chart, told
-from megacore.runs.directory import RunDirectory, differences, write_whole
+from megacore.runs.directory import RunDirectory, differences
 from megacore.runs.metrics_file import Metrics, Series, read_metrics
 from megacore.runs.page import MARK, page, table
 from megacore.runs.thinning import thinned
@@ -58,10 +59,7 @@ def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = Non
     target = Path(out) if out is not None else paths[0] / "report.html"
     _require_replaceable(target)
     text = page("megacore: " + ", ".join(run.name for run in opened), _body(opened))
-    try:
-        write_whole(target, text)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror}") from error
+    write_file(target, text)
     return target
 
 

@@ -408,7 +408,7 @@ class ModelFamilyTests:
 
         Troubleshooting: the length is ``(num_attention_heads + 2 * num_kv_heads) * head_dim``, each row once.
         """
-        order = QKVOrder.of(case.config, case.family.qkv_permutation(case.config, case.source))
+        order = QKVOrder.from_permutation(case.config, case.family.qkv_permutation(case.config, case.source))
         assert torch.equal(
             order.native_from_source[order.source_from_native], torch.arange(len(order.native_from_source))
         )

@@ -61,7 +61,7 @@ def _exchanged_parameters(case: Case) -> Iterator[Fault]:
 def _other_orders(case: Case) -> Iterator[Fault]:
     grouped = grouped_qkv_rows(case.config)
     for what, rows in (("grouped_qkv_rows(config)", grouped), (f"range({len(grouped)})", range(len(grouped)))):
-        order = QKVOrder.of(case.config, rows)
+        order = QKVOrder.from_permutation(case.config, rows)
         yield Fault(f"qkv_permutation returns {what}", case.to_native(case.tensors, order=order), case.converted_config)
 
 

@@ -1,4 +1,4 @@
-"""What the kit computes with a model, and when it takes two results for the same."""
+"""The computations of the conformance kit, and the bounds within which two results are equal."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from megacore.parallel import (
     vocab_parallel_logits,
 )
 from megacore.plugins import Family
-from megacore.verification.comparison import whole_logits
+from megacore.verification.comparison import gather_logits
 
 RTOL = 1.3e-6
 ATOL = 1e-5
-"""The bounds of float32, for numbers of order 1."""
+"""Bounds of float32, for numbers of order 1."""
 
 VISIBLE = 10 * ATOL
-"""How far a planted fault has to move at least one logit."""
+"""Minimum change of some logit by a planted fault."""
 
 _SMALLEST_SCALE = 0.01
-"""Gradients are compared in units of their own largest entry, or of this share of the largest of all: some are zero but
-for rounding, that of a bias on the keys for example."""
+"""Smallest unit of a gradient, as a share of the largest gradient. Gradients are compared in units of their own largest
+entry, but some are zero up to rounding, for example that of a bias on the keys."""
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results are equal within the bounds of float32."""
+    """Return whether two results are equal within the bounds of float32."""
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=RTOL, atol=ATOL)
 
 
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().max().item()
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs).abs().max().item()
 
 
 def logits_with(
@@ -54,37 +54,38 @@ def logits_with(
     layer_config: ModelConfig | None = None,
     segments: Tensor | None = None,
 ) -> Tensor:
-    """The logits of our model with these ``parameters``; ``layer_config`` is what its layers are told instead.
+    """Return the logits of our model with these ``parameters``; its layers are built from ``layer_config``, if given.
 
-    ``segments`` are as :class:`~megacore.model.DecoderModel` takes them.
+    ``segments`` are those of :class:`~megacore.model.DecoderModel`.
     """
     model = _model_with(family, config, parameters, layer_config=layer_config)
     with torch.no_grad():
-        return model(input_ids, segments=segments)
+        logits: Tensor = model(input_ids, segments=segments)
+    return logits
 
 
 def logits_token_by_token(
     family: Family, config: ModelConfig, parameters: Mapping[str, Tensor], input_ids: Tensor, starts: list[int]
 ) -> list[Tensor]:
-    """The logits of each row of ``input_ids`` from its place in ``starts`` on: what comes before it passes the layers
-    as a prompt, packed with those of the others, and then one token of every row at a time.
+    """Return the logits of each row of ``input_ids`` from its position in ``starts``, ``[tokens, vocabulary]``.
 
-    A row of the result is as long as it can be while all of them go on, ``[tokens, vocabulary]``.
+    The tokens before it pass the layers as a prompt, packed with those of the other rows; then one token of every row
+    at a time, until the first row ends.
 
     Raises:
-        PluginError: when a layer keeps no keys and values.
+        PluginError: when a layer does not cache keys and values.
     """
     model = _model_with(family, config, parameters)
     length = input_ids.shape[1]
-    cache = KeyValueCache(config, model.parallel, longest=length, device=input_ids.device, dtype=torch.float32)
+    cache = KeyValueCache(config, model.parallel, max_length=length, device=input_ids.device, dtype=torch.float32)
     with torch.no_grad():
         packed = torch.cat([row[:start] for row, start in zip(input_ids, starts, strict=True)]).unsqueeze(0)
-        model.decoder(model.embedding(packed, None), cache.prompts(starts))
-        cache.check_used_by(model)
+        model.decoder(model.embedding(packed, None), cache.add_prompts(starts))
+        cache.check_used_by(model.decoder.layers)
         steps = []
         for step in range(length - max(starts)):
             next_ids = torch.stack([row[start + step] for row, start in zip(input_ids, starts, strict=True)])
-            hidden = model.decoder(model.embedding(next_ids.unsqueeze(-1), None), cache.step())
+            hidden = model.decoder(model.embedding(next_ids.unsqueeze(-1), None), cache.add_tokens())
             steps.append(vocab_parallel_logits(hidden, model.head.local("weight"), model.parallel))
     return list(torch.cat(steps, dim=1))
 
@@ -108,45 +109,45 @@ def _model_with(
 def logits_and_gradients(
     parallel: ParallelContext, checkpoint: Path, input_ids: Tensor, targets: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits of a native checkpoint, and the gradients of the summed loss by native name, whole on every rank.
+    """Return the logits of a native checkpoint, and the gradients of the summed loss by native name, on every rank.
 
     Raises:
         RuntimeError: names the parameters that the model does not use.
     """
     model = load_model(Checkpoint(checkpoint), parallel, dtype=torch.float32)
     vocab_size = model.config.vocab_size
-    logits = model(input_ids).detach()  # with autograd, since without it torch lets plain tensors and DTensors mix
+    logits = model(input_ids).detach()  # with autograd: without it torch accepts plain tensors mixed with DTensors
     model(input_ids, targets=targets, token_weights=torch.ones_like(targets, dtype=torch.float32)).sum().backward()
     specs = parameter_specs(model)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     unused = [name for name, gradient in gradients.items() if gradient is None]
     if unused:
         raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
-    whole = {
-        name: whole_tensor(gradient, specs[name], parallel)
+    gathered = {
+        name: gather_tensor(gradient, specs[name], parallel)
         for name, gradient in gradients.items()
         if gradient is not None
     }
-    return whole_logits(logits, vocab_size, parallel), whole
+    return gather_logits(logits, vocab_size, parallel), gathered
 
 
 def differing_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    """The gradients that differ, each with how far; both by the names of the published tensors."""
+    """Return the gradients that differ, each with its difference; both are by the names of the published tensors."""
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     problems = []
     for name, expected in theirs.items():
         scale = max(expected.abs().max().item(), _SMALLEST_SCALE * largest)
         if not agree(ours[name] / scale, expected / scale):
-            apart = largest_difference(ours[name], expected) / scale
-            problems.append(f"{name} (by {apart:.2g} of its largest entry)")
+            difference = largest_difference(ours[name], expected) / scale
+            problems.append(f"{name} (by {difference:.2g} of its largest entry)")
     return problems
 
 
-def whole_tensor(tensor: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor:
-    """A parameter or its gradient as a whole, on every rank that holds a part of it.
+def gather_tensor(tensor: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor:
+    """Return a whole parameter or gradient, on every rank that holds a part of it.
 
     Raises:
-        RuntimeError: when ranks that hold the same part of it do not hold the same values.
+        RuntimeError: when two ranks hold different values of the same entries.
     """
     if parallel.tp_mesh is None:
         return tensor
@@ -157,5 +158,5 @@ def whole_tensor(tensor: Tensor, spec: ParameterSpec, parallel: ParallelContext)
     for rank, part in enumerate(parts):
         rows, columns = spec.block(parallel.tp_size, rank)
         if not torch.equal(whole.view(spec.matrix_shape)[rows, columns].reshape(part.shape), part):
-            raise RuntimeError(f"rank {rank} holds other values than another rank that holds the same entries")
+            raise RuntimeError(f"rank {rank} and another rank hold different values of the same entries")
     return whole

@@ -1,7 +1,8 @@
 """Processes that join in gloo groups, for tests to run functions on.
 
-Starting one takes seconds, so there is one :class:`RankPool` for the whole session, which starts as many as a run needs
-and keeps them. The fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``.
+There is one :class:`RankPool` for the whole session, which starts as many processes as a run needs and keeps them. They
+are forked from one that has imported torch and megacore, which takes seconds, so that a new one takes milliseconds. The
+fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``.
 Functions are pickled by reference, and pytest's import mode ``importlib`` gives a test module a name that no other
 process knows: functions for ranks live in an installed package, or in a module on ``sys.path`` that is not a test.
 """
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ TIMEOUT = 60.0
 
 GRACE = 2.0
 """Seconds that the other ranks have to end once one has failed; then they are taken to wait for it in a collective."""
-
 
 TWO_RANKS = ParallelSizes(tp=2)
 
@@ -51,7 +51,7 @@ class RankPool:
     """Processes that wait for functions to run. When one dies or hangs, the next run starts them anew."""
 
     def __init__(self) -> None:
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
@@ -107,12 +107,12 @@ class RankPool:
 
     def _start(self, size: int) -> str:
         """Start what is missing of ``size`` processes; return the directory that they share."""
-        spawning = multiprocessing.get_context("spawn")
+        warm = warm_processes()
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="rank-pool-")
         for rank in range(len(self._processes), size):
-            ours, theirs = spawning.Pipe()
-            process = spawning.Process(target=_serve, args=(theirs, rank, self._directory.name), daemon=True)
+            ours, theirs = warm.Pipe()
+            process = warm.Process(target=_serve, args=(theirs, rank, self._directory.name), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -135,6 +135,18 @@ class RankPool:
         os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
         return file.read_text()
+
+
+_IMPORTED = ("torch", "torch.distributed.tensor", "megacore.parallel", "megacore.training.trainer")
+"""What a process of the pool has imported before it is forked. Importing these starts no thread."""
+
+
+@cache
+def warm_processes() -> ForkServerContext:
+    """Return the context of ``multiprocessing`` whose processes are forked with torch and megacore imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_IMPORTED])
+    return context
 
 
 @cache

@@ -1,11 +1,16 @@
-"""The global batches of a run, and which part of each a data-parallel process sees."""
+"""The samples and batches of a run: opening the datasets, and the part of each global batch that a process sees."""
 
 from __future__ import annotations
 
+import math
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +18,11 @@ from megacore.checkpoint import Checkpoint
 from megacore.data import (
     DatasetDescription,
     IndexedDataset,
+    InstructionDataset,
+    InstructionDescription,
+    InstructionSamples,
     MixedSamples,
+    Sample,
     SampleSource,
     Split,
     TokenWindows,
@@ -22,27 +31,29 @@ from megacore.data import (
     split_tokens,
 )
 from megacore.data.datasets.instruction import prefixes
+from megacore.data.sampling.instruction_samples import padded
 from megacore.errors import DataError
-from megacore.training.config.run_config import RunConfig
-from megacore.training.dataset_vocabulary import require_rows
-from megacore.training.instruction_batches import collated, micro_batch_lengths, open_instruction_samples
-from megacore.training.progress import Progress
-from megacore.training.span import START, spans_of
+from megacore.training.config import DataSection, RunConfig
+from megacore.training.schedule import START, Progress, resolve_spans
+
+Item = TypeVar("Item")
+
+_LENGTH_MULTIPLE = 16
+"""Samples of variable length are padded to a multiple of this, as Megatron-LLM does; kernels are faster then."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one data-parallel process sees of a global batch.
+    """The part of a global batch that one data-parallel process sees.
 
     Attributes:
-        tokens: token ids, ``[samples, sequence + 1]``.
-        loss_mask: what each target counts for in the loss, ``[samples, sequence]``; 0 for one not to be learned.
-        sample_ids: the number of each sample among all of the run, ``[samples]``.
-        segments: the number of each input token's segment, ``[samples, sequence]``, int32, never falling: tokens attend
-            to those of their own segment only, and their positions count from its beginning. ``None`` where each sample
-            is one.
-        micro_batch_lengths: how many inputs of its samples each micro-batch needs, the others being padding; ``None``
-            where it needs all.
+        tokens: Token ids, ``[samples, sequence + 1]``.
+        loss_mask: Loss weight of each target, ``[samples, sequence]``; 0 for a target that is not learned.
+        sample_ids: Number of each sample among all of the run, ``[samples]``.
+        segments: Segment number of each input token, ``[samples, sequence]``, int32, never falling: tokens attend only
+            within their own segment, and positions count from its beginning. ``None`` if each sample is one segment.
+        micro_batch_lengths: Number of inputs that each micro-batch needs, the rest being padding; ``None`` if it needs
+            all.
     """
 
     tokens: Tensor
@@ -52,34 +63,39 @@ class Batch:
     micro_batch_lengths: tuple[int, ...] | None = None
 
 
-def open_dataset(prefix: Path, checkpoint: Checkpoint) -> IndexedDataset:
-    """Open a dataset of the run; what it was tokenized with must fit the checkpoint, where the dataset says so.
+class SplitSamples:
+    """The samples of each split of a run. A split is opened on first use and then kept.
 
-    Raises:
-        DataError: when it does not fit, or cannot be read.
+    Opening may pack a whole dataset, so it is done once per process; a pickled copy opens its own.
     """
-    of_conversations, _ = prefixes(prefix)
-    if not Path(f"{prefix}.idx").is_file() and Path(f"{of_conversations}.idx").is_file():
-        raise DataError(f'{prefix}: holds conversations: set data.kind = "instruction" to train on them')
-    dataset = IndexedDataset(prefix)
-    require_rows(prefix, DatasetDescription.read(prefix), checkpoint)
-    return dataset
+
+    def __init__(self, run: RunConfig, checkpoint: Checkpoint) -> None:
+        self._run, self._checkpoint = run, checkpoint
+        self._opened: dict[Split, MixedSamples] = {}
+
+    def __getitem__(self, split: Split) -> MixedSamples:
+        if split not in self._opened:
+            self._opened[split] = open_samples(self._run, self._checkpoint, split)
+        return self._opened[split]
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_opened": {}}
 
 
 def open_samples(run: RunConfig, checkpoint: Checkpoint, split: Split = "train") -> MixedSamples:
-    """The samples of the run to train, to validate or to test on.
+    """Open the samples of a split.
 
     Raises:
-        DataError: a dataset cannot be read, does not fit the checkpoint, or is too short.
+        DataError: when a dataset cannot be read, does not fit the checkpoint, or is too short.
     """
     data = run.data
     weights = data.part_weights(split)
     sources: list[SampleSource] = []
     for entry in data.datasets(split):
         if data.kind == "instruction":
-            sources.append(open_instruction_samples(entry.prefix, run, checkpoint))
+            sources.append(_open_instruction_samples(entry.prefix, data, checkpoint))
             continue
-        dataset = open_dataset(entry.prefix, checkpoint)
+        dataset = _open_dataset(entry.prefix, checkpoint)
         tokens = None if weights is None else split_tokens(dataset, weights, data.seq_length)[split]
         windows = TokenWindows(dataset, data.seq_length, tokens=tokens)
         sources.append(
@@ -88,50 +104,177 @@ def open_samples(run: RunConfig, checkpoint: Checkpoint, split: Split = "train")
     return MixedSamples(sources, [entry.weight for entry in data.datasets(split)], seed=data.seed)
 
 
+def _open_dataset(prefix: Path, checkpoint: Checkpoint) -> IndexedDataset:
+    """Open a dataset of text, whose vocabulary must fit the checkpoint where the dataset records it.
+
+    Raises:
+        DataError: when it does not fit, or cannot be read.
+    """
+    text_prefix, _ = prefixes(prefix)
+    if not Path(f"{prefix}.idx").is_file() and Path(f"{text_prefix}.idx").is_file():
+        raise DataError(f'{prefix}: holds conversations: set data.kind = "instruction" to train on them')
+    dataset = IndexedDataset(prefix)
+    require_rows(prefix, DatasetDescription.read(prefix), checkpoint)
+    return dataset
+
+
+def _open_instruction_samples(prefix: Path, data: DataSection, checkpoint: Checkpoint) -> InstructionSamples:
+    """Open a dataset of conversations, whose vocabulary must fit the checkpoint where the dataset records it.
+
+    Raises:
+        DataError: when it does not fit, cannot be read, or gives no sample.
+    """
+    require_rows(prefix, InstructionDescription.read(prefix), checkpoint)
+    return InstructionSamples(
+        InstructionDataset(prefix),
+        data.seq_length,
+        packing=data.packing,
+        scalar_loss_mask=data.scalar_loss_mask,
+        overlong=data.overlong,
+        pads=not data.variable_seq_lengths,
+    )
+
+
+def require_rows(
+    prefix: Path, description: DatasetDescription | InstructionDescription | None, checkpoint: Checkpoint
+) -> None:
+    """Refuse a dataset with more ids than the model has rows, where the dataset records their number.
+
+    Raises:
+        DataError: says what to do.
+    """
+    vocab_size = checkpoint.manifest.config["vocab_size"]
+    if description is not None and description.vocab_size > vocab_size:
+        raise DataError(
+            f"the dataset {prefix} was made with a tokenizer of {description.vocab_size} ids, and the checkpoint's "
+            f"vocabulary has {vocab_size}: tokenize with the checkpoint's own tokenizer, and with --no-new-tokens or, "
+            "where new tokens are wanted, give the model rows for them: "
+            f"`megacore split {checkpoint.path} --out … --add-tokens {prefix}`"
+        )
+
+
 def batches(
     run: RunConfig,
     checkpoint: Checkpoint,
     *,
     samples: MixedSamples | None = None,
+    train_iters: int | None = None,
     progress: Progress = START,
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Iterator[Batch]:
-    """What data-parallel process ``dp_rank`` of ``dp_size`` sees of the global batches that the run trains on.
+    """Yield the part that data-parallel process ``dp_rank`` of ``dp_size`` sees of each global batch to train on.
 
     Args:
-        samples: of the run, where they are open already.
-        progress: how far the run has come; what is left is the same at any ``dp_size``.
+        run: The run.
+        checkpoint: The checkpoint that the run starts from.
+        samples: The training samples; by default they are opened.
+        train_iters: The length of the run; by default it is resolved from the run file.
+        progress: How far the run has come; the rest is the same at any ``dp_size``.
+        dp_rank: The rank of this process.
+        dp_size: The number of data-parallel processes.
 
     Raises:
         DataError: when a token id is beyond the vocabulary.
     """
     samples = samples or open_samples(run, checkpoint)
+    if train_iters is None:
+        train_iters = resolve_spans(run, samples.samples_per_epoch, progress).train_iters
     num_samples = progress.num_samples
-    for _ in range(progress.iteration, spans_of(run, samples.samples_per_epoch, progress).train_iters):
+    for _ in range(progress.iteration, train_iters):
         size = run.training.batch_sizes.at(num_samples)
         share = size // dp_size
         first = num_samples + dp_rank * share
-        yield batch_of(samples, range(first, first + share), run, checkpoint)
+        yield make_batch(samples, range(first, first + share), run, checkpoint)
         num_samples += size
 
 
-def batch_of(
+def make_batch(
     samples: MixedSamples, numbers: Sequence[int], run: RunConfig, checkpoint: Checkpoint, split: Split = "train"
 ) -> Batch:
-    """The samples of these ``numbers``, of which ``samples`` are those of ``split``.
+    """Put the ``samples`` of ``split`` at the positions ``numbers`` into a batch.
 
     Raises:
         DataError: when a token id is beyond the vocabulary.
     """
     named = " or ".join(str(entry.prefix) for entry in run.data.datasets(split))
     rows = [samples[number] for number in numbers]
-    lengths = micro_batch_lengths(run, rows) if run.data.variable_seq_lengths else None
-    tokens, loss_mask, segments = collated(rows, max(lengths) if lengths else run.data.seq_length)
+    lengths = _micro_batch_lengths(run, rows) if run.data.variable_seq_lengths else None
+    length = max(lengths) if lengths else run.data.seq_length
+    padded_rows = [padded(row, length) for row in rows]
+    segments = [row.segments for row in padded_rows if row.segments is not None]
+    tokens = torch.from_numpy(np.stack([row.tokens for row in padded_rows]))
     return Batch(
         tokens=check_token_ids(tokens, checkpoint.manifest.config["vocab_size"], named),
-        loss_mask=loss_mask,
+        loss_mask=torch.from_numpy(np.stack([row.loss_mask for row in padded_rows])),
         sample_ids=torch.tensor(numbers),
-        segments=segments,
+        segments=torch.from_numpy(np.stack(segments)) if segments else None,
         micro_batch_lengths=lengths,
     )
+
+
+def _micro_batch_lengths(run: RunConfig, samples: Sequence[Sample]) -> tuple[int, ...]:
+    """Return the length that each micro-batch of ``samples`` is padded to.
+
+    The longest sample decides: of the micro-batch or, with pipeline parallelism, of all micro-batches, since the shape
+    that stages exchange is fixed for a whole step.
+    """
+    size = len(samples) if run.parallel.pipeline_parallel > 1 else run.training.micro_batch_size
+    multiple = math.lcm(_LENGTH_MULTIPLE, run.parallel.tensor_parallel if run.parallel.sequence_parallel else 1)
+    lengths = [len(sample.loss_mask) for sample in samples]
+    longest = [max(lengths[first : first + size]) for first in range(0, len(lengths), size)]
+    rounded = [min(-(-length // multiple) * multiple, run.data.seq_length) for length in longest]
+    return tuple(rounded[first // size] for first in range(0, len(lengths), run.training.micro_batch_size))
+
+
+def num_evaluation_samples(run: RunConfig, samples: MixedSamples) -> int:
+    """Return the number of ``samples`` that an evaluation uses."""
+    iters = run.evaluation.iters
+    if iters == "all":
+        return samples.samples_per_epoch
+    return min(iters * run.training.global_batch_size, samples.samples_per_epoch)
+
+
+def prefetched(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """Yield ``items``, with up to ``depth`` of them prepared ahead of time by a thread; 0 means no thread.
+
+    An exception of ``items`` is raised in the place of its item. The thread ends with ``items``, or when the iterator
+    is closed or collected, and is waited for. torch's DataLoader prefetches in processes, which would open the datasets
+    once more each, and concurrent.futures waits for its threads when the interpreter exits, even if one hangs.
+    """
+    if depth == 0:
+        yield from items
+        return
+    ready: queue.Queue[tuple[bool, object]] = queue.Queue()
+    room = threading.Semaphore(depth)
+    stopped = threading.Event()
+
+    def prepare() -> None:
+        try:
+            # Wait for room before the next item, so that no more than ``depth`` items are in memory at a time.
+            while room.acquire() and not stopped.is_set():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    break
+                ready.put((True, item))
+        except BaseException as error:
+            ready.put((False, error))
+        else:
+            ready.put((False, None))
+
+    thread = threading.Thread(target=prepare, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            is_item, content = ready.get()
+            if not is_item:
+                if content is not None:
+                    raise cast(BaseException, content)
+                return
+            room.release()
+            yield cast(Item, content)
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()

@@ -1,4 +1,4 @@
-"""One optimizer step on however many processes: the model's stages, their gradients, the sums over processes."""
+"""One optimizer step on any number of processes: the model's stages, their gradients, the sums over processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from megacore.checkpoint import Checkpoint
 from megacore.config import ModelConfig
-from megacore.model import DecoderModel, apply_options, load_stages, read_config
+from megacore.model import ComputeOptions, DecoderModel, apply_options, load_stages
 from megacore.parallel import (
     GradientBuckets,
     ParallelContext,
@@ -29,29 +28,23 @@ from megacore.parallel import (
     shard,
     stage_owners,
 )
-from megacore.plugins import get_family
 from megacore.training.batches import Batch
-from megacore.training.config.run_config import RunConfig
-from megacore.training.freezing import frozen_names
+from megacore.training.config import RunConfig
 from megacore.training.loss_scale import LossScale
-from megacore.training.optimizer import build_optimizer, set_rates
-from megacore.training.plan import compute_options, model_specs_of, pipeline_stages, splits_backward
-
-COMPUTED_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-HELD_IN = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
-"""What weights, gradients and the optimizer's state are in, by ``model.dtype`` of the run file."""
+from megacore.training.optimizer import build_optimizer, frozen_names, set_rates
+from megacore.training.resolved import ResolvedRun
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of one step.
+    """The result of one step.
 
     Attributes:
-        loss: mean over the tokens of the global batch, in nats, before the step.
-        grad_norm: before clipping.
-        is_taken: whether the weights changed; not when it was skipped or refused, or was not finite.
-        is_finite: whether loss and gradients were.
-        is_to_stop: whether some rank wants to stop.
+        loss: Mean over the predicted tokens of the global batch, in nats, before the step.
+        grad_norm: Norm of the gradient over all parameters, before clipping.
+        is_taken: True if the weights changed; False if the step was skipped, refused or not finite.
+        is_finite: True if loss and gradients were finite.
+        is_to_stop: True if some rank wants to stop.
     """
 
     loss: float
@@ -62,32 +55,33 @@ class StepResult:
 
 
 class Engine:
-    """What one process does of the training of a model.
+    """The part of the training of a model that one process computes.
 
     Args:
-        run: says how the work is spread and how the model computes.
-        checkpoint: to start from.
-        parallel: the place of this process.
-        trains: whether the model is to be trained; else it takes no memory for gradients, and there are no steps.
+        resolved: The run.
+        parallel: The place of this process.
+        trains: Whether the model is to be trained; otherwise it takes no memory for gradients, and there are no steps.
 
     Attributes:
-        stages: the pipeline stages that this process has; the whole model without pipeline parallelism.
-        all_stages: which layers each stage has, of all processes.
-        parameters: of the stages, by name.
-        specs: how each is cut.
+        run: The run file.
+        parallel: The place of this process.
+        param_dtype: The dtype of weights, gradients and optimizer state.
+        compute_dtype: The dtype of the forward and backward pass.
+        all_stages: The pipeline stages of the whole model.
+        stages: The pipeline stages that this process holds; the whole model without pipeline parallelism.
+        specs: How each parameter of these stages is cut, by name.
+        parameters: The parameters of these stages, by name.
+        optimizer: The optimizer over them.
+        loss_scale: The loss scale; ``None`` unless the run computes in fp16.
     """
 
-    def __init__(
-        self, run: RunConfig, checkpoint: Checkpoint, parallel: ParallelContext, *, trains: bool = True
-    ) -> None:
-        self.run = run
+    def __init__(self, resolved: ResolvedRun, parallel: ParallelContext, *, trains: bool = True) -> None:
+        self.run = run = resolved.run
         self.parallel = parallel
-        self.held_dtype, self.compute_dtype = HELD_IN[run.model.dtype], COMPUTED_IN[run.model.dtype]
-        narrower = self.compute_dtype if self.compute_dtype != self.held_dtype else None
-        config = read_config(get_family(checkpoint.manifest.family), checkpoint)
-        whole_specs = model_specs_of(checkpoint)
-        frozen = frozen_names(run.training.freeze, whole_specs) if trains else set(whole_specs)
-        self.all_stages = pipeline_stages(run, config, whole_specs)
+        self.param_dtype, self.compute_dtype = run.model.param_dtype, run.model.compute_dtype
+        narrower = self.compute_dtype if self.compute_dtype != self.param_dtype else None
+        frozen = frozen_names(run.training.freeze, resolved.specs) if trains else set(resolved.specs)
+        self.all_stages = resolved.stages
         own_stages = (
             local_stages(run.parallel.pipeline_schedule, self.all_stages, parallel)
             if parallel.pp_size > 1
@@ -97,15 +91,17 @@ class Engine:
             shard, parallel=parallel, compute_dtype=narrower, reshard_after_forward=parallel.pp_size == 1
         )
         on_layer = shard_one if parallel.sizes.dp_shard > 1 else lambda layer: None
-        self.stages = load_stages(checkpoint, parallel, own_stages, dtype=self.held_dtype, on_layer=on_layer)
+        self.stages = load_stages(
+            resolved.checkpoint, parallel, own_stages, dtype=self.param_dtype, on_layer=on_layer, specs=resolved.specs
+        )
         self.specs = {name: spec for model in self.stages for name, spec in parameter_specs(model).items()}
         for model in self.stages:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
-            apply_options(model, compute_options(run, narrower))
+            apply_options(model, _compute_options(run, narrower))
             if parallel.sizes.dp_shard > 1:
-                # What lies around the layers is gathered as it is held: the gradients of embedding and head are sums
-                # over many tokens, for which 16 bit are too few.
+                # The embedding and the head are gathered in their own dtype: their gradients are sums over many
+                # tokens, for which 16 bit are too few.
                 shard_one(model, compute_dtype=None)
         self.parameters = {name: p for model in self.stages for name, p in model.own_parameters().items()}
         self._buckets: GradientBuckets | None = None
@@ -113,7 +109,7 @@ class Engine:
             trained = [parameter for parameter in self._all_parameters() if parameter.requires_grad]
             self._buckets = GradientBuckets(trained, parallel.group("dp_replicate"))
         self._pipeline: tuple[tuple[int, int], Pipeline] | None = None
-        self._ends_group = self._group_of_both_ends(config)
+        self._ends_group = self._group_of_both_ends(resolved.config)
         self.optimizer = build_optimizer(
             self._all_named_parameters(), self.specs, run.optimizer, kernel=run.kernels.optimizer
         )
@@ -131,11 +127,10 @@ class Engine:
     ) -> StepResult:
         """Take one optimizer step on ``batch``, which is this process's part of the global one.
 
-        A step whose gradients are not finite is not taken, nor one whose loss and gradient norm are not accepted;
-        ``accepts`` is asked on every rank, and must answer alike. Nor is one that ``is_skipped``, of which only the
-        loss and the gradients' norm are computed. ``wants_stop`` is asked when the gradients are there, and what it
-        says on any rank is the result's ``is_to_stop`` on all of them. Without ``weight_decay`` it is that of the run
-        file.
+        The step is not taken if its gradients are not finite, if ``accepts`` refuses its loss and gradient norm, or if
+        it ``is_skipped``; then only the loss and the norm are computed. ``accepts`` is called on every rank and must
+        return the same on each. ``wants_stop`` is called once the gradients are computed; if it is true on any rank,
+        ``is_to_stop`` is true on all. ``weight_decay`` is by default that of the run file.
         """
         self.zero_gradients()
         loss, norm, is_to_stop = self._accumulate(batch, wants_stop)
@@ -154,16 +149,16 @@ class Engine:
         return StepResult(loss, norm, is_taken, is_finite, is_to_stop)
 
     def zero_gradients(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         if self._buckets is not None:
             self._buckets.zero()
         else:
             self.optimizer.zero_grad()
 
     def accumulate(self, batch: Batch) -> tuple[float, float]:
-        """Add to the gradients those of the mean loss over the global batch; return that loss and their norm.
+        """Add the gradients of the mean loss over the global batch; return that loss and their norm.
 
-        In fp16 the gradients are those of the loss times the loss scale; the loss and the norm are not.
+        In fp16 the gradients are scaled by the loss scale; the returned loss and norm are not.
         """
         loss, norm, _ = self._accumulate(batch, lambda: False)
         return loss, norm
@@ -179,7 +174,7 @@ class Engine:
         for micro_batch_loss in losses:
             loss += micro_batch_loss.double().sum()
         if self.parallel.tp_rank > 0:
-            loss.zero_()  # the first of them counts
+            loss.zero_()  # tensor-parallel ranks have the same loss; the first one counts
         square_norm = local_square_norm(self.parameters, self.specs, self.parallel)
         sums = torch.stack([loss, square_norm, loss.new_tensor(float(wants_stop()))])
         if self.parallel.mesh is not None:
@@ -188,12 +183,13 @@ class Engine:
         return total / self._loss_factor, math.sqrt(square) / self._loss_factor, num_wanting_stop > 0
 
     def score(self, batch: Batch) -> Tensor | None:
-        """How probable the model finds each target of ``batch``; see :func:`megacore.parallel.token_scores`.
+        """Score each target of ``batch``; see :func:`megacore.parallel.token_scores`. For all ranks.
 
-        Nothing is dropped, and nothing of it is left behind. For all processes, whatever they have of the model.
+        Dropout is off, and no activation or gradient is kept.
 
         Returns:
-            ``[samples, sequence, 2]`` on those that have its last stage, 0 where a micro-batch is shorter.
+            ``[samples, sequence, 2]`` on ranks with the last stage, 0 where a micro-batch is shorter; ``None`` on
+            others.
         """
         for model in self.stages:
             model.eval()
@@ -204,7 +200,7 @@ class Engine:
             clear_cast_cache(model)
             for module in model.modules():
                 if isinstance(module, FSDPModule):
-                    # Some stay gathered until a backward pass, which does not come.
+                    # Some modules stay gathered until a backward pass, and there is none.
                     module.reshard()
         return scores
 
@@ -213,7 +209,7 @@ class Engine:
         micro_batches = self._micro_batches(batch, {"sample_ids": batch.sample_ids})
         length = batch.loss_mask.shape[1]
 
-        def through(model: DecoderModel) -> Callable[[Tensor | None, int], Tensor]:
+        def forward_of(model: DecoderModel) -> Callable[[Tensor | None, int], Tensor]:
             def stage(hidden: Tensor | None, number: int) -> Tensor:
                 input_ids, inputs = micro_batches[number]
                 return model(input_ids if hidden is None else hidden, **inputs)
@@ -221,7 +217,7 @@ class Engine:
             return stage
 
         owners = stage_owners(self.run.parallel.pipeline_schedule, len(self.all_stages), self.parallel.pp_size)
-        stages = {model.stage.index: through(model) for model in self.stages}
+        stages = {model.stage.index: forward_of(model) for model in self.stages}
         if self.parallel.pp_size == 1:
             outputs = [stages[0](None, number) for number in range(len(micro_batches))]
         else:
@@ -241,7 +237,7 @@ class Engine:
         return scores
 
     def _micro_batches(self, batch: Batch, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The input ids of each micro-batch, and what else the model is called with: targets, segments, ``inputs``."""
+        """Return the input ids of each micro-batch, and its keyword arguments: targets, segments and ``inputs``."""
         size = self.run.training.micro_batch_size
         tokens = batch.tokens.to(self.parallel.device)
         inputs = {"targets": tokens[:, 1:], **inputs}
@@ -251,11 +247,11 @@ class Engine:
         for number in range(len(tokens) // size):
             samples = slice(number * size, (number + 1) * size)
             length = batch.micro_batch_lengths[number] if batch.micro_batch_lengths else batch.loss_mask.shape[1]
-            own = {
+            keywords = {
                 name: tensor[samples, :length] if tensor.dim() == 2 else tensor[samples]
                 for name, tensor in inputs.items()
             }
-            micro_batches.append((tokens[samples, :length], own))
+            micro_batches.append((tokens[samples, :length], keywords))
         return micro_batches
 
     @property
@@ -264,14 +260,14 @@ class Engine:
 
     def _forward_and_backward(self, batch: Batch) -> list[Tensor]:
         device = self.parallel.device
-        loss_mask = batch.loss_mask.to(device, self.held_dtype)
-        total = self._over_data_parallelism(loss_mask.sum())
-        # Of a global batch with nothing to learn the loss is 0.
+        loss_mask = batch.loss_mask.to(device, self.param_dtype)
+        total = self._sum_over_data_parallelism(loss_mask.sum())
+        # The loss of a global batch with nothing to learn is 0.
         token_weights = loss_mask * (self._loss_factor / torch.where(total > 0, total, 1.0))
         inputs = {"token_weights": token_weights, "sample_ids": batch.sample_ids}
         num_micro_batches = len(batch.tokens) // self.run.training.micro_batch_size
         if self._buckets is not None:
-            self._buckets.expect(None if splits_backward(self.run) else num_micro_batches)
+            self._buckets.expect(None if self.run.parallel.splits_backward else num_micro_batches)
         if self.parallel.pp_size > 1:
             tokens = batch.tokens.to(device)
             input_ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -280,25 +276,25 @@ class Engine:
             return self._pipeline_for(input_ids.shape[1], num_micro_batches).run(input_ids, targets, **inputs)
         [model] = self.stages
         losses = []
-        for number, (input_ids, of_micro_batch) in enumerate(self._micro_batches(batch, inputs)):
+        for number, (input_ids, keywords) in enumerate(self._micro_batches(batch, inputs)):
             if isinstance(model, FSDPModule):
                 is_last = number == num_micro_batches - 1
                 model.set_is_last_backward(is_last)
                 model.set_requires_gradient_sync(is_last)
-            loss = model(input_ids, **of_micro_batch)
+            loss = model(input_ids, **keywords)
             loss.backward()
             losses.append(loss.detach())
         return losses
 
-    def _over_data_parallelism(self, number: Tensor) -> Tensor:
-        """The sum over the processes that see different samples."""
+    def _sum_over_data_parallelism(self, number: Tensor) -> Tensor:
+        """Sum ``number`` in place over the processes that see different samples."""
         for axis in ("dp_replicate", "dp_shard"):
             if getattr(self.parallel.sizes, axis) > 1:
                 dist.all_reduce(number, group=self.parallel.group(axis))
         return number
 
     def _pipeline_for(self, length: int, num_micro_batches: int) -> Pipeline:
-        """The pipeline for so many micro-batches of ``length`` inputs, which is kept until others come."""
+        """Return the pipeline for ``num_micro_batches`` of ``length`` inputs, which is kept until these change."""
         if self._pipeline is None or self._pipeline[0] != (length, num_micro_batches):
             pipeline = Pipeline(
                 self.run.parallel.pipeline_schedule,
@@ -312,12 +308,12 @@ class Engine:
         return self._pipeline[1]
 
     def _hidden_shape(self, length: int) -> tuple[int, int, int]:
-        """Of what goes from stage to stage of a micro-batch of ``length`` inputs."""
+        """Return the shape that stages exchange for a micro-batch of ``length`` inputs."""
         tp = self.parallel.tp_size if self.parallel.sequence_parallel else 1
         return (self.run.training.micro_batch_size, length // tp, self.stages[0].config.hidden_size)
 
     def _group_of_both_ends(self, config: ModelConfig) -> dist.ProcessGroup | None:
-        """Where the head is the embedding: the processes of the first and of the last stage, if they are two."""
+        """Return the group of the first and the last stage, where they share a tied embedding; else ``None``."""
         ends = {stage.index for model in self.stages if (stage := model.stage).is_first or stage.is_last}
         if not config.tie_embeddings or len(self.all_stages) == 1 or len(ends) != 1:
             return None
@@ -325,7 +321,7 @@ class Engine:
         return self.parallel.new_group([ranks[0], ranks[-1]])
 
     def _sum_tied_gradients(self) -> None:
-        """Where the head is the embedding and they are on two stages, give both copies the sum of their gradients."""
+        """Give both copies of a tied embedding on two stages the sum of their gradients."""
         if len(self.all_stages) == 1 or not self.stages[0].config.tie_embeddings:
             return
         copies = [
@@ -348,8 +344,30 @@ class Engine:
         return [parameter for model in self.stages for parameter in model.parameters()]
 
     def optimized_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those that are trained, among them the last stage's copy of an embedding that is the head too."""
+        """Return the trained parameters by name, including the last stage's copy of a tied embedding."""
         return [(name, parameter) for name, parameter in self._all_named_parameters() if parameter.requires_grad]
 
     def _all_named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [item for model in self.stages for item in model.named_parameters()]
+
+
+def _compute_options(run: RunConfig, compute_dtype: torch.dtype | None) -> ComputeOptions:
+    """Return how the run file lets the model compute."""
+    return ComputeOptions(
+        compute_dtype=compute_dtype,
+        # Recomputed layers hold one cast at a time, shards are gathered in the compute dtype, and compiled code casts
+        # by itself.
+        caches_casts=run.recompute.granularity != "full"
+        and run.parallel.data_parallel == "replicated"
+        and not run.kernels.compile,
+        recompute=run.recompute.granularity,
+        recompute_layers=run.recompute.num_layers,
+        attention_dropout=run.dropout.attention,
+        hidden_dropout=run.dropout.hidden,
+        lima_dropout=run.dropout.lima,
+        dropout_seed=run.dropout.seed,
+        attention=run.kernels.attention,
+        norm=run.kernels.norm,
+        compile=run.kernels.compile,
+        splits_backward=run.parallel.splits_backward,
+    )

@@ -1,25 +1,52 @@
-"""The optimizer over a model's parameters."""
+"""The optimizer over a model's parameters, and which of them are not trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megacore.errors import ConfigError
 from megacore.parallel import ParameterSpec, local_tensor
-from megacore.training.config.run_config import OptimizerSection
+from megacore.training.config import OptimizerSection
 
 
 class Optimizer(Protocol):
-    """What a training run needs of an optimizer; see ``torch.optim.Optimizer``."""
+    """The part of ``torch.optim.Optimizer`` that a training run needs."""
 
     param_groups: list[dict[str, Any]]
 
     def step(self) -> Any: ...
 
     def zero_grad(self) -> None: ...
+
+
+def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+    """Return the ``names`` that match any of the ``patterns``, by the rules of the shell for file names.
+
+    Args:
+        patterns: The patterns of ``training.freeze``.
+        names: All parameters of the whole model.
+
+    Raises:
+        ConfigError: when a pattern matches none, or all are matched.
+    """
+    names = list(names)
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ConfigError(
+                f"training.freeze: {pattern!r} matches no parameter of the model, which has {names[0]}, … {names[-1]} "
+                "(megacore.json of the checkpoint has all names)"
+            )
+        frozen |= matched
+    if frozen and len(frozen) == len(names):
+        raise ConfigError("training.freeze matches all parameters, so that there would be nothing to train")
+    return frozen
 
 
 def build_optimizer(
@@ -29,10 +56,10 @@ def build_optimizer(
     *,
     kernel: str = "auto",
 ) -> Optimizer:
-    """The run's optimizer, with weight decay on matrices only: a norm's weight or a bias is no direction to shrink.
+    """Build the optimizer, with weight decay on matrices only: shrinking a norm's weight or a bias regularizes nothing.
 
-    Parameters that need no gradient are left out. A group's ``wd_mult`` is what weight decay is multiplied by in it;
-    see :func:`set_rates`. ``kernel`` is a name of :data:`megacore.model.kernels.KERNELS`.
+    Parameters that need no gradient are left out. ``wd_mult`` of a parameter group multiplies its weight decay; see
+    :func:`set_rates`. ``kernel`` is a name of :data:`megacore.model.kernels.KERNELS`.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -55,16 +82,16 @@ def build_optimizer(
 
 
 def set_rates(optimizer: Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Let the next steps have this learning rate and, where there is any, this weight decay."""
+    """Set the learning rate and the weight decay of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = group["wd_mult"] * weight_decay
 
 
 class ApexAdamW:
-    """AdamW in NVIDIA apex's FusedAdam, which takes plain tensors only: it has this process's part of each parameter.
+    """AdamW in NVIDIA apex's FusedAdam.
 
-    Its state is of these parts, and knows nothing of how the parameters are cut.
+    FusedAdam takes plain tensors only, so it works on this process's part of each parameter, and so does its state.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **constants: Any) -> None:
@@ -72,12 +99,14 @@ class ApexAdamW:
 
         parameters = [parameter for group in groups for parameter in group["params"]]
         self._parts = {parameter: nn.Parameter(local_tensor(parameter)) for parameter in parameters}
-        of_parts = [{**group, "params": [self._parts[parameter] for parameter in group["params"]]} for group in groups]
-        self._fused = FusedAdam(of_parts, adam_w_mode=True, **constants)
+        part_groups = [
+            {**group, "params": [self._parts[parameter] for parameter in group["params"]]} for group in groups
+        ]
+        self._fused = FusedAdam(part_groups, adam_w_mode=True, **constants)
         self.param_groups: list[dict[str, Any]] = self._fused.param_groups
 
     def step(self) -> None:
-        """Change the parameters as their gradients say."""
+        """Update the parameters from their gradients."""
         for parameter, part in self._parts.items():
             # Sharded parameters may have moved.
             part.data = local_tensor(parameter)
@@ -85,25 +114,25 @@ class ApexAdamW:
         self._fused.step()
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The means of the gradients and of their squares, of this process's part, and how many steps were taken."""
-        kept = self._fused.state.get(self._parts[parameter], {})
-        if not kept:
+        """Return the moments of this process's part of ``parameter``, and the number of steps taken."""
+        state = self._fused.state.get(self._parts[parameter], {})
+        if not state:
             return {}
         [steps] = [group["step"] for group in self.param_groups if self._is_in(group, parameter)]
-        return {**kept, "step": torch.tensor(float(steps))}
+        return {**state, "step": torch.tensor(float(steps))}
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state_of` was."""
-        kept = {kind: local_tensor(value) for kind, value in state.items()}
+        """Restore a :meth:`state_of` ``parameter``."""
+        parts = {kind: local_tensor(value) for kind, value in state.items()}
         for group in self.param_groups:  # apex counts the steps of a group
             if self._is_in(group, parameter):
-                group["step"] = int(kept.pop("step"))
-        self._fused.state[self._parts[parameter]] = kept
+                group["step"] = int(parts.pop("step"))
+        self._fused.state[self._parts[parameter]] = parts
 
     def _is_in(self, group: dict[str, Any], parameter: nn.Parameter) -> bool:
         return any(part is self._parts[parameter] for part in group["params"])
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for parameter, part in self._parts.items():
             parameter.grad = part.grad = None

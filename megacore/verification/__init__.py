@@ -3,6 +3,7 @@
 from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
 from megacore.verification.meta_reference import MetaReference
 from megacore.verification.samples import dataset_samples, random_samples, text_samples
+from megacore.verification.standard_reference import load_standard_reference
 from megacore.verification.transformers_reference import TransformersReference
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "TransformersReference",
     "VerificationReport",
     "dataset_samples",
+    "load_standard_reference",
     "random_samples",
     "text_samples",
     "verify",

@@ -179,7 +179,7 @@ def _compare_on_rank(
     iterations = []
     for index, sample in enumerate(samples.to(parallel.device)):
         inputs, targets = sample[:-1].unsqueeze(0), sample[1:]
-        ours = whole_logits(model(inputs), model.config.vocab_size, parallel)[0]
+        ours = gather_logits(model(inputs), model.config.vocab_size, parallel)[0]
         if not is_first:
             continue
         theirs = reference(inputs)[0]
@@ -194,7 +194,7 @@ def _compare_on_rank(
     return iterations
 
 
-def whole_logits(logits: Tensor, vocab_size: int, parallel: ParallelContext) -> Tensor:
+def gather_logits(logits: Tensor, vocab_size: int, parallel: ParallelContext) -> Tensor:
     """Join the ranks' parts of the vocabulary into ``[batch, sequence, vocab_size]``."""
     if parallel.tp_mesh is None:
         return logits

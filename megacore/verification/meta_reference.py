@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacore.checkpoint.json_file import read_json_object
+from megacore.checkpoint.input_files import read_json_object
 from megacore.errors import CheckpointError, PluginError
 
 _SIDE_BY_SIDE = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class TransformersReference:
         Raises:
             CheckpointError: when transformers cannot load ``path``, or would invent weights that it lacks.
         """
+        # transformers draws its bar into files and logs too. It is imported already, as model_class is one of its own.
+        import_module("transformers.utils.logging").disable_progress_bar()
         if path is None:
             config = model_class.config_class(**published_config)
             model = model_class._from_config(config, dtype=dtype, attn_implementation=attention)

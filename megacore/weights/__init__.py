@@ -1,34 +1,60 @@
-"""Weight maps, and the engine that runs them in both directions."""
+"""Weights: a table of rules connects a published checkpoint and the native parameters, in both directions.
 
-from megacore.weights.conversion import convert
-from megacore.weights.exporting import export
-from megacore.weights.formats import recognise
-from megacore.weights.meta_config import config_from_meta, config_to_meta
-from megacore.weights.rotary_settings import ROTARY_METHODS, rotary_from_hf, rotary_to_hf
-from megacore.weights.rules import Copy, FusedQKV, Rule, Stacked, SwappedHalves, WeightMap, grouped_qkv_rows
-from megacore.weights.standard_config import standard_config_from_hf, standard_config_to_hf
-from megacore.weights.standard_maps import meta_map, standard_hf_map
-from megacore.weights.translation import translate
+Start with ``rules``; ``conversion``, ``exporting`` and ``translation`` run a table, ``formats`` knows the files.
+The names below are imported on first use, so that a plugin can import from here without torch.
+"""
 
-__all__ = [
-    "ROTARY_METHODS",
-    "Copy",
-    "FusedQKV",
-    "Rule",
-    "Stacked",
-    "SwappedHalves",
-    "WeightMap",
-    "config_from_meta",
-    "config_to_meta",
-    "convert",
-    "export",
-    "grouped_qkv_rows",
-    "meta_map",
-    "recognise",
-    "rotary_from_hf",
-    "rotary_to_hf",
-    "standard_config_from_hf",
-    "standard_config_to_hf",
-    "standard_hf_map",
-    "translate",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megacore.weights.conversion import convert as convert
+    from megacore.weights.exporting import export as export
+    from megacore.weights.formats import recognise as recognise
+    from megacore.weights.rules import Copy as Copy
+    from megacore.weights.rules import FusedQKV as FusedQKV
+    from megacore.weights.rules import Rule as Rule
+    from megacore.weights.rules import Stacked as Stacked
+    from megacore.weights.rules import SwappedHalves as SwappedHalves
+    from megacore.weights.rules import WeightMap as WeightMap
+    from megacore.weights.rules import grouped_qkv_rows as grouped_qkv_rows
+    from megacore.weights.standard_decoder import StandardDecoder as StandardDecoder
+    from megacore.weights.standard_decoder.hf import ROTARY_METHODS as ROTARY_METHODS
+    from megacore.weights.standard_decoder.hf import rotary_from_hf as rotary_from_hf
+    from megacore.weights.standard_decoder.hf import rotary_to_hf as rotary_to_hf
+    from megacore.weights.standard_decoder.hf import standard_config_from_hf as standard_config_from_hf
+    from megacore.weights.standard_decoder.hf import standard_config_to_hf as standard_config_to_hf
+    from megacore.weights.standard_decoder.hf import standard_hf_map as standard_hf_map
+    from megacore.weights.standard_decoder.meta import config_from_meta as config_from_meta
+    from megacore.weights.standard_decoder.meta import config_to_meta as config_to_meta
+    from megacore.weights.standard_decoder.meta import meta_map as meta_map
+    from megacore.weights.translation import translate as translate
+
+_NAMES = {
+    "conversion": ("convert",),
+    "exporting": ("export",),
+    "formats": ("recognise",),
+    "rules": ("Copy", "FusedQKV", "Rule", "Stacked", "SwappedHalves", "WeightMap", "grouped_qkv_rows"),
+    "standard_decoder": ("StandardDecoder",),
+    "standard_decoder.hf": (
+        "ROTARY_METHODS",
+        "rotary_from_hf",
+        "rotary_to_hf",
+        "standard_config_from_hf",
+        "standard_config_to_hf",
+        "standard_hf_map",
+    ),
+    "standard_decoder.meta": ("config_from_meta", "config_to_meta", "meta_map"),
+    "translation": ("translate",),
+}
+_HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Binding a family's weight map to one model: every parameter and every source tensor accounted for."""
+"""Binding a weight map to one model, with a check that it covers every parameter and every source tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megacore.parallel import ParameterSpec
 from megacore.plugins import Family
 from megacore.weights.rules import QKVOrder, Rule, WeightMap
 
-_LISTED = 8
+_MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class BoundMap:
     """A weight map whose rules cover the parameters of one model exactly.
 
     Attributes:
-        rules: by native name, in the order of the model's parameters.
-        specs: of the native parameters, in the same order.
-        order: of the QKV rows.
-        weight_map: that the rules come from.
+        rules: The rules by native name, in the order of the model's parameters.
+        specs: The specs of the native parameters, in the same order.
+        order: The order of the QKV rows.
+        weight_map: The weight map that the rules come from.
     """
 
     rules: dict[str, Rule]
@@ -34,7 +34,7 @@ class BoundMap:
     weight_map: WeightMap
 
     def source_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every source tensor, by name, as this model has it."""
+        """Return the shape of every source tensor of this model, by name."""
         shapes = {}
         for native, rule in self.rules.items():
             spec = self.specs[native]
@@ -43,10 +43,10 @@ class BoundMap:
         return shapes
 
     def check_sources(self, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Compare the tensors of a checkpoint, by name and shape, with what this model needs.
+        """Compare the tensors of a checkpoint, by name and shape, with those that this model needs.
 
         Raises:
-            WeightMapError: lists what is missing, what is unknown and what has another shape.
+            WeightMapError: lists the tensors that are missing, unknown or of another shape.
         """
         needed = self.source_shapes()
         unknown = [
@@ -71,12 +71,12 @@ class BoundMap:
 
 
 def bind(family: Family, config: ModelConfig, source: str) -> BoundMap:
-    """Bind the weight map that ``family`` has for format ``source`` to the model that ``config`` describes.
+    """Bind the weight map of ``family`` for format ``source`` to the model that ``config`` describes.
 
     Raises:
-        WeightMapError: when the rules do not produce every parameter exactly once, or use a source tensor twice.
-        UnsupportedSourceError: when the family does not read that format.
-        PluginError: when a hook of the family fails its contract.
+        WeightMapError: if the rules do not produce every parameter exactly once, or use a source tensor twice.
+        UnsupportedSourceError: if the family does not read that format.
+        PluginError: if a hook of the family violates its contract.
     """
     specs = model_specs(config, family.build_layer)
     weight_map = family.weight_map(config, source)
@@ -93,14 +93,14 @@ def bind(family: Family, config: ModelConfig, source: str) -> BoundMap:
             + "\n".join(problems)
         )
     by_name = {rule.native: rule for rule in rules}
-    order = QKVOrder.of(config, family.qkv_permutation(config, source))
+    order = QKVOrder.from_permutation(config, family.qkv_permutation(config, source))
     return BoundMap({name: by_name[name] for name in specs}, specs, order, weight_map)
 
 
-def _listed(what: str, names: Iterable[str]) -> list[str]:
-    """At most a few of ``names`` in one line, or no line when there are none."""
+def _listed(problem: str, names: Iterable[str]) -> list[str]:
+    """Return one line with the first few of ``names``, or no line if there are none."""
     all_names = list(names)
     if not all_names:
         return []
-    more = f", and {len(all_names) - _LISTED} more" if len(all_names) > _LISTED else ""
-    return [f"  {what}: {', '.join(all_names[:_LISTED])}{more}"]
+    more = f", and {len(all_names) - _MAX_LISTED} more" if len(all_names) > _MAX_LISTED else ""
+    return [f"  {problem}: {', '.join(all_names[:_MAX_LISTED])}{more}"]

@@ -1,4 +1,4 @@
-"""Converting a published checkpoint to the native format."""
+"""Conversion of a published checkpoint to the native format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from megacore.checkpoint import Layout, Manifest, Parameter, history_entry, write_checkpoint
-from megacore.checkpoint.matrix import Cast, LazyMatrix, equal
-from megacore.checkpoint.new_rows import AddedTokens
+from megacore.checkpoint import Layout, Manifest, ModelDescription, Parameter, write_checkpoint
+from megacore.checkpoint.matrix import Cast, LazyMatrix, equal_matrices
+from megacore.checkpoint.resized_embeddings import ExtendedTokenizer
 from megacore.config import ModelConfig
 from megacore.errors import ConfigError, WeightMapError
 from megacore.plugins import Family, get_family
@@ -20,8 +20,8 @@ from megacore.weights.binding import BoundMap, bind
 from megacore.weights.formats import PublishedCheckpoint, format_for, recognise
 from megacore.weights.hub import provenance
 
-NOT_OF_THE_SIZE = frozenset(("vocab_size", "max_position_embeddings", "norm_eps", "rope_theta", "rope_scaling"))
-"""The fields of a configuration that a ``size`` leaves open: added tokens and longer contexts do not change it."""
+SIZE_INDEPENDENT_FIELDS = frozenset(("vocab_size", "max_position_embeddings", "norm_eps", "rope_theta", "rope_scaling"))
+"""The fields of a configuration that differ within one published size, for example by added tokens or fine-tuning."""
 
 
 def convert(
@@ -44,60 +44,60 @@ def convert(
     Tensors stream from file to file: no model is built, and memory holds a few chunks at a time.
 
     Args:
-        model: the family, or its name.
-        source_directory: a published checkpoint.
-        out: is created; must not exist.
-        source: its format, ``"hf"`` for example; by default recognised by its files.
-        size: the published size that the checkpoint is to be of, ``"7"`` for example; by default it may be of any.
-        dtype: to convert to; by default every tensor keeps its own.
-        tp: tensor-parallel size to cut for.
-        pp: pipeline-parallel size to cut for.
-        true_vocab_size: rows of the vocabulary that are tokens, in a format that pads it without recording that.
-        add_tokens: a dataset or a tokenizer's directory, for whose new tokens embedding and head get rows, each the
-            mean of the rows before the first of them; rows to spare are used for them.
-        report: is told what was assumed of the checkpoint or left behind, a sentence at a time; the history of the
-            converted one says it too.
-        advance: is told of every few bytes written.
+        model: The family, or its name.
+        source_directory: A published checkpoint.
+        out: The directory to create; it must not exist.
+        source: The format of the checkpoint, for example ``"hf"``; by default recognised by its files.
+        size: The published size that the checkpoint must have, for example ``"7"``; by default any.
+        dtype: The dtype to convert to; by default every tensor keeps its own.
+        tp: Tensor-parallel size to cut for.
+        pp: Pipeline-parallel size to cut for.
+        true_vocab_size: Number of vocabulary rows that are tokens, in a format that pads without recording it.
+        add_tokens: A dataset or a tokenizer's directory. Embedding and head get a row for each of its new tokens, the
+            mean of the rows before the first of them; spare rows are used first.
+        report: Called with each note on assumptions and omissions, one sentence at a time. The history of the new
+            checkpoint has the same notes.
+        advance: Called with the number of bytes written, after every few megabytes.
 
     Raises:
-        MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
+        MegacoreError: a subclass for each reason; nothing is left in ``out``.
     """
     family = get_family(model) if isinstance(model, str) else model
     directory = Path(source_directory)
     opened = open_published(
         family, directory, source=source, size=size, dtype=dtype, true_vocab_size=true_vocab_size, report=report
     )
-    noted: dict[str, Any] = {"notes": opened.notes} if opened.notes else {}
-    noted |= provenance(directory)
+    details: dict[str, Any] = {"notes": opened.notes} if opened.notes else {}
+    details |= provenance(directory)
     parameters, config, tokenizer_files = opened.parameters, opened.config, opened.published.tokenizer_files()
     if add_tokens is not None:
-        added = AddedTokens.read(add_tokens, known=tokenizer_files)
-        parameters, tokenizer_files = added.grow(parameters), added.tokenizer_files(tokenizer_files)
+        added = ExtendedTokenizer.read(add_tokens, known=tokenizer_files)
+        parameters, tokenizer_files = added.resize_embeddings(parameters), added.tokenizer_files(tokenizer_files)
         config = dataclasses.replace(config, vocab_size=added.vocab_size(config.vocab_size))
-        noted |= {"added_tokens": str(added.directory), "vocab_size": config.vocab_size}
+        details |= {"added_tokens": str(added.directory), "vocab_size": config.vocab_size}
+    description = ModelDescription(family=family.name, config=config.to_dict(), origin=opened.published.origin()).after(
+        "convert", source=str(directory), format=opened.source, plugin=family.label, **details
+    )
     return write_checkpoint(
         Path(out),
         parameters,
-        family=family.name,
-        config=config.to_dict(),
+        description,
         layout=Layout.even(tp=tp, pp=pp, num_layers=opened.config.num_layers),
         tokenizer_files=tokenizer_files,
-        origin=opened.published.origin(),
-        history=(history_entry("convert", source=str(directory), format=opened.source, plugin=family.label, **noted),),
         advance=advance,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """A published checkpoint as its family reads it.
+    """A published checkpoint with its configuration and native parameters.
 
     Attributes:
-        published: the checkpoint, opened.
-        source: its format.
-        config: of the model.
-        parameters: the native ones, by name, not read yet.
-        notes: what was assumed of the checkpoint or is left behind.
+        published: The opened checkpoint.
+        source: Name of its format.
+        config: The model configuration.
+        parameters: The native parameters by name, read lazily.
+        notes: Assumptions about the checkpoint and omissions from it, one sentence each.
     """
 
     published: PublishedCheckpoint
@@ -117,10 +117,10 @@ def open_published(
     true_vocab_size: int | None,
     report: Callable[[str], None],
 ) -> PublishedModel:
-    """Open the checkpoint in ``directory`` and check that it is of ``family``; the arguments are those of ``convert``.
+    """Open the checkpoint in ``directory`` and check that it is of ``family``. The arguments are those of ``convert``.
 
     Raises:
-        MegacoreError: in one of its kinds, for whatever does not fit.
+        MegacoreError: a subclass for each reason.
     """
     source = source or recognise(directory)
     published = format_for(family.family, source).open(directory)
@@ -137,34 +137,33 @@ def open_published(
 
 
 def read_published_config(family: Family, published: PublishedCheckpoint, source: str) -> ModelConfig:
-    """The model configuration of ``published``, a checkpoint in format ``source``, as ``family`` reads it.
+    """Return the model configuration of ``published``, a checkpoint of ``family`` in format ``source``.
 
     Raises:
-        ConfigError: when the checkpoint is of another family, or asks for what the family does not implement.
+        ConfigError: if the checkpoint is of another family or has a setting that the family does not implement.
     """
     published.check_family(family.family)
     try:
         return family.family.config_from_source(published.config, source)
     except KeyError as error:
         raise ConfigError(f"{published.config_file} lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:  # a value that is of no use where it stands
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value of an unusable type or range
         raise ConfigError(f"{published.config_file} does not describe a model: {error}") from error
 
 
 def check_size(family: Family, size: str, config: ModelConfig, config_file: Path) -> None:
     """Refuse a checkpoint that is not of the published ``size``: the preset is compared, never used.
 
-    What differs between the published checkpoints of one size, and what fine-tuning changes, is not compared: see
-    :data:`NOT_OF_THE_SIZE`.
+    The fields in :data:`SIZE_INDEPENDENT_FIELDS` are not compared.
 
     Raises:
-        ConfigError: lists the fields that differ, or the sizes that the family has.
+        ConfigError: lists the fields that differ, or the sizes of the family.
     """
     preset = family.preset(size)
     differing = [
         f"{field.name} {getattr(config, field.name)!r} instead of {getattr(preset, field.name)!r}"
         for field in dataclasses.fields(preset)
-        if field.name not in NOT_OF_THE_SIZE and getattr(config, field.name) != getattr(preset, field.name)
+        if field.name not in SIZE_INDEPENDENT_FIELDS and getattr(config, field.name) != getattr(preset, field.name)
     ]
     if differing:
         raise ConfigError(f"{config_file} does not describe a {family.name} of size {size}: {', '.join(differing)}")
@@ -173,10 +172,10 @@ def check_size(family: Family, size: str, config: ModelConfig, config_file: Path
 def read_parameters(
     bound: BoundMap, published: PublishedCheckpoint, dtype: torch.dtype | None
 ) -> Mapping[str, Parameter]:
-    """The native parameters of a model, made of the tensors of ``published`` but not read yet, by name.
+    """Return the native parameters of a model by name, made lazily of the tensors of ``published``.
 
     Raises:
-        WeightMapError: when the tensors are not those that the model needs.
+        WeightMapError: if the tensors are not those that the model needs.
     """
     expected = bound.source_shapes()
     found = published.shapes(expected)
@@ -199,12 +198,14 @@ def read_parameters(
 
 
 def _check_aliases(bound: BoundMap, published: PublishedCheckpoint, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Tensors that repeat another one must really repeat it: a head that differs is not tied."""
+    """Refuse an alias that differs from its original: such a head is not tied."""
     for alias, original in bound.weight_map.aliases.items():
         if alias not in found:
             continue
         shape = found[original]
-        if found[alias] != shape or not equal(published.matrix(alias, shape), published.matrix(original, shape)):
+        if found[alias] != shape or not equal_matrices(
+            published.matrix(alias, shape), published.matrix(original, shape)
+        ):
             raise WeightMapError(
                 f"{published.directory}: {published.config_file.name} ties {alias} to {original}, but the two tensors "
                 'differ. If the head has weights of its own, set "tie_word_embeddings": false there'

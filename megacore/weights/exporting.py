@@ -1,4 +1,4 @@
-"""Exporting a native checkpoint to a published format."""
+"""Export of a native checkpoint to a published format."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.matrix import LazyMatrix
-from megacore.checkpoint.reading import checked_meanwhile
+from megacore.checkpoint.reading import check_in_background
 from megacore.checkpoint.safetensors_file import DTYPES, MAX_FILE_BYTES, OutputTensor
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.checkpoint.writing import Parameter
 from megacore.model import read_config
 from megacore.plugins import get_family
@@ -34,19 +34,19 @@ def export(
     """Write ``checkpoint`` to directory ``out`` in a published format: weights, configuration, tokenizer.
 
     Args:
-        checkpoint: a native checkpoint, cut in any way. Its digests are checked on the way.
-        out: is created; must not exist.
-        format: ``"hf"`` is a Hugging Face directory, ``"meta"`` Meta's own format, ``"megatron-llm"`` Megatron-LLM's;
-            a family has some of them.
-        dtype: to convert to; by default every tensor keeps its own.
-        tp: ranks to cut for, in a format that is cut.
-        pp: pipeline stages to cut for, in a format that is cut so.
-        max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
-        report: is told what a person should know of the output, a sentence at a time.
-        advance: is told of every few bytes written.
+        checkpoint: A native checkpoint of any layout. Its digests are checked meanwhile.
+        out: The directory to create; it must not exist.
+        format: ``"hf"`` is a Hugging Face directory, ``"meta"`` Meta's own format, ``"megatron-llm"`` Megatron-LLM's.
+            The family must have it among its sources.
+        dtype: The dtype to convert to; by default every tensor keeps its own.
+        tp: Number of tensor-parallel ranks to cut for, in a format that has ranks.
+        pp: Number of pipeline stages to cut for, in a format that has stages.
+        max_file_bytes: The largest size of a weight file, unless a single tensor is larger, in a format that allows it.
+        report: Called with each note on the output, one sentence at a time.
+        advance: Called with the number of bytes written, after every few megabytes.
 
     Raises:
-        MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
+        MegacoreError: a subclass for each reason; nothing is left in ``out``.
     """
     source = Checkpoint(checkpoint)
     manifest = source.manifest
@@ -70,7 +70,7 @@ def export(
         report=report,
     )
     out = Path(out)
-    with checked_meanwhile(source) as wait_for_check, staged_directory(out) as staging:
+    with check_in_background(source) as wait_for_check, staged_directory(out) as staging:
         require_space(staging, publication.num_bytes, out)
         writer.write(staging, publication, advance=advance)
         wait_for_check()
@@ -79,7 +79,7 @@ def export(
 def published_tensors(
     bound: BoundMap, parameters: Mapping[str, Parameter], dtype: torch.dtype | None
 ) -> list[OutputTensor]:
-    """The tensors of a published format, taken out of the native ``parameters`` but not read yet."""
+    """Return the tensors of a published format, extracted lazily from the native ``parameters``."""
     shapes = bound.source_shapes()
     tensors = []
     for native, rule in bound.rules.items():

@@ -1,4 +1,4 @@
-"""Fetching published checkpoints from the Hugging Face hub.
+"""Download of published checkpoints from the Hugging Face hub.
 
 Only safetensors, configurations and tokenizers are fetched: never a pickle, and never code.
 """
@@ -19,16 +19,16 @@ from megacore.weights.formats.hf import CONFIG_FILE, GENERATION_FILE, INDEX_FILE
 from megacore.weights.formats.published import TOKENIZER_FILES
 
 DESCRIBING_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
-"""What is fetched first: small, and it says which files the weights are in."""
+"""The files that are fetched first: they are small and name the weight files."""
 
 _INSTEAD = "or pass a directory that holds the checkpoint (--from, --reference)"
 
 
 def locate(source: str, *, cache_dir: Path | None = None, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: ``source`` itself where that is one, or else what the hub has under that name.
+    """Return the directory of a checkpoint: ``source`` if it is a directory, else the fetched repository of that name.
 
     Raises:
-        MegacoreError: as :func:`fetch` does, and when ``revision`` or ``cache_dir`` is given for a directory.
+        MegacoreError: as :func:`fetch` does, and if ``revision`` or ``cache_dir`` is given for a directory.
     """
     directory = Path(source)
     if directory.is_dir() or not is_repository(source):
@@ -39,19 +39,19 @@ def locate(source: str, *, cache_dir: Path | None = None, revision: str | None =
 
 
 def is_repository(name: str) -> bool:
-    """Whether ``name`` can be that of a repository on the hub: ``owner/name``."""
+    """Return whether ``name`` has the form of a repository on the hub, ``owner/name``."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None
 
 
 def repository_of_size(family: Family, size: str) -> str:
-    """Where on the hub the published ``size`` of ``family`` is.
+    """Return the repository on the hub of the published ``size`` of ``family``.
 
     Raises:
-        ConfigError: when the family has no such size, or does not say where it is.
+        ConfigError: if the family has no such size, or names no repository for it.
     """
     repositories = family.family.hub
     if size not in repositories:
-        family.preset(size)  # which raises, with the sizes that there are, if there is no such size
+        family.preset(size)  # raises, listing the known sizes, if there is no such size
         raise ConfigError(f"{family.label} does not say where on the hub size {size} is: pass --from")
     return repositories[size]
 
@@ -60,18 +60,18 @@ def fetch(repository: str, *, cache_dir: Path | str | None = None, revision: str
     """Fetch a checkpoint in the Hugging Face format from the hub, unless it is in the cache already.
 
     Args:
-        repository: ``owner/name``.
-        cache_dir: by default that of ``huggingface_hub``, which its own programs and transformers share.
-        revision: a branch, a tag or a commit; by default ``main``.
+        repository: The repository, ``owner/name``.
+        cache_dir: The cache; by default that of ``huggingface_hub``, which transformers shares.
+        revision: A branch, a tag or a commit; by default ``main``.
 
     Returns:
-        A directory in the cache, for reading only. :func:`provenance` tells the commit that it holds.
+        A directory in the cache, for reading only. :func:`provenance` returns its commit.
 
     Raises:
-        CheckpointError: when there is no such repository or revision, or no checkpoint in safetensors in it.
-        FetchError: when it could not be fetched, and what to do.
-        CorruptCheckpointError: when a file in the cache is damaged.
-        DiskFullError: when the cache has no room for it.
+        CheckpointError: if there is no such repository or revision, or no checkpoint in safetensors in it.
+        FetchError: if it cannot be fetched; the message says what to do.
+        CorruptCheckpointError: if a file in the cache is damaged.
+        DiskFullError: if the cache has too little space for it.
     """
     download = _downloader(repository, cache_dir)
     directory = download(DESCRIBING_FILES, revision)
@@ -80,7 +80,7 @@ def fetch(repository: str, *, cache_dir: Path | str | None = None, revision: str
         raise CheckpointError(f"{where} has no {CONFIG_FILE}: it is not a checkpoint in the Hugging Face format")
     indexed = indexed_file_names(directory)
     names = [SINGLE_FILE] if indexed is None else indexed
-    download(names, directory.name)  # by the commit that the index is of, whatever happens on the hub meanwhile
+    download(names, directory.name)  # the commit of the index, even if the hub has a newer one by now
     if missing := [name for name in names if not (directory / name).is_file()]:
         if indexed is not None:
             raise CheckpointError(f"{where} lacks {', '.join(missing[:3])}, which its {INDEX_FILE} names")
@@ -91,7 +91,7 @@ def fetch(repository: str, *, cache_dir: Path | str | None = None, revision: str
         )
     for name in names:
         try:
-            SafetensorsFile(directory / name)  # compares the file's length with what its header announces
+            SafetensorsFile(directory / name)  # compares the file's length with its header
         except CorruptCheckpointError as error:
             damaged = (directory / name).resolve()
             raise CorruptCheckpointError(f"{error}. Delete {damaged} to have it fetched again") from error
@@ -99,20 +99,20 @@ def fetch(repository: str, *, cache_dir: Path | str | None = None, revision: str
 
 
 def provenance(directory: Path) -> dict[str, str]:
-    """The repository and commit that a directory of the hub's cache holds; nothing for any other directory."""
+    """Return the repository and commit of a directory in the hub's cache; empty for any other directory."""
     found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$", directory.absolute().as_posix())
     return {"repository": f"{found[1]}/{found[2]}", "revision": found[3]} if found else {}
 
 
 def _downloader(repository: str, cache_dir: Path | str | None) -> Callable[[Sequence[str], str | None], Path]:
-    """A function of file names and a revision that has the cache hold those of the files that there are."""
+    """Return a function of file names and a revision that downloads those of the files that exist into the cache."""
     from huggingface_hub import constants, errors, snapshot_download
 
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     page = f"{constants.ENDPOINT}/{repository}"
 
     def download(names: Sequence[str], revision: str | None) -> Path:
-        # What the library says is not repeated: it may quote addresses that are signed for this user.
+        # The message of the library is not repeated: it may contain URLs that are signed for this user.
         try:
             with _progress_on_terminals_only():
                 return Path(
@@ -129,7 +129,7 @@ def _downloader(repository: str, cache_dir: Path | str | None) -> Callable[[Sequ
                 f"there is no {repository} on the hub, and no such directory here. If you meant a directory, check "
                 f"where it is; if the repository is private, log in with `hf auth login`"
             ) from error
-        except Exception as error:  # of the operating system, the library, or whichever HTTP client it is built on
+        except Exception as error:  # of the operating system, the library or its HTTP client
             raise _failure(error, repository, cache, is_offline=constants.HF_HUB_OFFLINE) from error
 
     return download
@@ -137,7 +137,7 @@ def _downloader(repository: str, cache_dir: Path | str | None) -> Callable[[Sequ
 
 @contextmanager
 def _progress_on_terminals_only() -> Iterator[None]:
-    """Some of the library's progress bars are drawn into files too."""
+    """Disable the library's progress bars unless stderr is a terminal; some are drawn into files too."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or are_progress_bars_disabled():
@@ -151,14 +151,14 @@ def _progress_on_terminals_only() -> Iterator[None]:
 
 
 def _failure(error: Exception, repository: str, cache: Path, *, is_offline: bool) -> FetchError | DiskFullError:
-    """What to tell of a download that came to nothing."""
+    """Return the error for a failed download."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"there is no room for {repository} in {cache}: choose another place with --cache-dir")
     if isinstance(error, PermissionError):
         return FetchError(f"{cache} cannot be written to: choose another place with --cache-dir")
     if is_offline:
         return FetchError(
-            f"{repository} is not in the cache, {cache}, or not all of it, and HF_HUB_OFFLINE forbids to fetch it: "
+            f"{repository} is not completely in the cache, {cache}, and HF_HUB_OFFLINE forbids downloads: "
             f"unset that, {_INSTEAD}"
         )
     status = _http_status(error) or _http_status(error.__cause__)
@@ -166,8 +166,8 @@ def _failure(error: Exception, repository: str, cache: Path, *, is_offline: bool
         return FetchError(f"the hub refuses {repository} to your login: log in with `hf auth login`, {_INSTEAD}")
     reason = f"the hub answered with status {status}" if status else f"{type(error.__cause__ or error).__name__}"
     return FetchError(
-        f"{repository} could not be fetched ({reason}). Check the network and run the command again: what has arrived "
-        f"is kept in {cache}. {_INSTEAD.capitalize()}"
+        f"{repository} could not be fetched ({reason}). Check the network and run the command again: the files "
+        f"fetched so far are kept in {cache}. {_INSTEAD.capitalize()}"
     )
 
 

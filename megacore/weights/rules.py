@@ -1,8 +1,8 @@
-"""Weight maps: which tensors of a published checkpoint make up which parameter, as a table of rules.
+"""Weight maps: a table of rules, one for each parameter, that names the tensors of a published checkpoint.
 
-A rule names one native parameter and the source tensors that it is made of, and can be run in both directions. It
-moves rows about and never looks at the numbers; everything is lazy (:mod:`megacore.checkpoint.matrix`). ``*`` stands
-for the number of the layer.
+A rule names one native parameter and the source tensors that it is made of, and runs in both directions. It reorders
+rows and never looks at the numbers; everything is lazy (:mod:`megacore.checkpoint.matrix`). ``*`` stands for the layer
+number.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from megacore.errors import PluginError
 
 @dataclass(frozen=True)
 class QKVOrder:
-    """The row order of the fused QKV projection, and how many rows query, key and value have in the source."""
+    """The row order of the fused QKV projection, and the number of query, key and value rows in the source."""
 
     native_from_source: torch.Tensor
     source_from_native: torch.Tensor
     part_rows: tuple[int, int, int]
 
     @classmethod
-    def of(cls, config: ModelConfig, permutation: Sequence[int]) -> QKVOrder:
-        """Check what the ``qkv_permutation`` hook returned and prepare it for both directions.
+    def from_permutation(cls, config: ModelConfig, permutation: Sequence[int]) -> QKVOrder:
+        """Check the result of the ``qkv_permutation`` hook and prepare it for both directions.
 
         Raises:
-            PluginError: when it is no permutation of the projection's rows.
+            PluginError: if it is not a permutation of the projection's rows.
         """
         query_rows = config.num_attention_heads * config.head_dim
         key_rows = config.num_kv_heads * config.head_dim
@@ -48,7 +48,7 @@ class QKVOrder:
 
 
 class Rule(ABC):
-    """How one native parameter is made of source tensors, and how they are had back from it."""
+    """One native parameter and the source tensors it is made of."""
 
     def __init__(self, native: str, sources: tuple[str, ...]) -> None:
         self.native = native
@@ -56,22 +56,22 @@ class Rule(ABC):
 
     @abstractmethod
     def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
-        """How many rows each source tensor has, when the native matrix has ``native_rows``."""
+        """Return the number of rows of each source tensor if the native matrix has ``native_rows``."""
 
     def to_native(self, parts: Sequence[LazyMatrix], order: QKVOrder) -> LazyMatrix:
-        """The native matrix, made of the sources' matrices."""
+        """Return the native matrix, made of the matrices of the sources."""
         return parts[0] if len(parts) == 1 else ConcatenatedRows(parts)
 
     def to_source(self, native: LazyMatrix, order: QKVOrder) -> list[LazyMatrix]:
-        """The sources' matrices, taken out of the native one."""
+        """Return the matrices of the sources, extracted from the native one."""
         if len(self.sources) == 1:
             return [native]
         bounds = accumulate(self.source_rows(native.rows, order), initial=0)
         return [RowsOf(native, slice(start, stop)) for start, stop in pairwise(bounds)]
 
     def for_layer(self, layer: int) -> Rule:
-        """The same rule with ``*`` replaced by ``layer``."""
-        rule = copy.copy(self)  # with whatever a plugin's own kind of rule holds
+        """Return the same rule with ``*`` replaced by ``layer``."""
+        rule = copy.copy(self)  # keeps the attributes that a plugin's own subclass adds
         rule.native = self.native.replace("*", str(layer))
         rule.sources = tuple(name.replace("*", str(layer)) for name in self.sources)
         return rule
@@ -81,7 +81,7 @@ class Rule(ABC):
 
 
 class Copy(Rule):
-    """One source tensor, as it is."""
+    """One source tensor, unchanged."""
 
     def __init__(self, native: str, source: str) -> None:
         super().__init__(native, (source,))
@@ -91,7 +91,7 @@ class Copy(Rule):
 
 
 class Stacked(Rule):
-    """Source tensors of equal height on top of one another, in the order they are given: ``gate=…, up=…``."""
+    """Source tensors with equally many rows, concatenated in the order of the arguments: ``gate=…, up=…``."""
 
     def __init__(self, native: str, **parts: str) -> None:
         super().__init__(native, tuple(parts.values()))
@@ -101,7 +101,7 @@ class Stacked(Rule):
 
 
 class SwappedHalves(Rule):
-    """One source tensor whose upper half is the lower one of the native parameter: ``[up; gate]`` in one piece."""
+    """One source tensor whose upper and lower halves are exchanged: ``[up; gate]`` in one tensor."""
 
     def __init__(self, native: str, source: str) -> None:
         super().__init__(native, (source,))
@@ -117,7 +117,7 @@ class SwappedHalves(Rule):
 
 
 class FusedQKV(Rule):
-    """The fused QKV projection, its rows in the order of the ``qkv_permutation`` hook; weights and biases alike.
+    """The fused QKV projection, its rows in the order of the ``qkv_permutation`` hook, for weights and biases alike.
 
     The source has either ``q``, ``k`` and ``v`` or one tensor ``qkv``.
     """
@@ -141,13 +141,13 @@ class FusedQKV(Rule):
 
 
 class WeightMap:
-    """A table of rules that covers a whole model.
+    """A table of rules for a whole model.
 
     Args:
-        rules: one for every native parameter.
-        ignored: names of source tensors that carry nothing to learn (rotary tables, say); ``*`` matches anything.
-        aliases: source tensors that may repeat another one, by name: a tied head that was saved nevertheless. They are
-            compared on the way in and not written on the way out.
+        rules: One rule for each native parameter.
+        ignored: Names of source tensors that hold nothing learned, such as rotary tables; ``*`` matches anything.
+        aliases: Source tensors that may repeat another one, by name, such as a tied head that was saved nevertheless.
+            They are compared with it on reading and are not written.
     """
 
     def __init__(self, *rules: Rule, ignored: Sequence[str] = (), aliases: Mapping[str, str] | None = None) -> None:
@@ -156,7 +156,7 @@ class WeightMap:
         self.aliases = dict(aliases or {})
 
     def expand(self, num_layers: int) -> list[Rule]:
-        """The rules with every ``*`` replaced, for each of ``num_layers`` layers."""
+        """Return the rules with every ``*`` replaced, for each of ``num_layers`` layers."""
         once = [rule for rule in self.rules if "*" not in rule.native]
         per_layer = [rule for rule in self.rules if "*" in rule.native]
         return once + [rule.for_layer(layer) for layer in range(num_layers) for rule in per_layer]
@@ -168,22 +168,40 @@ def _swapped(matrix: LazyMatrix) -> LazyMatrix:
 
 
 def grouped_qkv_rows(config: ModelConfig, *, interleaved: bool = False) -> list[int]:
-    """The ``qkv_permutation`` of a source with separate query, key and value.
+    """Return the ``qkv_permutation`` of a source with separate query, key and value projections.
 
-    Gathers, for each key-value head, the query heads that share it, the key and the value.
+    It gathers, for each key-value head, the query heads that share it, the key and the value.
 
     Args:
-        config: of the model.
-        interleaved: the source's rotary pairs are the components ``(2i, 2i + 1)`` of a head, as in the rotary paper;
-            otherwise they are halves, ``(i, i + head_dim / 2)``, as megacore's own.
+        config: The model configuration.
+        interleaved: True if the source's rotary pairs are the components ``(2i, 2i + 1)`` of a head, as in the rotary
+            paper; otherwise they are ``(i, i + head_dim / 2)``, megacore's own layout.
     """
     head_dim, queries = config.head_dim, config.queries_per_kv
     first_key = config.num_attention_heads * head_dim
     first_value = first_key + config.num_kv_heads * head_dim
-    turned_head = [*range(0, head_dim, 2), *range(1, head_dim, 2)] if interleaved else range(head_dim)
+    rotated_rows = _half_from_interleaved(head_dim) if interleaved else range(head_dim)
     rows: list[int] = []
     for group in range(config.num_kv_heads):
-        turned = [(group * queries + query) * head_dim for query in range(queries)] + [first_key + group * head_dim]
-        rows += [first + component for first in turned for component in turned_head]
+        rotated = [(group * queries + query) * head_dim for query in range(queries)] + [first_key + group * head_dim]
+        rows += [first + row for first in rotated for row in rotated_rows]
         rows += range(first_value + group * head_dim, first_value + (group + 1) * head_dim)
     return rows
+
+
+def half_from_interleaved_rows(*, queries_per_kv: int, kv_heads: int, head_dim: int) -> list[int]:
+    """Return the rows of a grouped QKV projection with interleaved rotary pairs in the order of rotary halves.
+
+    Both are grouped: for each key-value head its query heads, the key, the value. In a query or key head, the rows that
+    rotate together are ``(2i, 2i + 1)`` before and ``(i, i + head_dim / 2)`` after. Values are not rotated.
+    """
+    rows: list[int] = []
+    for block in range(kv_heads * (queries_per_kv + 2)):
+        is_value = block % (queries_per_kv + 2) == queries_per_kv + 1
+        head_rows = range(head_dim) if is_value else _half_from_interleaved(head_dim)
+        rows += (block * head_dim + row for row in head_rows)
+    return rows
+
+
+def _half_from_interleaved(head_dim: int) -> list[int]:
+    return [*range(0, head_dim, 2), *range(1, head_dim, 2)]

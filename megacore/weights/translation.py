@@ -1,4 +1,4 @@
-"""Translating a published checkpoint from one published format to another, with no native one in between."""
+"""Translation of a published checkpoint to another published format, without a native one in between."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from megacore.atomic_output import require_space, staged_directory
 from megacore.checkpoint.safetensors_file import MAX_FILE_BYTES
-from megacore.checkpoint.staging import require_space, staged_directory
 from megacore.plugins import Family, get_family
 from megacore.weights.binding import bind
 from megacore.weights.conversion import open_published
@@ -33,25 +33,25 @@ def translate(
 ) -> None:
     """Write the checkpoint in ``source_directory`` to ``out`` in another published format.
 
-    The same as :func:`convert` followed by :func:`export`, without the native files: tensors stream from the published
-    ones to the published ones.
+    The result is that of :func:`convert` followed by :func:`export`, but tensors stream from published files to
+    published files.
 
     Args:
-        model: the family, or its name.
-        source_directory: a published checkpoint.
-        out: is created; must not exist.
-        source: the format of the checkpoint, by default recognised by its files.
-        format: to write.
-        dtype: to convert to; by default every tensor keeps its own.
-        tp: ranks to cut for, in a format that is cut.
-        pp: pipeline stages to cut for, in a format that is cut so.
-        true_vocab_size: rows of the vocabulary that are tokens, in a format that pads it without recording that.
-        max_file_bytes: no weight file is larger, unless a single tensor is, in a format that lets files be split.
-        report: is told what was assumed, left behind or added, a sentence at a time.
-        advance: is told of every few bytes written.
+        model: The family, or its name.
+        source_directory: A published checkpoint.
+        out: The directory to create; it must not exist.
+        source: The format of the checkpoint; by default recognised by its files.
+        format: The format to write.
+        dtype: The dtype to convert to; by default every tensor keeps its own.
+        tp: Number of tensor-parallel ranks to cut for, in a format that has ranks.
+        pp: Number of pipeline stages to cut for, in a format that has stages.
+        true_vocab_size: Number of vocabulary rows that are tokens, in a format that pads without recording it.
+        max_file_bytes: The largest size of a weight file, unless a single tensor is larger, in a format that allows it.
+        report: Called with each note on assumptions, omissions and additions, one sentence at a time.
+        advance: Called with the number of bytes written, after every few megabytes.
 
     Raises:
-        MegacoreError: in one of its kinds, for whatever does not fit; nothing is left in ``out``.
+        MegacoreError: a subclass for each reason; nothing is left in ``out``.
     """
     family = get_family(model) if isinstance(model, str) else model
     out = Path(out)
@@ -61,7 +61,7 @@ def translate(
     )
     target = bind(family, opened.config, format)
     publication = Publication(
-        tensors=published_tensors(target, opened.parameters, None),  # they are in the dtype that was asked for already
+        tensors=published_tensors(target, opened.parameters, None),  # they have the requested dtype already
         config=family.family.config_to_source(opened.config, format),
         origin=opened.published.origin() if opened.source == format else {},
         tokenizer_files=opened.published.tokenizer_files(),

@@ -19,8 +19,8 @@ from megacore.checkpoint.matrix import (
     RowsOf,
     StoredMatrix,
     block_of,
-    compose,
-    count,
+    compose_rows,
+    num_rows,
 )
 from megacore.errors import CheckpointError
 
@@ -120,7 +120,7 @@ def test_a_cast_may_come_anywhere_in_a_composition(seed):
     for generator, pair in compositions(seed):
         cast = Cast(pair.lazy, torch.float32, "matrix")
         chosen = generator.rows_of(cast.rows)
-        read = RowsOf(cast, chosen).read(slice(0, count(chosen)), slice(0, cast.columns))
+        read = RowsOf(cast, chosen).read(slice(0, num_rows(chosen)), slice(0, cast.columns))
 
         assert read.dtype == cast.dtype == torch.float32
         assert torch.equal(read, pair.plain[chosen].to(torch.float32))
@@ -183,12 +183,12 @@ def test_choosing_twice_is_choosing_once_what_the_choices_compose_to(seed):
     generator = Generator(seed)
     numbers = torch.arange(generator.random.randint(1, 40))
     first = generator.rows_of(len(numbers))
-    second = generator.rows_of(count(first))
+    second = generator.rows_of(num_rows(first))
 
-    composed = compose(first, second)
+    composed = compose_rows(first, second)
 
     assert torch.equal(numbers[composed], numbers[first][second])
-    assert count(composed) == len(numbers[first][second])
+    assert num_rows(composed) == len(numbers[first][second])
 
 
 @pytest.mark.parametrize("join", [ConcatenatedRows, ConcatenatedColumns])

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megacore
-from megacore.checkpoint.staging import staged_directory
+from megacore.atomic_output import staged_directory
 from megacore.errors import CheckpointError, CorruptCheckpointError, DiskFullError, MegacoreError, OutputError
 
 COMMANDS = ("convert", "split", "export")
@@ -39,7 +39,7 @@ NOBODY = 65534
 
 SERVER = """if True:
     import json, os, resource, signal, sys, time
-    import megacore.cli, megacore.weights, megacore_llama.config, megacore_llama.layer, megacore_llama.weights
+    import megacore.cli, megacore.weights.conversion, megacore.weights.exporting, megacore_llama.layer
     from megacore import get_family
     get_family("llama")
     print("ready", flush=True)
@@ -405,7 +405,7 @@ def test_what_is_finished_is_kept_when_somebody_created_the_output_meanwhile(sma
         (room / "out" / "theirs").touch()
 
     with pytest.raises(
-        OutputError, match=r"out was created by somebody else meanwhile; what was made is kept as .*out-2"
+        OutputError, match=r"out was created by another program in the meantime; the finished output is kept as .*out-2"
     ):
         small.call("split", room / "out", advance=create_the_output)
 
@@ -580,7 +580,7 @@ def test_a_checkpoint_that_is_not_there_is_told_beside_a_directory_that_may_not_
 @pytest.mark.parametrize(
     "file, message",
     [
-        ("config.json", r" holds no checkpoint in a format that is known \(.*hf.*\)"),
+        ("config.json", r" holds no checkpoint in a known format \(.*hf.*\)"),
         ("b.safetensors", r"/b\.safetensors is missing"),
         ("model.safetensors.index.json", r" has neither model\.safetensors nor model\.safetensors\.index\.json"),
     ],

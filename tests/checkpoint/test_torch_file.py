@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megacore.checkpoint.matrix import StoredMatrix
+from megacore.checkpoint.matrix import StoredMatrix, as_matrix
 from megacore.checkpoint.safetensors_file import OutputTensor
 from megacore.checkpoint.torch_file import (
     Foreign,
-    MappedMatrix,
     foreign,
     output_tensor,
     read_torch_file,
@@ -116,10 +115,10 @@ def test_what_torch_wrote_is_read_block_by_block(tmp_path):
     read = read_torch_file(tmp_path / "f.pt")
 
     rows = torch.tensor([5, 0, 2])
-    assert torch.equal(MappedMatrix(read["m"]).read(slice(1, 4), slice(2, 5)), matrix[1:4, 2:5])
-    assert torch.equal(MappedMatrix(read["m"]).read(rows, slice(0, 5)), matrix[rows])
-    assert torch.equal(MappedMatrix(read["transposed"]).read(slice(1, 3), slice(0, 6)), matrix.T[1:3])
-    assert MappedMatrix(read["v"]).read(slice(1, 3), slice(0, 1)).tolist() == vector[1:3, None].tolist()
+    assert torch.equal(as_matrix(read["m"]).read(slice(1, 4), slice(2, 5)), matrix[1:4, 2:5])
+    assert torch.equal(as_matrix(read["m"]).read(rows, slice(0, 5)), matrix[rows])
+    assert torch.equal(as_matrix(read["transposed"]).read(slice(1, 3), slice(0, 6)), matrix.T[1:3])
+    assert as_matrix(read["v"]).read(slice(1, 3), slice(0, 1)).tolist() == vector[1:3, None].tolist()
 
 
 def test_what_was_read_can_be_written_again(tmp_path):
@@ -175,8 +174,8 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(tmp_path):
         read_torch_file(tmp_path / "f.pt", allowed=[argparse.Namespace])
 
     assert str(caught.value) == (
-        f"{tmp_path}/f.pt names posix.system, which a file of weights has no need of. It was not loaded and nothing in "
-        "it was executed: a file like this can run any program. If you trust whoever wrote it, have them save the "
+        f"{tmp_path}/f.pt names posix.system, which a file of weights does not need. It was not loaded and nothing in "
+        "it was executed: a file like this can run any program. If you trust its author, ask for a file with the "
         "tensors alone"
     )
     assert caught.value.exit_code == 2

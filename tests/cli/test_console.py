@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines, and on a terminal the panel."""
+"""The console output of a run: lines and, on a terminal, the panel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megacore.cli.console import Console, duration, sparkline, with_unit
+from megacore.cli.console import Console, format_duration, format_si, sparkline
 from megacore.training import Evaluation, Step
 from tiny_run import prepare, run_of
 
@@ -30,7 +30,7 @@ def shown(capsys, console: Console, *steps: Step) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_line_tells_the_share_of_the_measured_peak_and_of_the_loss_scale(capsys):
+def test_a_line_has_the_share_of_the_peak_and_the_loss_scale(capsys):
     [line] = shown(capsys, Console(), a_step(1, peak=10e12, loss_scale=1024.0, num_skipped=3))
     assert line == (
         "iteration     1/1000 | loss 2.500000 | lr 1.000e-04 | grad norm 1.2500 | 12,346 tokens/s | "
@@ -38,7 +38,7 @@ def test_a_line_tells_the_share_of_the_measured_peak_and_of_the_loss_scale(capsy
     )
 
 
-def test_an_output_that_cannot_be_written_is_given_up_with_a_note_and_the_work_goes_on():
+def test_output_that_cannot_be_written_is_discarded_with_a_note():
     script = """
 import click
 from megacore.cli.notes import printing
@@ -49,22 +49,22 @@ for line in ("one", "two"):
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
 
-    told = "Note: nothing more is printed, since the output cannot be written (No space left on device).\n"
-    assert (ended.returncode, ended.stderr) == (0, told)
+    note = "Note: nothing more is printed, since the output cannot be written (No space left on device).\n"
+    assert (ended.returncode, ended.stderr) == (0, note)
 
 
-def test_without_a_measured_peak_no_share_is_told(capsys):
+def test_without_a_measured_peak_a_line_has_no_share(capsys):
     [line] = shown(capsys, Console(), a_step(7))
     assert line.endswith("| 2.5 TFLOP/s")
 
 
-def test_the_peak_is_told_once_as_measured(capsys):
+def test_the_measured_peak_is_printed_once(capsys):
     console = Console()
     with console:
         console(a_step(1, peak=4e12))
         console(a_step(2, peak=4e12))
     assert capsys.readouterr().err == (
-        "Note: matrix products were measured at 4 TFLOP/s, which is what shares of the peak are of.\n"
+        "Note: matrix products were measured at 4 TFLOP/s, the reference for % of peak.\n"
     )
 
 
@@ -82,7 +82,7 @@ def test_the_time_left_follows_from_the_steps_so_far_not_the_first(capsys, monke
 
 
 @pytest.mark.parametrize("first", [1, 11], ids=["begun", "resumed"])
-def test_every_nth_step_is_told_and_the_first_and_the_last_and_where_the_run_stops(capsys, first):
+def test_every_nth_step_is_printed_and_the_first_the_last_and_the_one_that_stops(capsys, first):
     steps = [a_step(number) for number in (first, 12, 13, 14, 15, 16, 1000)]
     steps[2] = a_step(13, stopped_by="SIGTERM")
 
@@ -141,23 +141,23 @@ def test_a_sparkline_has_a_bar_for_each_stretch(values, bars):
 
 
 @pytest.mark.parametrize(
-    "seconds, told",
+    "seconds, text",
     [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (3661, "1 h 01 min"), (200_000, "2 d 7 h")],
 )
-def test_a_duration_is_told_to_the_precision_that_matters(seconds, told):
-    assert duration(seconds) == told
+def test_a_duration_is_formatted_in_its_two_largest_units(seconds, text):
+    assert format_duration(seconds) == text
 
 
-@pytest.mark.parametrize("number, told", [(999.6, "1 k"), (12_340, "12.3 k"), (989e12, "989 T"), (1.5e18, "1.5 E")])
-def test_a_rate_has_three_digits_and_a_prefix(number, told):
-    assert with_unit(number) == told
+@pytest.mark.parametrize("number, text", [(999.6, "1 k"), (12_340, "12.3 k"), (989e12, "989 T"), (1.5e18, "1.5 E")])
+def test_a_rate_has_three_digits_and_a_prefix(number, text):
+    assert format_si(number) == text
 
 
 # --- the whole command on a terminal
 
 
 def on_terminal(*arguments: str) -> str:
-    """What the command writes to a terminal of 150 columns."""
+    """Return what the command writes to a terminal of 150 columns."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"COLUMNS": "150", "LINES": "40", "TERM": "xterm"}
@@ -191,7 +191,7 @@ def test_on_a_terminal_the_panel_is_kept_up_to_date_and_its_last_state_stays(pla
     assert "Note: kernels" in written
     assert "iteration 12/12" in last and "done" in last
     assert re.search(r"loss +\d\.\d+ +[▁▂▃▄▅▆▇█]{12} ", last)
-    assert re.search(r"speed .* tokens/s .*FLOP/s, [\d.]+% of peak, which was measured to be [\d.]+ .FLOP/s", last)
+    assert re.search(r"speed .* tokens/s .*FLOP/s, [\d.]+% of peak \(measured: [\d.]+ .FLOP/s\)", last)
     assert [int(n) for n in re.findall(r"iteration +(\d+)/12 \| loss", last)] == list(range(5, 13))
     assert lines[-1] == f"Saved {tmp_path / 'out'}."
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor is given back

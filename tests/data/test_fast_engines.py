@@ -239,7 +239,7 @@ def test_another_tokenizer_where_the_new_one_is_to_be_written_is_refused_before_
     (tmp_path / "out-tokenizer/tokenizer.model").write_bytes(b"precious")
     advanced: list[int] = []
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
-    with pytest.raises(OutputError, match="out-tokenizer: exists: delete it"):
+    with pytest.raises(OutputError, match="out-tokenizer exists already, with another"):
         tokenize(source, tokenizer=mistral, out=tmp_path / "out", advance=advanced.append)
     assert advanced == []
     assert (tmp_path / "out-tokenizer/tokenizer.model").read_bytes() == b"precious"

@@ -15,9 +15,8 @@ import torch
 from megacore.data import IndexedDataset, IndexedDatasetWriter, TokenWindows, WindowSamples, split_tokens
 from megacore.errors import ConfigError, DataError
 from megacore.training import RunConfig, batches, read_run_config
-from megacore.training.batches import open_samples
-from megacore.training.prefetch import prefetched
-from megacore.training.progress import Progress
+from megacore.training.batches import open_samples, prefetched
+from megacore.training.schedule import Progress
 
 CHECKPOINT = SimpleNamespace(manifest=SimpleNamespace(config={"vocab_size": 5000}))
 """All that sampling asks of a checkpoint."""

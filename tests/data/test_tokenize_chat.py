@@ -459,7 +459,7 @@ def test_the_markup_of_megatron_llm_can_be_added_to_a_tokenizer_that_lacks_it(tm
     words += ["--question-key", "input", "--out", tmp_path / "out"]
     result = CliRunner().invoke(cli, ["tokenize-chat", f"--input={tmp_path / 'qa.jsonl'}", *map(str, words)])
     assert result.exit_code == 0, result.output
-    assert "2 new tokens (<|im_start|> 117, <|im_end|> 118): the tokenizer that has them is" in result.output
+    assert "2 new tokens (<|im_start|> 117, <|im_end|> 118): the extended tokenizer is" in result.output
     text = "".join(f"<|im_start|>{name}\n{said}<|im_end|>\n" for name, said in (("question", "a"), ("answer", "b")))
     grown = tokenizers.Tokenizer.from_file(str(tmp_path / "out-tokenizer/tokenizer.json"))
     assert written(tmp_path / "out")[0][0] == grown.encode(text).ids
@@ -578,7 +578,7 @@ def test_the_pair_its_description_and_the_tokenizer_appear_together_or_not_at_al
             tokenize_chat(conversations, **arguments)
             assert renamed[-1] == tmp_path / "out-text.idx"
         else:
-            with pytest.raises(OutputError, match=r"No space left on device\. No dataset was left behind"):
+            with pytest.raises(OutputError, match=r"No space left on device\): what was begun of it was removed"):
                 tokenize_chat(conversations, **arguments)
             assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", conversations.name}
     assert sorted(path.name for path in tmp_path.glob("out*")) == whole

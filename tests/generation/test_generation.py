@@ -17,7 +17,7 @@ import megacore
 from megacore.checkpoint import Checkpoint
 from megacore.errors import GenerationError, LayoutError, PluginError
 from megacore.generation import Generated, Limits, Sampling, TextGenerator, decoding
-from megacore.generation.generator import work_on_rank
+from megacore.generation.launch import generate_on_rank
 from megacore.model import cache
 from megacore.parallel import ParallelContext, ParallelSizes
 from tiny_llama import VOCAB, published_model
@@ -123,7 +123,7 @@ def test_so_have_batches_of_any_size(place, expected):
 @pytest.mark.parametrize("model", [model for model in MODELS if not model.startswith("llama2")])
 def test_so_have_two_ranks_of_which_each_holds_another_number_of_heads_and_tokens(model, place, expected, ranks):
     arguments = place / model, {"dtype": torch.float64}, TextGenerator.generate, (PROMPTS, SOME, GREEDY)
-    generated, of_the_other = ranks.run(work_on_rank, *arguments)
+    generated, of_the_other = ranks.run(generate_on_rank, *arguments)
     assert ids_of(generated) == expected[model]
     assert of_the_other is None
 
@@ -131,7 +131,7 @@ def test_so_have_two_ranks_of_which_each_holds_another_number_of_heads_and_token
 def test_so_have_four_ranks_that_share_one_key_value_head(place, expected, ranks):
     model = "falcon: multi-query, parallel"
     arguments = place / model, {"dtype": torch.float64}, TextGenerator.generate, (PROMPTS, SOME, GREEDY)
-    assert ids_of(ranks.run(work_on_rank, *arguments, sizes=ParallelSizes(tp=4))[0]) == expected[model]
+    assert ids_of(ranks.run(generate_on_rank, *arguments, sizes=ParallelSizes(tp=4))[0]) == expected[model]
 
 
 def test_so_has_a_checkpoint_that_is_cut_in_both_ways_at_a_size_of_its_own(place, expected):
@@ -178,7 +178,7 @@ def test_sampled_tokens_are_the_same_in_any_batch_and_at_two_ranks(place, ranks)
     assert ids_of(generator.generate(PROMPTS, limits, sampling, 1)) == together
     assert ids_of(generator.generate(PROMPTS, limits, replace(sampling, seed=8))) != together
     arguments = place / LLAMA, {"dtype": torch.float64}, TextGenerator.generate, (PROMPTS, limits, sampling)
-    assert ids_of(ranks.run(work_on_rank, *arguments)[0]) == together
+    assert ids_of(ranks.run(generate_on_rank, *arguments)[0]) == together
 
 
 def test_equal_prompts_are_not_answered_equally_when_tokens_are_drawn(place):
@@ -204,18 +204,18 @@ def test_an_attention_that_keeps_no_keys_and_values_is_refused(place):
 
     generator = load(place / LLAMA)
     generator.model.decoder.layers["3"] = Forgetful(generator.model.decoder.layers["3"])
-    with pytest.raises(PluginError, match=r"^layer 3 of llama keeps no keys and values: .* Export the model"):
+    with pytest.raises(PluginError, match=r"^layer 3 of llama does not cache keys and values: .* Export the model"):
         generator.generate(PROMPTS, SOME, GREEDY)
 
 
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ([], r"the prompt \[\] has no token, so there is nothing to go on from: give one with text"),
-        ([5] * 32, r"the prompt \[5, 5, .*…? is 32 tokens, and the context of the model 32: .* Shorten the prompt"),
+        ([], r"the prompt \[\] has no token, so there is nothing to continue: give one with text"),
+        ([5] * 32, r"the prompt \[5, 5, .*…? has 32 tokens, and the context of the model is 32: .* Shorten the prompt"),
         ([5, VOCAB], r"the prompt \[5, 99\] has the token id 99, and the vocabulary of .* ends at 98"),
-        ("Hello", r"came without a tokenizer, .*: convert the model from a directory that has one"),
-        ([{"role": "user", "content": "Hello"}], r"came without a tokenizer"),
+        ("Hello", r"has no tokenizer, .*: convert the model from a directory that has one"),
+        ([{"role": "user", "content": "Hello"}], r"has no tokenizer"),
     ],
     ids=["empty", "too long", "beyond the vocabulary", "text without a tokenizer", "chat without a tokenizer"],
 )
@@ -231,7 +231,7 @@ def test_a_prompt_that_the_model_cannot_go_on_from_is_refused(prompt, said, plac
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"stop": "word"}, r"stop is a list of texts, not a text: \['word'\]"),
         ({"stop": ["a", ""]}, "a stop text is empty"),
-        ({"stop": ["a"]}, "came without a tokenizer"),
+        ({"stop": ["a"]}, "has no tokenizer"),
         ({"temperature": -1.0}, "the temperature must be 0 or above, not -1"),
         ({"temperature": 1.0, "top_k": 0}, "top-k must be a number of tokens, at least 1, not 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top-p must be a probability above 0, at most 1, not 0"),

@@ -27,13 +27,13 @@ from megacore.cli import cli
 from megacore.cli.generate import TextPrinter
 from megacore.data import load_tokenizer
 from megacore.errors import DataError, GenerationError
-from megacore.generation import Limits, Sampling, TextGenerator, converse
-from megacore.generation import generator as generator_module
+from megacore.generation import Limits, Sampling, TextGenerator, converse, text_generator
 from megacore.generation.decoding import ENDED
-from megacore.generation.text import TextStream
+from megacore.generation.detokenizer import Detokenizer
 from megacore.parallel import ParallelContext
 from tiny_chat import CHATML, write_tokenizer
 from tiny_llama import published_model
+from warm_commands import Command
 
 SINGLE = ParallelContext.single()
 TEXT = "Größe 中文 👩‍👩‍👧 naïve العربية  two\n\nlines ☃ end"
@@ -156,7 +156,7 @@ def decoded_by_its_library(tokenizer, ids: list[int]) -> str:
 
 
 def streamed(tokenizer, prompt: list[int], ids: list[int], *stop: str) -> list[str]:
-    stream = TextStream(tokenizer, prompt, stop)
+    stream = Detokenizer(tokenizer, prompt, stop)
     parts = [stream.add(token_id) for token_id in ids] + [stream.finish()]
     assert "".join(parts) == stream.text
     return parts
@@ -311,7 +311,7 @@ def generated(generator: TextGenerator, prompt, **limits):
 
 def test_a_prompt_is_encoded_as_transformers_does(generator, checkpoint):
     theirs = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
-    assert generator.prompts.read(TEXT) == theirs(TEXT)["input_ids"]
+    assert generator.prompts.encode(TEXT) == theirs(TEXT)["input_ids"]
 
 
 def test_a_prompt_begins_with_the_token_for_a_beginning_where_the_tokenizer_says_so(checkpoint, tmp_path):
@@ -372,7 +372,7 @@ def test_a_stop_text_that_is_a_token_without_text_ends_a_text_too(pieces):
     tokenizer = load_tokenizer(pieces)
     prompt_ids, end = tokenizer.encode("the cat"), tokenizer.token_id("</s>")
     assert tokenizer.decode([end]) == ""
-    text = generator_module._Text(
+    text = text_generator._Sequence(
         0, prompt_ids, frozenset(), tokenizer, Limits(stop=["</s>"]), 256, torch.Generator(), None
     )  # fmt: skip
     assert text.add(prompt_ids[0]) == prompt_ids[0]
@@ -403,7 +403,7 @@ HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
 def test_a_conversation_is_what_transformers_makes_of_it_with_the_prompt_for_an_answer(generator, checkpoint):
     theirs = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
     expected = theirs.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
-    assert generator.prompts.read(HELLO) == expected
+    assert generator.prompts.encode(HELLO) == expected
 
 
 def test_an_answer_ends_with_the_template_s_end_of_turn_and_a_text_does_not(generator):
@@ -463,7 +463,7 @@ def test_the_command_prints_the_text_and_says_that_it_was_cut_off(checkpoint, ge
     expected = generated(generator, "ab", max_new_tokens=9)
     assert expected.ended_by == "max_new_tokens"
     assert result.stdout == expected.text + "\n"
-    assert result.stderr == "Note: the text was cut off after 9 tokens: --max-new-tokens lets it go on.\n"
+    assert result.stderr == "Note: the text was cut off after 9 tokens; increase --max-new-tokens for more.\n"
 
 
 def test_the_command_reads_prompts_from_files_and_from_standard_input(checkpoint, tmp_path):
@@ -514,8 +514,7 @@ def test_a_mistake_in_the_call_is_said_and_ends_with_2(options, said, checkpoint
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_command_ends_without_a_word_when_its_reader_is_gone_as_before_head(tp, checkpoint):
-    command = [sys.executable, "-m", "megacore", "generate", checkpoint, "--prompt", "ab", "--tp", str(tp)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command("generate", checkpoint, "--prompt", "ab", "--tp", str(tp))
     process.stdout.close()
 
     told = process.stderr.read()
@@ -528,8 +527,8 @@ def test_a_checkpoint_without_a_tokenizer_is_said_to_be_one(tmp_path):
     megacore.convert("llama", tmp_path / "published", tmp_path / "bare")
     result = run(tmp_path / "bare", "--prompt", "a")
     assert result.exit_code == 2
-    assert "came without a tokenizer" in result.stderr
-    with pytest.raises(GenerationError, match="came without a tokenizer"):
+    assert "has no tokenizer" in result.stderr
+    with pytest.raises(GenerationError, match="has no tokenizer"):
         megacore.generate(tmp_path / "bare", ["a"])
 
 

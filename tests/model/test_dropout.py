@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import megacore
 import tiny_run
 from layer_on_rank import attended_heads
 from megacore import ModelConfig
@@ -20,8 +19,8 @@ from megacore.model.attention import AttentionOptions
 from megacore.model.dropout import Dropout
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.training import RunConfig
-from megacore.training.layout import parallel_sizes
-from megacore.training.trainer import _train_on_rank
+from megacore.training.resolved import parallel_sizes
+from recorded_steps import steps_on_rank, train_steps
 
 CPU = torch.device("cpu")
 
@@ -39,7 +38,7 @@ def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
 def losses(place: Path, tmp_path: Path, *overrides: str) -> list[float]:
     """The losses of a single process, to the bit."""
     out = tmp_path / str(len(list(tmp_path.iterdir())))
-    return [step.loss for step in megacore.train(run_of(place, out, *overrides))]
+    return [step.loss for step in train_steps(run_of(place, out, *overrides))]
 
 
 # --- masks
@@ -57,12 +56,12 @@ def test_the_share_of_what_is_dropped_is_the_probability_and_the_rest_is_scaled_
 
 
 def test_masks_differ_by_sample_layer_place_and_seed_and_are_the_same_when_drawn_again():
-    reference = Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 7, device=CPU)
+    reference = Dropout(0.5, seed=1, layer=2, place=1).keep_mask((8, 16), 7, device=CPU)
 
-    assert torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 7, device=CPU), reference)
-    assert not torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep((8, 16), 8, device=CPU), reference)
+    assert torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep_mask((8, 16), 7, device=CPU), reference)
+    assert not torch.equal(Dropout(0.5, seed=1, layer=2, place=1).keep_mask((8, 16), 8, device=CPU), reference)
     for other in (Dropout(0.5, 2, 2, 1), Dropout(0.5, 1, 3, 1), Dropout(0.5, 1, 2, 2)):
-        assert not torch.equal(other.keep((8, 16), 7, device=CPU), reference)
+        assert not torch.equal(other.keep_mask((8, 16), 7, device=CPU), reference)
 
 
 def test_attention_draws_otherwise_on_every_rank_and_leaves_the_generator_as_it_was():
@@ -142,7 +141,7 @@ def test_hidden_dropout_is_the_same_in_every_layout(place, ranks, tmp_path, layo
     expected = losses(place, tmp_path, *settings)
     run = run_of(place, tmp_path / "out", *settings, *LAYOUTS[layout])
 
-    steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+    steps = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))[0]
 
     assert [step.loss for step in steps] == pytest.approx(expected, rel=1e-12)
 

@@ -18,13 +18,12 @@ import tiny_run
 from megacore.cli import cli
 from megacore.errors import ConfigError
 from megacore.model import kernels
-from megacore.model.kernels import KERNELS, attention_kernel, check_kernels, norm_kernels
-from megacore.model.nvidia_apex import apex_problem
-from megacore.model.segments import Segments
+from megacore.model.kernels import KERNELS, apex_problem, attention_kernel, check_kernels, norm_kernels
+from megacore.model.positions import Segments
 from megacore.parallel import ParallelSizes
 from megacore.training import RunConfig, Step, plan, trainer
-from megacore.training.config.run_config import KernelsSection
-from megacore.training.trainer import _train_on_rank
+from megacore.training.config import KernelsSection
+from recorded_steps import steps_on_rank, train_steps
 from training_with_kernels import trained_with
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -105,7 +104,7 @@ def assert_computes_attention(
     mask = biases(num_heads, dtype) if has_mask else None
     numbers = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
 
-    attended = attention_kernel(name)(*inputs, mask, 0.0, Segments.of(numbers, device=numbers.device))
+    attended = attention_kernel(name)(*inputs, mask, 0.0, Segments.from_numbers(numbers, device=numbers.device))
     gradients = torch.autograd.grad(attended.square().sum(), inputs)
 
     expected = written_out_by_segment(*inputs, mask, lengths)
@@ -221,7 +220,7 @@ def test_everything_that_is_in_the_way_is_told_at_once(monkeypatch):
     assert "it computes on a GPU only, and there is none" in said
     assert "model.dtype is fp32: set it to bf16 or fp16" in said
     assert "flash-attn is not installed: pip install flash-attn" in said
-    assert "it takes no mask, and the model has linear biases (ALiBi)" in said
+    assert "it supports no mask, which the model's linear biases (ALiBi) need" in said
     assert "it has no dropout on a CPU, and dropout.attention is not 0" in said
     assert 'kernels.optimizer is "apex", which cannot be used here' in said
 
@@ -370,7 +369,7 @@ def test_the_unrelated_apex_is_named_as_such_and_not_imported(site):
 
     said = refusal("cuda", "bf16", norm="apex", optimizer="apex")
 
-    assert said.count(f"the apex installed at {site / 'apex'} is another package than NVIDIA's") == 2
+    assert said.count(f"the apex installed at {site / 'apex'} is not NVIDIA's") == 2
     assert "NVIDIA's is built from https://github.com/NVIDIA/apex, with its CUDA extensions" in said
     accepted("cuda", "bf16", norm="auto", optimizer="auto")
 
@@ -378,7 +377,7 @@ def test_the_unrelated_apex_is_named_as_such_and_not_imported(site):
 def test_an_apex_that_is_one_file_is_not_nvidias(site):
     (site / "apex.py").write_text("")
 
-    assert f"the apex installed at {site / 'apex.py'} is another package" in str(apex_problem("amp_C"))
+    assert f"the apex installed at {site / 'apex.py'} is not NVIDIA's" in str(apex_problem("amp_C"))
 
 
 def test_an_apex_without_its_cuda_extensions_is_refused(site):
@@ -416,7 +415,7 @@ def test_a_run_with_apex_on_plain_parts_of_the_parameters_is_that_with_torch(
 ):
     lay_out_nvidia_apex(site)
     settings = (*overrides, "optimizer.weight_decay=0.1")
-    expected = megacore.train(run_of(place, tmp_path / "by torch", "optimizer.weight_decay=0.1"))
+    expected = train_steps(run_of(place, tmp_path / "by torch", "optimizer.weight_decay=0.1"))
 
     run = run_of(place, tmp_path / "by apex", *settings, "kernels.norm=apex", "kernels.optimizer=apex")
     steps, _ = ranks.run(trained_with, run, str(site), sizes=sizes)
@@ -429,7 +428,7 @@ def test_a_run_with_apex_on_plain_parts_of_the_parameters_is_that_with_torch(
 
 @pytest.fixture(scope="module")
 def uncompiled(place) -> list[Step]:
-    return megacore.train(run_of(place, place / "uncompiled"))
+    return train_steps(run_of(place, place / "uncompiled"))
 
 
 @pytest.mark.parametrize(
@@ -444,16 +443,16 @@ def uncompiled(place) -> list[Step]:
     ids=["plain", "selective", "full", "math", "flash"],
 )
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(place, tmp_path, uncompiled, overrides):
-    steps = megacore.train(run_of(place, tmp_path / "out", "kernels.compile=true", *overrides))
+    steps = train_steps(run_of(place, tmp_path / "out", "kernels.compile=true", *overrides))
 
     assert worst_difference(steps, uncompiled) < 1e-10
 
 
 def test_a_compiled_run_drops_what_one_that_is_not_drops(place, tmp_path, uncompiled):
     dropout = ("dropout.hidden=0.1", "dropout.attention=0.1", "dropout.lima=true")
-    expected = megacore.train(run_of(place, tmp_path / "uncompiled", *dropout))
+    expected = train_steps(run_of(place, tmp_path / "uncompiled", *dropout))
 
-    steps = megacore.train(run_of(place, tmp_path / "compiled", *dropout, "kernels.compile=true"))
+    steps = train_steps(run_of(place, tmp_path / "compiled", *dropout, "kernels.compile=true"))
 
     assert worst_difference(expected, uncompiled) > 1e-3
     assert worst_difference(steps, expected) < 1e-10
@@ -495,7 +494,7 @@ def test_layers_that_are_alike_are_compiled_once(place, tmp_path):
 def test_compiled_layers_on_two_processes_compute_the_same(ranks, place, tmp_path, uncompiled, sizes, overrides):
     run = run_of(place, tmp_path / "out", "kernels.compile=true", *overrides)
 
-    steps, other = ranks.run(_train_on_rank, run, None, sizes=sizes, timeout=240)
+    steps, other = ranks.run(steps_on_rank, run, sizes=sizes, timeout=240)
 
     assert worst_difference(steps, uncompiled) < 1e-10
     assert [step.loss for step in steps] == [step.loss for step in other]

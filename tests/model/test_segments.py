@@ -19,11 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import megacore
 import tiny_run
 from megacore.checkpoint import Checkpoint
-from megacore.model import ComputeOptions, Positions, apply_options, attention, kernels, load_model
-from megacore.model.segments import Segments
+from megacore.model import ComputeOptions, Positions, apply_options, kernels, load_model, positions
+from megacore.model.positions import Segments
 from megacore.parallel import ParallelContext
 from megacore.training import Batch, Engine, RunConfig, batches
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes, resolve_run
 from tiny_llama import published_model, write_dataset
 from tiny_models import falcon_with_linear_biases, tied_multi_query_falcon
 from training_on_rank import SEGMENTS, segmented, segmented_gradients
@@ -156,7 +156,7 @@ def test_a_stretched_rotary_embedding_stretches_with_each_segment(place, tmp_pat
 
 
 def without_new_positions(config, lengths, **options):
-    return attention.rotary_table(config, sum(lengths), **options)
+    return positions.rotary_table(config, sum(lengths), **options)
 
 
 def over_the_row(attend, query, key, value, mask, dropout, segments=None):
@@ -168,7 +168,7 @@ def over_the_row(attend, query, key, value, mask, dropout, segments=None):
     ("module", "function", "wrong", "shows"),
     [
         # A rotary embedding turns by distances: in exact arithmetic this would not show at all.
-        (attention, "segmented_rotary_table", without_new_positions, 1e-9),
+        (positions, "segmented_rotary_table", without_new_positions, 1e-9),
         (kernels, "_each_segment", over_the_row, 1e-2),
     ],
     ids=["positions count on", "attention goes on"],
@@ -244,7 +244,7 @@ def test_compiled_layers_on_two_processes_have_them_too(place, truths, ranks, tm
 def check(place: Path, truths: dict[str, Truth], ranks, out: Path, name: str, *overrides: str) -> None:
     run = run_of(place, out, name, *overrides)
 
-    results = ranks.run(segmented_gradients, run, sizes=parallel_sizes(run), timeout=240)
+    results = ranks.run(segmented_gradients, run, sizes=parallel_sizes(run.parallel), timeout=240)
 
     assert all(loss == pytest.approx(truths[name].loss, rel=1e-12) for loss, _ in results)
     gradients = {name: gradient for _, found in reversed(results) for name, gradient in found.items()}
@@ -289,7 +289,7 @@ def test_attention_dropout_in_segments_is_repeatable_and_the_same_when_computed_
 
 
 def test_attention_dropout_lets_no_segment_see_another_one():
-    segments = Segments.of(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]), device=CPU)
+    segments = Segments.from_numbers(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]), device=CPU)
     assert segments is not None
     own = torch.block_diag(*(torch.ones(length, length) for length in segments.lengths))
     query, key = torch.randn(2, 2, 5, 1, 10)
@@ -306,12 +306,12 @@ def test_attention_dropout_lets_no_segment_see_another_one():
 
 
 def test_rows_that_are_one_segment_each_are_computed_as_without_segments(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "segmented_rotary_table", None)
+    monkeypatch.setattr(positions, "segmented_rotary_table", None)
     monkeypatch.setattr(kernels, "_each_segment", None)
     run = run_of(place, tmp_path / "out", LLAMA, "training.micro_batch_size=4")
     checkpoint = Checkpoint(run.model.checkpoint)
     [batch] = islice(batches(run, checkpoint), 1)
-    engine = Engine(run, checkpoint, SINGLE)
+    engine = Engine(resolve_run(run), SINGLE)
     plain = engine.accumulate(batch)
     engine.zero_gradients()
 
@@ -323,7 +323,9 @@ def test_rows_that_are_one_segment_each_are_computed_as_without_segments(place, 
 def test_no_mask_is_made_without_segments(place, segment_numbers):
     config = load_model(Checkpoint(place / LLAMA), SINGLE, dtype=torch.float32).config
 
-    positions = Positions.of(config, 12, SINGLE, device=CPU, dtype=torch.float32, segment_numbers=segment_numbers)
+    positions = Positions.for_sequences(
+        config, 12, SINGLE, device=CPU, dtype=torch.float32, segment_numbers=segment_numbers
+    )
 
     assert positions.mask is None
     assert positions.segments is None
@@ -332,7 +334,7 @@ def test_no_mask_is_made_without_segments(place, segment_numbers):
 
 
 def test_segments_end_where_the_number_changes_and_where_a_row_ends():
-    segments = Segments.of(torch.tensor([[0, 0, 3], [3, 3, 3], [0, 1, 2]]), device=CPU)
+    segments = Segments.from_numbers(torch.tensor([[0, 0, 3], [3, 3, 3], [0, 1, 2]]), device=CPU)
 
     assert segments is not None
     assert segments.lengths == (2, 1, 3, 1, 1, 1)

@@ -32,8 +32,8 @@ from megacore.cli import cli
 from megacore.errors import DataError, WorkerError
 from megacore.parallel import ParallelSizes, run_on_ranks
 from tiny_llama import VOCAB, published_model, write_dataset
+from warm_commands import Command, run
 
-SUPPORT = Path(__file__).parents[1] / "support"
 BOUND = 45
 """Seconds within which everything here must be over; it takes a fifth of that on an idle machine."""
 
@@ -54,6 +54,7 @@ def test_one_rank_is_this_process(monkeypatch):
     assert run_on_ranks(place_and_sum, 5, sizes=ParallelSizes()) == (0, 1, False, 5.0)
 
 
+@pytest.mark.usefixtures("cold_ranks")
 def test_what_rank_0_returns_comes_back_and_signals_loggers_and_temporary_files_are_as_before(
     monkeypatch, tmp_path, capfd
 ):
@@ -77,8 +78,10 @@ def test_what_rank_0_returns_comes_back_and_signals_loggers_and_temporary_files_
 
 @pytest.mark.parametrize("kind", [DataError, OfAPluginError], ids=["a kind of the core", "a kind of a plugin"])
 def test_a_mistake_found_on_one_rank_arrives_in_the_kind_that_the_core_knows_though_others_wait_for_that_rank(
-    kind, tmp_path, monkeypatch, capfd
+    kind, tmp_path, monkeypatch, capfd, request
 ):
+    if kind is DataError:  # whose ranks then write where this process does
+        request.getfixturevalue("cold_ranks")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     with pytest.raises(DataError) as raised:
@@ -98,6 +101,7 @@ def test_a_programming_error_on_one_rank_arrives_with_its_traceback_and_not_that
     assert str(raised.value).endswith("ZeroDivisionError: one over nothing")
 
 
+@pytest.mark.usefixtures("cold_ranks")
 def test_a_killed_rank_is_named_with_the_signal_and_not_the_one_that_waits_for_it(capfd):
     with pytest.raises(WorkerError, match=r"^rank 1 was killed by SIGKILL: was there too little memory\?$"):
         run_on_ranks(killed_on, 1, sizes=ParallelSizes(tp=2))
@@ -107,10 +111,10 @@ def test_a_killed_rank_is_named_with_the_signal_and_not_the_one_that_waits_for_i
 
 def test_a_rank_that_hangs_ends_the_run_within_the_timeout():
     with pytest.raises(WorkerError) as raised:
-        run_on_ranks(hang_on, 1, sizes=ParallelSizes(tp=2), timeout=timedelta(seconds=10))
+        run_on_ranks(hang_on, 1, sizes=ParallelSizes(tp=2), timeout=timedelta(seconds=5))
 
     assert str(raised.value).startswith("rank 0 timed out waiting for rank 1, which hangs or is gone:\nTraceback")
-    assert "Timed out waiting 10000ms" in str(raised.value)
+    assert "Timed out waiting 5000ms" in str(raised.value)
 
 
 def test_the_groups_of_the_axes_have_the_timeout_too(ranks):
@@ -130,9 +134,7 @@ def test_a_rank_that_leaves_in_the_middle_of_its_work_is_named_with_how(number, 
     [pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.soak), pytest.param(signal.SIGINT, id="SIGINT")],
 )
 def test_a_signal_to_the_launching_process_ends_the_ranks_which_clean_up(tmp_path, number):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launched", "sleep", tmp_path / "rank"], cwd=SUPPORT, stderr=subprocess.PIPE
-    )
+    process = Command("sleep", tmp_path / "rank", module="launched")
     while not all((tmp_path / f"rank-{rank}-begun").exists() for rank in (0, 1)):
         assert process.poll() is None
         time.sleep(0.05)
@@ -169,7 +171,10 @@ def run_file(place: Path, out: Path, data: str = "data") -> Path:
     return file
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     # OMP_NUM_THREADS is what torchrun would otherwise set, with a warning.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -178,7 +183,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_tells_a_mistake_that_a_rank_found_in_one_line_and_exits_with_2(place, tmp_path):
-    completed = command("megacore", "train", run_file(place, tmp_path / "out", "foreign"))
+    completed = run("train", run_file(place, tmp_path / "out", "foreign"), timeout=BOUND)
 
     *notes, error = completed.stderr.splitlines()
     assert completed.returncode == 2
@@ -189,9 +194,7 @@ def test_the_command_tells_a_mistake_that_a_rank_found_in_one_line_and_exits_wit
 
 
 def test_under_torchrun_the_command_joins_instead_of_starting_more_and_speaks_once(place, tmp_path):
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-    completed = command(*torchrun, "-m", "megacore", "train", run_file(place, tmp_path / "out"))
+    completed = python(*TORCHRUN, "2", "-m", "megacore", "train", run_file(place, tmp_path / "out"))
 
     assert completed.returncode == 0, completed.stderr
     lines = completed.stdout.splitlines()
@@ -202,10 +205,9 @@ def test_under_torchrun_the_command_joins_instead_of_starting_more_and_speaks_on
 
 
 def test_verify_under_torchrun_joins_too_and_gives_its_verdict_once(place):
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     verify = ("megacore", "verify", place / "checkpoint", "--reference", place / "published", "--tp", "2")
 
-    completed = command(*torchrun, "-m", *verify, "--random-ids", "--iters", "2", "--seq-length", "8")
+    completed = python(*TORCHRUN, "2", "-m", *verify, "--random-ids", "--iters", "2", "--seq-length", "8")
 
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.count("Iteration ") == 2
@@ -213,13 +215,12 @@ def test_verify_under_torchrun_joins_too_and_gives_its_verdict_once(place):
 
 
 def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(place, tmp_path, monkeypatch):
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "3")
     (tmp_path / "sitecustomize.py").write_text(
         'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(2)  # so that the others fail first\n'
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
-    completed = command(*torchrun, "-m", "megacore", "train", run_file(place, tmp_path / "out"))
+    completed = python(*TORCHRUN, "3", "-m", "megacore", "train", run_file(place, tmp_path / "out"))
 
     assert completed.returncode == 1  # torchrun's own
     assert re.findall("^Error.*", completed.stderr, re.MULTILINE) == [
@@ -234,7 +235,7 @@ def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(plac
     ids=["torchrun", "srun"],
 )
 def test_a_mistake_that_the_first_process_does_not_find_is_told_by_another(place_of_process, tmp_path, monkeypatch):
-    monkeypatch.setattr("megacore.cli._LET_THE_FIRST_SPEAK", 0.0)
+    monkeypatch.setattr("megacore.cli._ERROR_DELAY", 0.0)
 
     completed = CliRunner().invoke(cli, ["inspect", str(tmp_path / "nothing")], env=place_of_process)
 

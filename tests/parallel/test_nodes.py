@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,10 +31,12 @@ from megacore.parallel.launch.failures import Failure
 from megacore.parallel.launch.nodes import JoinedNodes, join_nodes
 from megacore.parallel.launch.process_group import interface_towards
 from megacore.training import read_run_config
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes
 from tiny_llama import published_model, write_dataset
+from warm_commands import Command, script_environment
 
 ROOT = Path(__file__).parents[2]
+FINETUNE = ROOT / "examples/finetune.sh"
 BOUND = 90
 """Seconds within which a run must be over; it takes a tenth of that on an idle machine."""
 
@@ -72,15 +73,14 @@ def run_file(place: Path) -> Path:
     return place / "run.toml"
 
 
-def started(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def script(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """Start the script that trains."""
     return subprocess.Popen(
-        command,
+        ["bash", FINETUNE, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path} | environment,
-        cwd=ROOT / "tests/support",
+        env=os.environ | script_environment() | environment,
     )
 
 
@@ -126,23 +126,14 @@ def test_two_machines_train_as_one_process_does_and_the_first_one_speaks(two_hos
     overrides = [
         word for setting in (*SETTINGS, f"output.checkpoint={tmp_path / 'out'}") for word in ("--set", setting)
     ]
-    train = [
-        sys.executable,
-        "-m",
-        "megacore",
-        "train",
-        run_file(place),
-        *overrides,
-        "--tp",
-        "2",
-        "--nproc-per-node",
-        "2",
-    ]
+    train = ["train", run_file(place), *overrides, "--tp", "2", "--nproc-per-node", "2"]
 
     commands = [
-        started(
-            *("ip", "netns", "exec", host, *train, "--nodes", "2", "--node-rank", str(node), "--addr", "10.99.0.1"),
-            RES_OPTIONS="timeout:1 attempts:1",  # there is no name server, which torch asks for the machine's name
+        Command(
+            *(*train, "--nodes", "2", "--node-rank", str(node), "--addr", "10.99.0.1"),
+            network=host,
+            # There is no name server, which torch asks for the machine's name.
+            environment={"RES_OPTIONS": "timeout:1 attempts:1"},
         )
         for node, host in enumerate(two_hosts)
     ]
@@ -166,8 +157,8 @@ def test_two_machines_train_as_one_process_does_and_the_first_one_speaks(two_hos
 
 def finetune(place: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """The script, as the guide calls it."""
-    return started(
-        *("bash", ROOT / "examples/finetune.sh", "llama", "--size", "7", "--checkpoint", place / "checkpoint"),
+    return script(
+        *("llama", "--size", "7", "--checkpoint", place / "checkpoint"),
         *("--data", place / "data", "--out", out, "--dtype", "fp64", "--iters", "3", "--global-batch", "4"),
         *("--seq-len", "8", "--lr", "0.01", "--run", out.with_name("run"), *options),
     )
@@ -204,7 +195,7 @@ def test_the_script_started_twice_on_one_machine_trains_on_two_nodes(place, tmp_
 
 
 def test_the_script_says_how_to_make_a_checkpoint_that_is_not_there():
-    command = started("bash", ROOT / "examples/finetune.sh", "llama2", "--size", "7")
+    command = script("llama2", "--size", "7")
     _, error = command.communicate(timeout=BOUND)
 
     assert command.returncode == 2
@@ -215,12 +206,11 @@ def test_the_script_says_how_to_make_a_checkpoint_that_is_not_there():
 
 
 def test_the_script_refuses_a_checkpoint_of_another_model(place):
-    script = ROOT / "examples/finetune.sh"
-    command = started("bash", script, "llama2", "--size", "7", "--checkpoint", place / "checkpoint")
+    command = script("llama2", "--size", "7", "--checkpoint", place / "checkpoint")
     _, error = command.communicate(timeout=BOUND)
 
     assert command.returncode == 2
-    assert error == f"{script}: {place / 'checkpoint'} is a checkpoint of llama, and MODEL is llama2\n"
+    assert error == f"{FINETUNE}: {place / 'checkpoint'} is a checkpoint of llama, and MODEL is llama2\n"
 
 
 @pytest.mark.parametrize(
@@ -234,8 +224,8 @@ def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path, r
         '#!/bin/sh\ncase $1 in plugins) echo llama2 ;; inspect) echo "family      llama2" ;; *) echo "$@" ;; esac\n'
     )
     (tmp_path / "megacore").chmod(0o755)
-    command = started(
-        *("bash", ROOT / "examples/finetune.sh", "llama2", "--size", "70", "--checkpoint", tmp_path / "checkpoint"),
+    command = script(
+        *("llama2", "--size", "70", "--checkpoint", tmp_path / "checkpoint"),
         *("--data", "chats", "--instruct", "--loss-mask", "0.1", "--val-path", "held-back", "--wandb"),
         *("--wandb-project", "two cranes", "--wandb-name", "tall", *rates),
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
@@ -271,11 +261,10 @@ def test_the_script_has_the_settings_of_the_recipe_for_conversations(tmp_path, r
     ],
 )
 def test_the_script_refuses_what_it_does_not_know(words, message):
-    script = ROOT / "examples/finetune.sh"
-    command = started("bash", script, *words)
+    command = script(*words)
     _, error = command.communicate(timeout=BOUND)
 
-    assert (command.returncode, error) == (2, f"{script}: {message.format(script=script)}\n")
+    assert (command.returncode, error) == (2, f"{FINETUNE}: {message.format(script=FINETUNE)}\n")
 
 
 # --- a node fails
@@ -284,7 +273,7 @@ def test_the_script_refuses_what_it_does_not_know(words, message):
 def test_a_rank_that_is_killed_on_another_node_is_named_on_both():
     port = str(free_port())
 
-    commands = [started(sys.executable, "-m", "launched", "kill", "3", str(node), port) for node in (0, 1)]
+    commands = [Command("kill", "3", str(node), port, module="launched") for node in (0, 1)]
     errors = [command.communicate(timeout=BOUND)[1] for command in commands]
 
     assert all(command.returncode == 1 for command in commands)
@@ -296,9 +285,7 @@ def test_a_rank_that_is_killed_on_another_node_is_named_on_both():
 
 def test_when_node_0_is_gone_the_ranks_of_the_other_one_are_ended_and_its_command_says_so(tmp_path):
     port = str(free_port())
-    commands = [
-        started(sys.executable, "-m", "launched", "sleep", tmp_path / "rank", str(node), port) for node in (0, 1)
-    ]
+    commands = [Command("sleep", tmp_path / "rank", str(node), port, module="launched") for node in (0, 1)]
     while not all((tmp_path / f"rank-{rank}-begun").exists() for rank in (0, 1)):
         assert all(command.poll() is None for command in commands)
         time.sleep(0.05)
@@ -518,14 +505,20 @@ def test_ranks_that_the_nodes_cannot_share_equally_are_refused():
 def test_the_world_is_the_processes_of_a_node_times_the_nodes(place, overrides, nodes, expected):
     run = read_run_config(run_file(place), [f"parallel.{override}" for override in overrides])
 
-    assert parallel_sizes(run, Nodes(nodes, 0)) == expected
+    assert parallel_sizes(run.parallel, Nodes(nodes, 0)) == expected
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--nodes 2 --node-rank 0", "say with --node-rank which of them this is (0 to 1) and with --addr the address"),
-        ("--nodes 2 --addr node1", "say with --node-rank which of them this is (0 to 1) and with --addr the address"),
+        (
+            "--nodes 2 --node-rank 0",
+            "requires --node-rank, the rank of this node (0 to 1), and --addr",
+        ),
+        (
+            "--nodes 2 --addr node1",
+            "requires --node-rank, the rank of this node (0 to 1), and --addr",
+        ),
         ("--nodes 2 --node-rank 2 --addr node1", "no node of rank 2: with 2 in all, --node-rank is 0 to 1"),
         ("--node-rank 1", "no node of rank 1: with 1 in all, --node-rank is 0"),
         (
@@ -554,7 +547,7 @@ def test_more_processes_than_a_node_has_gpus_are_refused(place, monkeypatch):
     run = read_run_config(run_file(place), ["parallel.nproc_per_node=8"])
 
     with pytest.raises(LayoutError, match=r"^parallel.nproc_per_node is 8, and this node has 4 GPUs$"):
-        parallel_sizes(run)
+        parallel_sizes(run.parallel)
 
 
 def started_by_torchrun(monkeypatch, num_here: int) -> None:
@@ -569,7 +562,7 @@ def test_under_torchrun_another_number_of_processes_than_it_started_is_refused(p
     run = read_run_config(run_file(place), ["parallel.nproc_per_node=4"])
 
     with pytest.raises(LayoutError, match=r"nproc_per_node is 4, and 2 processes were started on this node"):
-        parallel_sizes(run)
+        parallel_sizes(run.parallel)
 
 
 def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, monkeypatch):
@@ -577,14 +570,14 @@ def test_more_processes_under_torchrun_than_a_node_has_gpus_are_refused(place, m
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
 
     with pytest.raises(LayoutError, match=r"^4 processes were started on this node, which has 2 GPUs$"):
-        parallel_sizes(read_run_config(run_file(place), []))
+        parallel_sizes(read_run_config(run_file(place), []).parallel)
 
 
 def test_a_rank_in_the_environment_without_the_rest_of_what_torchrun_says_is_refused(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
 
     with pytest.raises(ConfigError, match=r"but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT of"):
-        parallel_sizes(read_run_config(run_file(place), []))
+        parallel_sizes(read_run_config(run_file(place), []).parallel)
 
 
 def test_under_torchrun_the_option_nodes_is_refused(place, monkeypatch):

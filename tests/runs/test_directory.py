@@ -14,8 +14,9 @@ from megacore.errors import DataError, OutputError
 from megacore.parallel import ParallelContext
 from megacore.runs import MetricsFile, RunDirectory, read_metrics
 from megacore.training import read_run_config
-from megacore.training.config.resolved_tables import resolved_tables
-from megacore.training.loggers.dispatch import opened_log
+from megacore.training.config import explicit_tables
+from megacore.training.loggers.dispatch import open_run_log
+from recorded_steps import steps_on_rank, train_steps
 from tiny_run import prepare, run_of
 
 
@@ -46,11 +47,11 @@ RUNS = {
 def test_the_resolved_run_file_gives_the_same_run_with_every_default_in_it(place, tmp_path, overrides):
     run = run_of(place, tmp_path / "out", *overrides)
 
-    RunDirectory(tmp_path / "directory").create(resolved_tables(run), {}, iteration=0)
+    RunDirectory(tmp_path / "directory").create(explicit_tables(run), {}, iteration=0)
 
     read = read_run_config(tmp_path / "directory" / "run.toml")
     assert read == run
-    given = {(section, key) for section, table in resolved_tables(run).items() for key in table}
+    given = {(section, key) for section, table in explicit_tables(run).items() for key in table}
     missing = {
         f"{section}.{key}"
         for section, table in run
@@ -84,15 +85,14 @@ def test_a_run_leaves_its_run_file_what_ran_and_a_line_for_each_step(place, trai
 
 
 def test_only_the_first_rank_writes_and_what_runs_is_told_of_all_of_them(ranks, place, tmp_path):
-    from megacore.training.layout import parallel_sizes
-    from megacore.training.trainer import _train_on_rank
+    from megacore.training.resolved import parallel_sizes
 
     run = run_of(
         place, tmp_path / "out", "parallel.tensor_parallel=2", f"output.directory={tmp_path / 'run'}",
         "logging.measure_peak=false",
     )  # fmt: skip
 
-    ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
 
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     [start] = RunDirectory(tmp_path / "run").starts()
@@ -132,15 +132,15 @@ def test_the_same_run_may_start_again_and_one_with_other_settings_from_a_trainin
     changed = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}", "optimizer.lr=0.02")
     told_otherwise = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}", "logging.log_interval=9")
     directory = RunDirectory(tmp_path / "run")
-    directory.create(resolved_tables(run), {"torch": "2"}, iteration=0)
+    directory.create(explicit_tables(run), {"torch": "2"}, iteration=0)
 
-    directory.check(resolved_tables(run))
-    directory.check(resolved_tables(told_otherwise))
+    directory.check(explicit_tables(run))
+    directory.check(explicit_tables(told_otherwise))
     with pytest.raises(OutputError, match="another run"):
-        directory.check(resolved_tables(changed))
-    directory.check(resolved_tables(changed), resumed_run_id="a run of which nothing is known there")
+        directory.check(explicit_tables(changed))
+    directory.check(explicit_tables(changed), resumed_run_id="a run of which nothing is known there")
 
-    directory.create(resolved_tables(changed), {"torch": "3"}, iteration=7)
+    directory.create(explicit_tables(changed), {"torch": "3"}, iteration=7)
     assert read_run_config(tmp_path / "run" / "run.toml") == changed
     assert read_run_config(tmp_path / "run" / "run-until-7.toml") == run
     assert directory.starts() == [{"iteration": 0, "torch": "2"}, {"iteration": 7, "torch": "3"}]
@@ -158,7 +158,7 @@ def test_a_resumed_run_does_not_go_on_in_the_directory_of_another(place, trained
         megacore.train(run, resume=True)
 
     own = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}", "training.train_iters=6")
-    assert [step.iteration for step in megacore.train(own, resume=True)] == [6]
+    assert [step.iteration for step in train_steps(own, resume=True)] == [6]
     starts = RunDirectory(tmp_path / "run").starts()
     started_from = [place / "checkpoint", checkpoints / "iteration-0000005"]
     assert [start["started_from"] for start in starts] == list(map(str, started_from))
@@ -174,12 +174,12 @@ def test_a_file_in_the_place_of_the_directory_is_refused_before_training(place, 
 def test_two_runs_do_not_write_the_same_metrics(place, tmp_path):
     run = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}")
     with (
-        opened_log(run, ParallelContext.single()),
+        open_run_log(run, ParallelContext.single()),
         pytest.raises(OutputError, match="being written by another run"),
-        opened_log(run, ParallelContext.single()),
+        open_run_log(run, ParallelContext.single()),
     ):
         pass
-    with opened_log(run, ParallelContext.single()):  # the first has ended
+    with open_run_log(run, ParallelContext.single()):  # the first has ended
         pass
 
 
@@ -287,8 +287,8 @@ def test_a_full_disk_ends_neither_the_training_nor_the_next_line(place, tmp_path
         return real(descriptor, data)
 
     monkeypatch.setattr(os, "write", write)
-    monkeypatch.setattr("megacore.training.loggers.dispatch._PAUSE", 0.0)
-    steps = megacore.train(run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}"))
+    monkeypatch.setattr("megacore.training.loggers.dispatch._RETRY_INTERVAL", 0.0)
+    steps = train_steps(run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}"))
 
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(steps) == 5

@@ -14,7 +14,8 @@ from megacore.errors import DataError, DiskFullError
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, Step
 from megacore.training.checkpointing.storage import SafetensorsWriter
-from megacore.training.trainer import _train_on_rank
+from megacore.training.resolved import resolve_run
+from megacore.training.trainer import train_on_rank
 
 _fails = threading.Event()
 
@@ -40,7 +41,7 @@ def train_with_little_room(parallel: ParallelContext | None, run: RunConfig, las
 
     with patch.object(safetensors_file, "_write_all", write_until_full):
         try:
-            _train_on_rank(parallel, run, tell)
+            train_on_rank(parallel, resolve_run(run), tell)
         except DiskFullError as error:
             return told, str(error)
     return told, ""
@@ -58,7 +59,7 @@ def train_without_room_for(parallel: ParallelContext | None, run: RunConfig, nam
 
     with patch.object(safetensors_file, "_write_all", write_until_full):
         try:
-            _train_on_rank(parallel, run)
+            train_on_rank(parallel, resolve_run(run))
         except DiskFullError as error:
             return str(error)
     return ""

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 from megacore import ModelConfig
-from megacore.model import SelfAttention
-from megacore.model.attention import AttentionOptions, Positions
+from megacore.model import Positions, SelfAttention
+from megacore.model.attention import AttentionOptions
 from megacore.parallel import ParallelContext, ParameterSpec, linear_cross_entropy, materialize
 from megacore.parallel.tensor import loss
 

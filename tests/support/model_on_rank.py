@@ -10,8 +10,8 @@ from torch import Tensor
 from megacore.checkpoint import Checkpoint
 from megacore.model import load_model
 from megacore.parallel import ParallelContext, parameter_specs
-from megacore.testing.numerics import whole_tensor
-from megacore.verification.comparison import whole_logits
+from megacore.testing.numerics import gather_tensor
+from megacore.verification.comparison import gather_logits
 
 
 def logits_and_gradients(
@@ -26,5 +26,5 @@ def logits_and_gradients(
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        gradients[name] = whole_tensor(parameter.grad, specs[name], parallel)
-    return whole_logits(logits, model.config.vocab_size, parallel), gradients
+        gradients[name] = gather_tensor(parameter.grad, specs[name], parallel)
+    return gather_logits(logits, model.config.vocab_size, parallel), gradients

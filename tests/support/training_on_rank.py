@@ -13,24 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megacore.checkpoint import Checkpoint
 from megacore.data import Split
 from megacore.parallel import ParallelContext, chunk_bounds, gather_parameter, local_tensor, token_scores
-from megacore.testing.numerics import whole_tensor
+from megacore.testing.numerics import gather_tensor
 from megacore.training import Batch, Engine, Evaluation, RunConfig, Step, batches
 from megacore.training.checkpointing.train_state import state_tensors
-from megacore.training.config.training import TrainingSection
+from megacore.training.config import TrainingSection
 from megacore.training.evaluation.evaluator import Evaluator
 from megacore.training.evaluation.metrics import Sums, TokenScores
-from megacore.training.exits import Exits
-from megacore.training.progress import Progress
-from megacore.training.trainer import _train_on_rank
+from megacore.training.resolved import resolve_run
+from megacore.training.trainer import early_exit, train_on_rank
+from recorded_steps import steps_on_rank
 
 
 def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
     """The loss of the run's first batch, and its gradients, joined over the tensor-parallel ranks."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     loss, _ = engine.accumulate(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)))
     return loss, {
-        name: whole_tensor(parameter.grad, engine.specs[name], parallel)
+        name: gather_tensor(parameter.grad, engine.specs[name], parallel)
         for name, parameter in engine.parameters.items()
         if parameter.grad is not None
     }
@@ -39,7 +39,7 @@ def whole_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, d
 def trained_replicas(parallel: ParallelContext, run: RunConfig, num_steps: int) -> dict[str, Tensor]:
     """After some steps of the run, this rank's own values of the parameters that every rank holds whole."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     for batch in islice(batches(run, checkpoint), num_steps):
         engine.step(batch, lr=run.optimizer.lr)
     return {
@@ -51,7 +51,7 @@ def trained_replicas(parallel: ParallelContext, run: RunConfig, num_steps: int) 
 
 def num_elements_held(parallel: ParallelContext, run: RunConfig) -> int:
     """How many elements of all parameters this rank holds."""
-    engine = Engine(run, Checkpoint(run.model.checkpoint), parallel)
+    engine = Engine(resolve_run(run), parallel)
     return sum(
         (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
         for parameter in engine.parameters.values()
@@ -75,7 +75,7 @@ class _Counting(TorchDispatchMode):
 def num_bytes_to_save(parallel: ParallelContext, run: RunConfig) -> dict[str, int]:
     """Of each tensor that this rank saves after a step, and so copies first when it goes on training meanwhile."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     engine.step(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)), lr=1e-3)
     return {name: tensor.part.nbytes for name, tensor in state_tensors(engine).items()}
 
@@ -83,7 +83,7 @@ def num_bytes_to_save(parallel: ParallelContext, run: RunConfig) -> dict[str, in
 def collectives_of_a_step(parallel: ParallelContext, run: RunConfig) -> dict[str, int]:
     """How often each collective is called in the second step of the run."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     own = batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)
     engine.step(next(own), lr=run.optimizer.lr)
     with _Counting() as counting:
@@ -94,7 +94,7 @@ def collectives_of_a_step(parallel: ParallelContext, run: RunConfig) -> dict[str
 def gathered_gradients(parallel: ParallelContext, run: RunConfig) -> dict[str, Tensor]:
     """The gradients of the run's first batch, of each parameter the whole, on the first rank of those that share it."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     engine.accumulate(next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size)))
     return {name: gather_parameter(p.grad, parallel) for name, p in engine.parameters.items() if p.grad is not None}
 
@@ -102,7 +102,7 @@ def gathered_gradients(parallel: ParallelContext, run: RunConfig) -> dict[str, T
 def step_that_overflows_on(parallel: ParallelContext, run: RunConfig, rank: int) -> tuple[bool, dict[str, float], bool]:
     """Whether a step that overflows on ``rank`` is taken, the loss scale after it, and whether a weight changes."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     before = {name: local_tensor(parameter).clone() for name, parameter in engine.parameters.items()}
     if parallel.rank == rank:
         cut = next(name for name, spec in engine.specs.items() if spec.shard_dim is not None)  # no replica has it
@@ -125,7 +125,7 @@ def masked(batch: Batch) -> Batch:
 def masked_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
     """As :func:`gathered_gradients`, with the loss, of the :func:`masked` batch."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     batch = next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size))
     loss, _ = engine.accumulate(masked(batch))
     return loss, {
@@ -159,13 +159,13 @@ def segmented(batch: Batch) -> Batch:
 def segmented_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[float, dict[str, Tensor]]:
     """The loss of the :func:`segmented` first batch of the run, and its gradients, whole where this rank has them."""
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel)
+    engine = Engine(resolve_run(run), parallel)
     batch = next(batches(run, checkpoint, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size))
     loss, _ = engine.accumulate(segmented(batch))
     return loss, {
         name: gather_parameter(p.grad, parallel)
         if parallel.sizes.dp_shard > 1
-        else whole_tensor(p.grad, engine.specs[name], parallel)
+        else gather_tensor(p.grad, engine.specs[name], parallel)
         for name, p in engine.parameters.items()
         if p.grad is not None
     }
@@ -173,30 +173,30 @@ def segmented_gradients(parallel: ParallelContext, run: RunConfig) -> tuple[floa
 
 def train_on_what_each_sees(parallel: ParallelContext, runs: list[RunConfig]) -> None:
     """Train each rank by a run file of its own."""
-    _train_on_rank(parallel, runs[parallel.rank], None)
+    train_on_rank(parallel, resolve_run(runs[parallel.rank]))
 
 
 def evaluated(parallel: ParallelContext, run: RunConfig, split: Split = "valid") -> Evaluation:
     """What comes of the evaluation of the model that the run starts from."""
-    checkpoint = Checkpoint(run.model.checkpoint)
-    evaluation = Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(split, iteration=0)
+    resolved = resolve_run(run)
+    evaluation = Evaluator(resolved, Engine(resolved, parallel)).evaluate(split, iteration=0)
     assert evaluation is not None
     return evaluation
 
 
 def gradients_held_after_evaluation(parallel: ParallelContext, run: RunConfig) -> int:
     """How many elements the gradients have that this rank holds, in buffers or not, after an evaluation alone."""
-    checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, parallel, trains=False)
-    Evaluator(engine, checkpoint).evaluate("valid", iteration=0)
+    resolved = resolve_run(run)
+    engine = Engine(resolved, parallel, trains=False)
+    Evaluator(resolved, engine).evaluate("valid", iteration=0)
     return sum(0 if parameter.grad is None else parameter.grad.numel() for parameter in engine.parameters.values())
 
 
 def evaluated_until_rank_1_is_asked_to_stop(parallel: ParallelContext, run: RunConfig) -> Evaluation | None:
     """What comes of an evaluation that goes on until its second batch."""
-    checkpoint = Checkpoint(run.model.checkpoint)
+    resolved = resolve_run(run)
     asked = iter([False, True])
-    return Evaluator(Engine(run, checkpoint, parallel), checkpoint).evaluate(
+    return Evaluator(resolved, Engine(resolved, parallel)).evaluate(
         "valid", iteration=0, wants_stop=lambda: parallel.rank == 1 and next(asked)
     )
 
@@ -204,7 +204,7 @@ def evaluated_until_rank_1_is_asked_to_stop(parallel: ParallelContext, run: RunC
 def trained_and_evaluated(parallel: ParallelContext, run: RunConfig) -> tuple[list[Step], list[Evaluation]]:
     """Train as the run says; what was told on the way, on this rank if it is the first."""
     evaluations: list[Evaluation] = []
-    return _train_on_rank(parallel, run, on_evaluation=evaluations.append), evaluations
+    return steps_on_rank(parallel, run, on_evaluation=evaluations.append), evaluations
 
 
 def share_of_certain(scores: TokenScores) -> Sums:
@@ -214,10 +214,8 @@ def share_of_certain(scores: TokenScores) -> Sums:
 
 def ends_after_a_minute(parallel: ParallelContext, slow_rank: int | None = None) -> str | None:
     """Why a run ends that may take a minute, where for one of its ranks two are over."""
-    exits = Exits(TrainingSection(train_iters=10, exit_duration_in_mins=1), parallel)
-    if parallel.rank == slow_rank:
-        exits._started -= 120
-    return exits.reason(Progress(iteration=1, num_samples=8))
+    minutes = 2.0 if parallel.rank == slow_rank else 0.0
+    return early_exit(TrainingSection(train_iters=10, exit_duration_in_mins=1), 1, minutes=minutes, parallel=parallel)
 
 
 def scores_of_tokens(parallel: ParallelContext, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

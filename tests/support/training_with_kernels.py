@@ -6,14 +6,14 @@ import sys
 
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig, Step
-from megacore.training.trainer import _train_on_rank
+from recorded_steps import steps_on_rank
 
 
 def trained_with(parallel: ParallelContext, run: RunConfig, site: str) -> list[Step]:
     """The steps of the run, with the packages in ``site``."""
     sys.path.insert(0, site)
     try:
-        return _train_on_rank(parallel, run, None)
+        return steps_on_rank(parallel, run)
     finally:
         sys.path.remove(site)
         for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:

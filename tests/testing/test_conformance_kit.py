@@ -158,7 +158,7 @@ FAULTS = {
     ),
     "keys and values that nothing keeps": Fault(
         "test_tokens_that_come_one_by_one_have_the_logits_of_the_whole",
-        r"layer 0 of [\w-]+ keeps no keys and values",
+        r"layer 0 of [\w-]+ does not cache keys and values",
         (LAYER, "(hidden), positions)", "(hidden), replace(positions, cache=None))"),
         (LAYER, "from torch import nn", "from dataclasses import replace\n\nfrom torch import nn"),
     ),

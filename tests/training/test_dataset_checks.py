@@ -15,6 +15,7 @@ import megacore
 import tiny_run
 from megacore.data import IndexedDatasetWriter
 from megacore.errors import DataError
+from recorded_steps import train_steps
 from tiny_llama import VOCAB, published_model
 
 WORDS = [f"w{number}" for number in range(VOCAB)]
@@ -50,7 +51,7 @@ def notes_on_training(place: Path, tmp_path: Path, *overrides: str) -> list[str]
     """What is told of the vocabulary when a run starts."""
     notes: list[str] = []
     run = tiny_run.run_of(place, tmp_path / "out", "training.train_iters=1", *overrides)
-    assert len(megacore.train(run, on_note=notes.append)) == 1
+    assert len(train_steps(run, on_note=notes.append)) == 1
     return [note for note in notes if "token" in note]
 
 

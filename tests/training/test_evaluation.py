@@ -25,8 +25,9 @@ from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.parallel.pipeline.forward_only import forward_plan
 from megacore.parallel.tensor.loss import CHUNK_BYTES
 from megacore.training import Engine, Evaluation, RunConfig, Step, batches
-from megacore.training.evaluation.metrics import TokenScores, metrics_of
-from megacore.training.layout import parallel_sizes
+from megacore.training.evaluation.metrics import TokenScores, resolve_metrics
+from megacore.training.resolved import parallel_sizes, resolve_run
+from recorded_steps import train_steps
 from tiny_llama import write_dataset
 from training_on_rank import (
     evaluated,
@@ -89,10 +90,10 @@ def with_transformers(place: Path, num_samples: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_has_the_loss_and_the_metrics_of_transformers_on_all_samples(place, ranks, tmp_path, layout):
+def test_any_layout_has_the_loss_and_the_resolve_metrics_transformers_on_all_samples(place, ranks, tmp_path, layout):
     run = run_of(place, tmp_path / "out", METRICS, "evaluation.iters=all", *LAYOUTS[layout])
 
-    evaluations = ranks.run(evaluated, run, sizes=parallel_sizes(run))
+    evaluations = ranks.run(evaluated, run, sizes=parallel_sizes(run.parallel))
 
     expected = with_transformers(place, 20)
     one_process = evaluated(ParallelContext.single(), run_of(place, tmp_path / "one", METRICS, "evaluation.iters=all"))
@@ -119,8 +120,8 @@ def test_evaluation_changes_nothing_about_training_and_comes_when_it_is_due(plac
     split = (f"data.test_prefix={place / 'valid'}", "evaluation.interval=2", "evaluation.iters=all")
     often = run_of(place, tmp_path / "often", *settings, *split, "model.dtype=bf16")
 
-    (expected, none), *_ = ranks.run(trained_and_evaluated, plain, sizes=parallel_sizes(plain))
-    (steps, evaluations), *_ = ranks.run(trained_and_evaluated, often, sizes=parallel_sizes(often))
+    (expected, none), *_ = ranks.run(trained_and_evaluated, plain, sizes=parallel_sizes(plain.parallel))
+    (steps, evaluations), *_ = ranks.run(trained_and_evaluated, often, sizes=parallel_sizes(often.parallel))
 
     assert [(step.loss, step.grad_norm) for step in steps] == [(step.loss, step.grad_norm) for step in expected]
     assert none == []
@@ -133,7 +134,7 @@ def test_evaluation_changes_nothing_about_training_and_comes_when_it_is_due(plac
 def test_no_copy_of_a_weight_is_kept_after_an_evaluation(place, tmp_path):
     run = run_of(place, tmp_path / "out", "model.dtype=bf16")
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, ParallelContext.single())
+    engine = Engine(resolve_run(run), ParallelContext.single())
 
     engine.score(next(batches(run, checkpoint)))
 
@@ -173,10 +174,10 @@ def test_an_evaluation_that_a_signal_interrupts_is_made_when_the_run_goes_on(pla
     before: list[Evaluation] = []
     after: list[Evaluation] = []
 
-    steps = megacore.train(run, on_step=stopping_at(iteration), on_evaluation=before.append)
+    steps = train_steps(run, on_step=stopping_at(iteration), on_evaluation=before.append)
     assert (steps[-1].iteration, steps[-1].stopped_by) == (iteration, "SIGTERM")
     assert not (tmp_path / "out").exists()
-    steps = megacore.train(run, resume=True, on_evaluation=after.append)
+    steps = train_steps(run, resume=True, on_evaluation=after.append)
 
     assert [step.iteration for step in steps] == list(range(iteration + 1, 5))
     assert [(told.split, told.iteration) for told in whole] == [("valid", 2), ("valid", 4), ("test", 4)]
@@ -200,7 +201,7 @@ def test_a_signal_during_an_evaluation_that_is_made_up_ends_the_program_and_leav
 def test_a_signal_to_one_rank_ends_the_evaluation_on_all(place, ranks, tmp_path):
     run = run_of(place, tmp_path / "out", *EVERY_SECOND, "parallel.nproc_per_node=2")
 
-    evaluations = ranks.run(evaluated_until_rank_1_is_asked_to_stop, run, sizes=parallel_sizes(run))
+    evaluations = ranks.run(evaluated_until_rank_1_is_asked_to_stop, run, sizes=parallel_sizes(run.parallel))
 
     assert evaluations == [None, None]
 
@@ -225,7 +226,7 @@ def test_a_model_is_evaluated_by_itself_in_any_layout_and_nothing_is_written(pla
 def test_no_memory_is_taken_for_gradients_where_nothing_is_trained(place, ranks, tmp_path):
     run = run_of(place, tmp_path / "out", *LAYOUTS["dp 2"])
 
-    assert ranks.run(gradients_held_after_evaluation, run, sizes=parallel_sizes(run)) == [0, 0]
+    assert ranks.run(gradients_held_after_evaluation, run, sizes=parallel_sizes(run.parallel)) == [0, 0]
 
 
 def test_what_a_run_has_saved_is_evaluated_as_the_run_did(place, tmp_path):
@@ -330,7 +331,7 @@ SCORES = scores(
     ],
 )
 def test_a_metric_is_of_the_tokens_that_its_mask_has(name, expected):
-    metric = metrics_of([name], conversations=True)[name]
+    metric = resolve_metrics([name], conversations=True)[name]
 
     total, count = metric.sums(SCORES)
 
@@ -339,7 +340,7 @@ def test_a_metric_is_of_the_tokens_that_its_mask_has(name, expected):
 
 @pytest.mark.parametrize("loss", [0.0, 3.0, 1e4, np.inf, np.nan])
 def test_the_perplexity_is_the_exponential_of_any_loss(loss):
-    perplexity = metrics_of(["perplexity"], conversations=False)["perplexity"]
+    perplexity = resolve_metrics(["perplexity"], conversations=False)["perplexity"]
     with np.errstate(over="ignore"):
         assert perplexity.finish(loss) == pytest.approx(np.exp(loss), nan_ok=True)
 
@@ -373,8 +374,8 @@ def test_a_metric_that_is_not_there_is_refused_before_training(place, tmp_path, 
 
 
 def test_all_metrics_are_those_that_fit_the_data():
-    assert list(metrics_of(["all"], conversations=False)) == ["perplexity", "accuracy", "count_loss_mask"]
-    assert len(metrics_of(["all"], conversations=True)) == 5
+    assert list(resolve_metrics(["all"], conversations=False)) == ["perplexity", "accuracy", "count_loss_mask"]
+    assert len(resolve_metrics(["all"], conversations=True)) == 5
 
 
 def test_evaluation_without_data_for_it_is_refused(place, tmp_path):
@@ -397,7 +398,7 @@ def test_the_command_prints_evaluations_and_why_it_stops(place, tmp_path):
     assert "| not taken" in skipped and "not taken" not in step
     assert re.fullmatch(r"valid at iteration 1 \| loss \d\.\d+ \| perplexity \d+\.?\d*", first)
     assert re.fullmatch(r"valid at iteration 2 \| loss \d\.\d+ \| perplexity \d+\.?\d*", second)
-    assert stopped == "Stopped by training.exit_interval (2) after iteration 2; --resume goes on from there."
+    assert stopped == "Stopped by training.exit_interval (2) after iteration 2; resume with --resume."
     assert not (tmp_path / "out").exists()
 
 

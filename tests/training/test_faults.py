@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,8 +29,10 @@ from faults_on_rank import (
 from megacore.checkpoint import Checkpoint, safetensors_file
 from megacore.errors import ConfigError, DataError, DiskFullError, TrainingError, WorkerError
 from megacore.training import Engine, RunConfig
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes
+from recorded_steps import train_steps
 from tiny_run import weights
+from warm_commands import Command
 
 BOUND = 120
 """Seconds within which a command must be over; it takes a tenth of that on an idle machine."""
@@ -49,24 +50,30 @@ def run_of(place: Path, out: Path, *overrides: str) -> RunConfig:
 
 
 def command(place: Path, out: Path, *overrides: str, options: tuple[str, ...] = ()) -> list[str | Path]:
-    """The command that trains, with a run file beside ``out``."""
+    """The words after ``megacore`` that train, with a run file beside ``out``."""
     run_of(place, out)
     settings = [word for override in overrides for word in ("--set", override)]
-    return [sys.executable, "-m", "megacore", "train", out.with_suffix(".toml"), *options, *settings]
+    return ["train", out.with_suffix(".toml"), *options, *settings]
 
 
-def started(arguments: list[str | Path]) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+PYTHON = (sys.executable, "-m", "megacore")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def started(arguments: list[str | Path]) -> Command:
+    return Command(*arguments, start_new_session=True)
+
+
+def python_started(*words: str | Path) -> subprocess.Popen[str]:
+    """Start Python itself, which takes seconds to import torch."""
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def steps_in(directory: Path) -> list[int]:
     return sorted(int(path.name[10:]) for path in directory.glob("iteration-*"))
 
 
-def wait_for_line(process: subprocess.Popen[str], beginning: str) -> None:
+def wait_for_line(process: Command | subprocess.Popen[str], beginning: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(beginning):
@@ -102,18 +109,17 @@ def test_a_signal_saves_a_checkpoint_and_exits_0_and_the_run_goes_on_from_there(
     assert process.returncode == 0, errors
     name = "SIGTERM" if layout else number.name  # which is what the ranks get
     [stopped] = steps_in(tmp_path / "out-checkpoints")
-    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; --resume goes on from there.")
+    assert printed.splitlines()[-1] == (f"Stopped by {name} after iteration {stopped}; resume with --resume.")
     assert f"Note: {name}: stopping once the last step is saved" in errors
     assert "Traceback" not in errors
     assert not out.exists()
     Checkpoint(tmp_path / "out-checkpoints" / "latest").check()
-    [step] = megacore.train(run_of(place, out, f"training.train_iters={stopped + 1}"), resume=True)
+    [step] = train_steps(run_of(place, out, f"training.train_iters={stopped + 1}"), resume=True)
     assert step.iteration == stopped + 1
 
 
 def test_a_signal_that_ends_who_reads_the_output_too_saves_a_checkpoint_all_the_same(place, tmp_path):
-    arguments = command(place, tmp_path / "out", "training.train_iters=100000")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Command(*command(place, tmp_path / "out", "training.train_iters=100000"), stderr=subprocess.STDOUT)
     wait_for_line(process, "iteration     2/")
 
     assert process.stdout is not None
@@ -141,15 +147,10 @@ def test_a_second_signal_ends_a_run_at_once_whose_step_does_not_end(place, tmp_p
     assert "Traceback" not in errors
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: Command) -> list[int]:
     """The process ids of the ranks that a command has started."""
-    session = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True)
-    ranks = []
-    for pid in map(int, session.stdout.split()):
-        with suppress(FileNotFoundError):  # it has ended by now
-            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
-                ranks.append(pid)
-    return ranks
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in children.stdout.split()]
 
 
 def test_signals_that_come_at_once_are_one_request_and_a_later_one_ends_the_process(tmp_path):
@@ -161,7 +162,7 @@ with stop_requests() as request:
     while True:
         time.sleep(0.05)
 """
-    process = started([sys.executable, "-c", script])
+    process = Command(script, module="-c", start_new_session=True)
     wait_for_line(process, "ready")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -192,7 +193,7 @@ def test_a_signal_in_the_last_step_does_not_keep_a_run_from_its_result(place, tm
     if is_within:
         monkeypatch.setattr(Engine, "_accumulate", signalled)
 
-    steps = megacore.train(run_of(place, tmp_path / "out"), on_step=None if is_within else at_the_last)
+    steps = train_steps(run_of(place, tmp_path / "out"), on_step=None if is_within else at_the_last)
 
     assert (steps[-1].iteration, steps[-1].stopped_by) == (5, None)
     Checkpoint(tmp_path / "out").check()
@@ -200,7 +201,7 @@ def test_a_signal_in_the_last_step_does_not_keep_a_run_from_its_result(place, tm
 
 @pytest.mark.parametrize("delay", [0.5, 2.0])
 def test_an_interrupt_while_the_program_starts_ends_it_without_a_traceback(place, tmp_path, delay):
-    process = started(command(place, tmp_path / "out", "training.train_iters=100000"))
+    process = python_started(*PYTHON, *command(place, tmp_path / "out", "training.train_iters=100000"))
     time.sleep(delay)
 
     process.send_signal(signal.SIGINT)
@@ -216,9 +217,11 @@ def test_an_interrupt_while_the_program_starts_ends_it_without_a_traceback(place
 
 def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_path):
     overrides = ("model.dtype=fp64", "training.train_iters=60", "checkpoints.interval=5")
-    own = command(place, tmp_path / "out", *overrides, "parallel.data_parallel=sharded")[2:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = started([*torchrun, "--max-restarts", "1", "--monitor-interval", "0.2", "-m", *own])
+    own = command(place, tmp_path / "out", *overrides, "parallel.data_parallel=sharded")
+    process = python_started(
+        *(*TORCHRUN, "--standalone", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "--monitor-interval", "0.2", "-m", "megacore", *own),
+    )
     wait_for_line(process, "iteration    20/")
     found = subprocess.run(["pgrep", "-f", f"train {tmp_path}/out.toml"], capture_output=True, text=True, check=True)
 
@@ -229,7 +232,7 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
     [resumed_from] = map(int, re.findall(r"going on after iteration (\d+)", errors))
     assert resumed_from >= 15
     losses = dict(re.findall(r"^iteration +(\d+)/60 \| loss ([\d.]+)", printed, re.MULTILINE))
-    expected = megacore.train(run_of(place, tmp_path / "whole", *overrides))
+    expected = train_steps(run_of(place, tmp_path / "whole", *overrides))
     assert [f"{step.loss:.6f}" for step in expected[resumed_from:]] == list(losses.values())[-60 + resumed_from :]
 
 
@@ -237,12 +240,12 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
 def test_torchruns_elastic_restart_goes_on_on_two_nodes_of_which_one_has_failed(place, tmp_path):
     overrides = ("model.dtype=fp64", "training.train_iters=200", "checkpoints.interval=5")
     sharded = (*overrides, "parallel.data_parallel=sharded")
-    own = command(place, tmp_path / "out", *sharded, "parallel.timeout=60")[2:]
+    own = command(place, tmp_path / "out", *sharded, "parallel.timeout=60")
     with socket.create_server(("localhost", 0)) as free:
         endpoint = f"localhost:{free.getsockname()[1]}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", "localhost"]
-    nodes = [started([*torchrun, *meeting, "--max-restarts", "1", "-m", *own]) for _ in range(2)]
+    nodes = [python_started(*torchrun, *meeting, "-m", "megacore", *own) for _ in range(2)]
     ranks: dict[int, int] = {}
     while len(ranks) < 2 or not any(step >= 20 for step in steps_in(tmp_path / "out-checkpoints")):
         assert [node.poll() for node in nodes] == [None, None]
@@ -264,8 +267,8 @@ def test_torchruns_elastic_restart_goes_on_on_two_nodes_of_which_one_has_failed(
 @pytest.mark.soak
 def test_a_rank_of_torchrun_that_hangs_is_named_by_the_others(place, tmp_path):
     settings = ("training.global_batch_size=6", "training.train_iters=100000", "parallel.timeout=8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    process = started([*torchrun, "-m", *command(place, tmp_path / "out", *settings)[2:]])
+    own = command(place, tmp_path / "out", *settings)
+    process = python_started(*TORCHRUN, "--standalone", "--nproc-per-node", "3", "-m", "megacore", *own)
     wait_for_line(process, "iteration     2/")
     found = subprocess.run(["pgrep", "-f", f"train {tmp_path}/out.toml"], capture_output=True, text=True, check=True)
     [hanging] = [int(pid) for pid in found.stdout.split() if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
@@ -374,12 +377,12 @@ def blowing_up(monkeypatch, iterations: set[int], factor: float = math.nan) -> N
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_its_data_are_consumed(place, tmp_path, monkeypatch):
     blowing_up(monkeypatch, {3})
-    steps = megacore.train(run_of(place, tmp_path / "out"))
+    steps = train_steps(run_of(place, tmp_path / "out"))
 
     assert [step.num_skipped for step in steps] == [0, 0, 1, 1, 1]
     blowing_up(monkeypatch, set())
     monkeypatch.undo()
-    whole = megacore.train(run_of(place, tmp_path / "whole"))
+    whole = train_steps(run_of(place, tmp_path / "whole"))
     assert [step.loss for step in steps[:3]] == [step.loss for step in whole[:3]]
     assert steps[3].loss != whole[3].loss
 
@@ -388,7 +391,7 @@ def test_a_spike_is_skipped_and_leaves_weights_and_optimizer_as_they_were(place,
     blowing_up(monkeypatch, {5}, factor=30)
     settings = ("faults.spike_factor=5", "faults.spike_window=4", "checkpoints.interval=1", "checkpoints.keep_last=9")
 
-    steps = megacore.train(run_of(place, tmp_path / "out", *settings, "training.train_iters=6"))
+    steps = train_steps(run_of(place, tmp_path / "out", *settings, "training.train_iters=6"))
 
     assert [step.num_skipped for step in steps] == [0, 0, 0, 0, 1, 1]
     before, after = (Checkpoint(tmp_path / "out-checkpoints" / f"iteration-000000{i}") for i in (4, 5))
@@ -402,10 +405,10 @@ def test_a_spike_is_skipped_and_leaves_weights_and_optimizer_as_they_were(place,
 def test_the_median_and_the_count_go_on_when_a_run_is_resumed(place, tmp_path, monkeypatch):
     blowing_up(monkeypatch, {2, 4}, factor=1e6)
     settings = ("faults.spike_factor=5", "faults.spike_window=2", "checkpoints.interval=3", "training.train_iters=6")
-    steps = megacore.train(run_of(place, tmp_path / "out", *settings))
+    steps = train_steps(run_of(place, tmp_path / "out", *settings))
 
     load = tmp_path / "out-checkpoints" / "iteration-0000003"
-    resumed = megacore.train(run_of(place, tmp_path / "resumed", *settings), load=load)
+    resumed = train_steps(run_of(place, tmp_path / "resumed", *settings), load=load)
 
     assert [step.num_skipped for step in steps] == [0, 1, 1, 2, 2, 2]
     assert [(step.loss, step.num_skipped) for step in resumed] == [(step.loss, step.num_skipped) for step in steps[3:]]
@@ -430,7 +433,7 @@ def test_too_many_skipped_in_a_row_end_the_run_with_a_checkpoint_of_the_weights_
     megacore.train(run_of(place, before, "training.train_iters=5", "checkpoints.directory=" + str(tmp_path / "two")))
     expected = weights(tmp_path / "two" / "iteration-0000002")
     assert all(torch.equal(matrix, expected[name]) for name, matrix in weights(kept).items())
-    assert [step.iteration for step in megacore.train(run, resume=True)] == [5]
+    assert [step.iteration for step in train_steps(run, resume=True)] == [5]
 
 
 def test_too_many_skipped_in_a_row_are_told_of_where_no_checkpoint_can_be_saved(place, tmp_path, monkeypatch):
@@ -455,7 +458,7 @@ def test_a_run_whose_last_steps_were_skipped_is_no_result_when_it_goes_on(place,
         megacore.train(run, resume=True)
 
     longer = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=2", "training.train_iters=6")
-    assert [step.iteration for step in megacore.train(longer, resume=True)] == [6]
+    assert [step.iteration for step in train_steps(longer, resume=True)] == [6]
 
 
 def test_who_resumes_after_too_many_skipped_steps_gives_the_run_as_many_again(place, tmp_path, monkeypatch):
@@ -466,7 +469,7 @@ def test_who_resumes_after_too_many_skipped_steps_gives_the_run_as_many_again(pl
 
     more = run_of(place, tmp_path / "out", "faults.max_skipped_in_a_row=3", "training.train_iters=8")
 
-    assert [step.iteration for step in megacore.train(more, resume=True)] == [5, 6, 7, 8]
+    assert [step.iteration for step in train_steps(more, resume=True)] == [5, 6, 7, 8]
 
 
 # --- disks that are full
@@ -478,7 +481,7 @@ def test_a_disk_that_is_full_keeps_the_old_checkpoint_and_training_goes_on(ranks
     started_from = tmp_path / "out-checkpoints"
 
     if layout:
-        results = ranks.run(train_with_little_room, run, 2, sizes=parallel_sizes(run))
+        results = ranks.run(train_with_little_room, run, 2, sizes=parallel_sizes(run.parallel))
     else:
         results = [train_with_little_room(None, run, 2)]
 
@@ -507,7 +510,7 @@ def test_a_run_whose_result_cannot_be_written_saves_its_last_checkpoint(ranks, p
     run = run_of(place, tmp_path / "out", *settings)
 
     if len(settings) > 1:
-        errors = ranks.run(train_without_room_for, run, ".out.incomplete", sizes=parallel_sizes(run))
+        errors = ranks.run(train_without_room_for, run, ".out.incomplete", sizes=parallel_sizes(run.parallel))
     else:
         errors = [train_without_room_for(None, run, ".out.incomplete")]
 
@@ -518,7 +521,7 @@ def test_a_run_whose_result_cannot_be_written_saves_its_last_checkpoint(ranks, p
     }
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
     Checkpoint(kept).check()
-    assert megacore.train(run_of(place, tmp_path / "out"), resume=True) == []
+    assert megacore.train(run_of(place, tmp_path / "out"), resume=True).last_step is None
     trained, expected = weights(tmp_path / "out"), weights(kept)
     assert all(torch.equal(matrix, expected[name]) for name, matrix in trained.items())
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from megacore.training.plan import model_specs_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import megacore
@@ -19,11 +20,9 @@ from megacore.model import read_config
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.plugins import get_family
 from megacore.training import Batch, Engine, RunConfig, batches, read_run_config
-from megacore.training.flops import ModelFlops, own_work
-from megacore.training.layout import parallel_sizes
-from megacore.training.peak_flops import measured_peak
-from megacore.training.plan import model_specs_of
-from megacore.training.trainer import _train_on_rank
+from megacore.training.flops import ModelFlops, local_work, measure_peak_flops
+from megacore.training.resolved import parallel_sizes, resolve_run
+from recorded_steps import steps_on_rank, train_steps
 from tiny_llama import VOCAB, published_model, write_dataset
 from tiny_models import falcon_with_linear_biases, tied_multi_query_falcon
 from tiny_run import run_of
@@ -63,7 +62,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(place, tmp_path, l
         place, tmp_path / "out", "training.global_batch_size=6", "training.micro_batch_size=2", "kernels.attention=math"
     )
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, ParallelContext.single())
+    engine = Engine(resolve_run(run), ParallelContext.single())
     batch = next(batches(run, checkpoint))
     batch = Batch(batch.tokens, batch.loss_mask, batch.sample_ids, micro_batch_lengths=lengths)
 
@@ -71,7 +70,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(place, tmp_path, l
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops_of_addmm}) as counter:
         engine.step(batch, lr=0.01)
 
-    work = own_work(batch, flops_of(engine, checkpoint), micro_batch_size=2)
+    work = local_work(batch, flops_of(engine, checkpoint), micro_batch_size=2)
     assert work.flops == counter.get_total_flops()
     assert work.num_tokens == (72 if lengths is None else 2 * (12 + 7 + 3))
 
@@ -124,7 +123,7 @@ def test_tokens_and_operations_are_those_of_the_lengths_that_are_computed(chats,
     checkpoint = Checkpoint(run.model.checkpoint)
     flops = ModelFlops.of(read_config(get_family("llama"), checkpoint), model_specs_of(checkpoint))
 
-    steps = megacore.train(run)
+    steps = train_steps(run)
 
     for step, batch in zip(steps, batches(run, checkpoint), strict=True):
         num_tokens = num_pairs = 0
@@ -146,11 +145,11 @@ def test_tokens_and_operations_are_those_of_the_lengths_that_are_computed(chats,
 def test_processes_that_see_other_lengths_have_the_tokens_and_operations_of_all(
     ranks, chats, tmp_path, overrides, data_parallel
 ):
-    single = megacore.train(chat_run(chats, tmp_path / "single", *overrides))
+    single = train_steps(chat_run(chats, tmp_path / "single", *overrides))
     spread = (f"parallel.data_parallel={data_parallel}", "parallel.nproc_per_node=2")
     run = chat_run(chats, tmp_path / "two", *overrides, *spread)
 
-    of_all = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    of_all = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
 
     for steps in of_all:
         for step, expected in zip(steps, single, strict=True):
@@ -177,7 +176,7 @@ def test_a_step_begins_with_waiting_for_its_batch_and_ends_before_what_is_done_b
     monkeypatch.setattr("megacore.training.trainer.batches", slow_batches)
     run = chat_run(chats, tmp_path / "out", "data.prefetch=0", "logging.measure_peak=false")
 
-    steps = megacore.train(run, on_step=lambda step: advance(100.0))
+    steps = train_steps(run, on_step=lambda step: advance(100.0))
 
     assert [step.seconds for step in steps] == [3.0] * 3
     assert steps[0].tokens_per_second == 8 * 40 / 3
@@ -186,14 +185,14 @@ def test_a_step_begins_with_waiting_for_its_batch_and_ends_before_what_is_done_b
 # --- the peak
 
 
-def test_the_measured_peak_is_about_what_a_matrix_product_takes():
+def test_the_measure_peak_flops_is_about_what_a_matrix_product_takes():
     """In order of magnitude: a busy machine gives either of them less at times."""
     one = torch.rand(512, 512)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         fastest = min(_seconds(lambda: one @ one) for _ in range(20))
-        peak = measured_peak(ParallelContext.single(), torch.float32)
+        peak = measure_peak_flops(ParallelContext.single(), torch.float32)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -201,7 +200,7 @@ def test_the_measured_peak_is_about_what_a_matrix_product_takes():
 
 
 def test_the_peak_of_two_processes_is_the_sum_of_what_both_measure(ranks):
-    peaks = ranks.run(measured_peak, torch.float32, sizes=ParallelSizes(tp=2))
+    peaks = ranks.run(measure_peak_flops, torch.float32, sizes=ParallelSizes(tp=2))
     assert peaks[0] == peaks[1] > 0
 
 
@@ -209,12 +208,12 @@ def test_measuring_leaves_random_numbers_as_they_are():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    measured_peak(ParallelContext.single(), torch.float32)
+    measure_peak_flops(ParallelContext.single(), torch.float32)
     assert torch.rand(1) == expected
 
 
 def test_nothing_is_measured_where_nobody_is_told_or_it_is_switched_off(chats, tmp_path, monkeypatch):
-    [step, *_] = megacore.train(chat_run(chats, tmp_path / "one"))
+    [step, *_] = train_steps(chat_run(chats, tmp_path / "one"))
     assert step.peak_flops_per_second is None
     steps = []
     megacore.train(chat_run(chats, tmp_path / "two", "logging.measure_peak=false"), on_step=steps.append)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 import megacore
 import tiny_run
-from megacore.checkpoint import Checkpoint
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, Step
-from megacore.training.layout import parallel_sizes
-from megacore.training.trainer import _train_on_rank
+from megacore.training.resolved import parallel_sizes, resolve_run
+from recorded_steps import steps_on_rank, train_steps
 from training_on_rank import whole_gradients
 
 FROZEN = ["embedding.*", "decoder.layers.[0-2].*", "*.4.mlp.linear_fc?.weight"]
@@ -81,7 +80,7 @@ def unfrozen(place) -> tuple[float, dict[str, Tensor]]:
 def test_the_others_have_the_gradients_that_they_have_without(place, ranks, unfrozen, tmp_path, patterns, layout):
     run = run_of(place, tmp_path / "out", *layout, freeze=patterns)
 
-    results = ranks.run(whole_gradients, run, sizes=parallel_sizes(run))
+    results = ranks.run(whole_gradients, run, sizes=parallel_sizes(run.parallel))
 
     expected_loss, expected = unfrozen
     for loss, gradients in results:
@@ -94,13 +93,13 @@ def test_the_others_have_the_gradients_that_they_have_without(place, ranks, unfr
 @pytest.fixture(scope="module")
 def alone(place) -> list[Step]:
     """The steps of one process, which saves ``alone``."""
-    return megacore.train(run_of(place, place / "alone"))
+    return train_steps(run_of(place, place / "alone"))
 
 
 def check(ranks, place: Path, out: Path, layout: list[str], expected: list[Step]) -> None:
     run = run_of(place, out, *layout)
 
-    steps, *_ = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    steps, *_ = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
 
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], rel=1e-12)
     assert [step.grad_norm for step in steps] == pytest.approx([step.grad_norm for step in expected], rel=1e-10)
@@ -127,7 +126,7 @@ def test_a_tied_embedding_is_frozen_on_both_stages(place, ranks, tmp_path):
     settings = ("parallel.pipeline_parallel=2", "training.train_iters=2")
     run = run_of(place / "tied", tmp_path / "out", *settings, freeze=["embedding.*"])
 
-    ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
 
     name = "embedding.word_embeddings.weight"
     before, after = tiny_run.weights(place / "tied" / "checkpoint"), tiny_run.weights(tmp_path / "out")
@@ -138,7 +137,7 @@ def test_a_tied_embedding_is_frozen_on_both_stages(place, ranks, tmp_path):
 def test_the_optimizer_holds_nothing_of_frozen_parameters(place, tmp_path):
     run = run_of(place, tmp_path / "out")
 
-    engine = Engine(run, Checkpoint(run.model.checkpoint), ParallelContext.single())
+    engine = Engine(resolve_run(run), ParallelContext.single())
 
     held = {id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for name, parameter in engine.parameters.items() if not is_frozen(name)}

@@ -26,7 +26,7 @@ from megacore.errors import ConfigError, DataError
 from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, batches, read_run_config, train
 from megacore.training.batches import open_samples
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes, resolve_run
 from tiny_chat import write_tokenizer
 from tiny_llama import VOCAB, published_model
 from tiny_models import tied_multi_query_falcon
@@ -138,7 +138,7 @@ PADDED = {
 def test_losses_and_gradients_are_those_of_each_conversation_alone(place, expected, ranks, tmp_path, layout):
     """Of a Falcon, which has no token for padding."""
     run = run_of(place, tmp_path / "out", *PADDED[layout], family="falcon")
-    for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run)):
+    for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run.parallel)):
         np.testing.assert_allclose(found, expected("falcon"), rtol=1e-9)
 
 
@@ -163,7 +163,7 @@ def test_packed_conversations_have_the_loss_and_gradients_of_each_alone(place, r
         settings = (*settings, f"training.global_batch_size={num_rows * 4}")
     run = run_of(place, tmp_path / "out", *settings, *PACKED[layout], family="falcon")
 
-    for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run)):
+    for found in ranks.run(losses_and_norms, run, sizes=parallel_sizes(run.parallel)):
         np.testing.assert_allclose(found, [of_batch(model, conversations, 0.0)] * 2, rtol=1e-9)
 
 
@@ -204,7 +204,7 @@ def test_each_token_of_packed_conversations_has_the_loss_that_it_has_alone(place
     checkpoint = Checkpoint(run.model.checkpoint)
     batch = next(batches(run, checkpoint))
 
-    scores = Engine(run, checkpoint, ParallelContext.single()).score(batch)
+    scores = Engine(resolve_run(run), ParallelContext.single()).score(batch)
 
     found = 0
     for row, segments in enumerate(batch.segments):
@@ -222,13 +222,13 @@ def test_each_token_of_packed_conversations_has_the_loss_that_it_has_alone(place
 
 def test_so_they_are_of_a_llama_whose_norms_transformers_computes_in_32_bit(place, expected, ranks, tmp_path):
     run = run_of(place, tmp_path / "out", "training.micro_batch_size=2", family="llama")
-    [found] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run))
+    [found] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run.parallel))
     np.testing.assert_allclose(found, expected("llama"), rtol=1e-6)
 
 
 def test_other_tokens_than_the_assistants_count_what_the_run_file_says(place, expected, ranks, tmp_path):
     run = run_of(place, tmp_path / "out", "data.scalar_loss_mask=0.25", family="falcon")
-    [found] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run))
+    [found] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run.parallel))
     np.testing.assert_allclose(found, expected("falcon", 0.25), rtol=1e-9)
 
 
@@ -237,7 +237,7 @@ def test_a_batch_without_anything_to_learn_has_a_loss_and_gradients_of_zero(plac
         with IndexedDatasetWriter(tmp_path / f"chats-{name}", "uint16") as writer:
             writer.add_document(column)
     run = run_of(place, tmp_path / "out", f"data.prefix={tmp_path}/chats")
-    [found] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run))
+    [found] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run.parallel))
     assert found == [(0.0, 0.0)] * 3
 
 
@@ -308,7 +308,7 @@ def test_from_records_to_the_loss_all_is_as_transformers_has_it(tmp_path, ranks)
     overrides = ["data.seq_length=200", "training.train_iters=1", "training.global_batch_size=5"]
     run = run_of(tmp_path, tmp_path / "out", *overrides)
 
-    [[(found, _)]] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run))
+    [[(found, _)]] = ranks.run(losses_and_norms, run, sizes=parallel_sizes(run.parallel))
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float64)
     losses = []
@@ -394,7 +394,7 @@ def test_an_evaluation_has_the_figures_of_transformers_on_each_conversation_alon
     overrides = [f"data.valid_prefix={place / 'chats'}", "evaluation.iters=all", 'evaluation.metrics=["all"]']
     run = run_of(place, tmp_path / "out", *overrides, *EVALUATED[layout])
 
-    evaluations = ranks.run(evaluated, run, sizes=parallel_sizes(run))
+    evaluations = ranks.run(evaluated, run, sizes=parallel_sizes(run.parallel))
 
     expected = figures_of(model, conversations, counts)
     for evaluation in evaluations:

@@ -18,8 +18,8 @@ import megacore
 import tiny_run
 from megacore.parallel import SCHEDULES
 from megacore.training import RunConfig, Step
-from megacore.training.layout import parallel_sizes
-from megacore.training.trainer import _train_on_rank
+from megacore.training.resolved import parallel_sizes
+from recorded_steps import steps_on_rank, train_steps
 from tiny_llama import published_model, write_dataset
 from tiny_models import tied_multi_query_falcon
 from tiny_run import weights
@@ -169,7 +169,7 @@ def single(place) -> dict[tuple[str, str], Trained]:
     results = {}
     for model, dtype in itertools.product(MODELS, ["fp64", "fp32"]):
         out = place / f"{model} {dtype}"
-        steps = megacore.train(run_of(place, out, model, f"model.dtype={dtype}"))
+        steps = train_steps(run_of(place, out, model, f"model.dtype={dtype}"))
         results[model, dtype] = Trained(steps, weights(out))
     return results
 
@@ -178,7 +178,7 @@ def check(ranks, place: Path, out: Path, combination: Combination, model: str, d
     run = run_of(place, out, model, f"model.dtype={dtype}", *combination.overrides(model))
     tolerance = {"fp64": 1e-10, "fp32": 1e-5}[dtype]
 
-    steps, *others = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    steps, *others = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
 
     assert len(steps) == STEPS
     for step, other in zip(steps, expected.steps, strict=True):

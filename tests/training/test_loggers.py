@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -19,8 +18,10 @@ from megacore.checkpoint import Checkpoint
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.training import Evaluation, Step
-from megacore.training.loggers.dispatch import Guarded, opened_log
+from megacore.training.loggers.dispatch import Guarded, open_run_log
+from recorded_steps import train_steps
 from tiny_run import prepare, run_of
+from warm_commands import run as run_command
 
 POSTCARD = '''
 import json, os, threading
@@ -76,7 +77,7 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_reads_the_losses_of_the_run(place, tmp_path):
-    steps = megacore.train(logged_run(place, tmp_path / "out", "tensorboard"))
+    steps = train_steps(logged_run(place, tmp_path / "out", "tensorboard"))
 
     assert scalars(tmp_path / "run", "train/loss") == [(s.iteration, pytest.approx(s.loss)) for s in steps]
     assert scalars(tmp_path / "run", "train/lr")[0] == (1, pytest.approx(0.01))
@@ -84,10 +85,10 @@ def test_tensorboard_reads_the_losses_of_the_run(place, tmp_path):
 
 def test_tensorboard_drops_what_a_run_that_starts_again_supersedes_and_has_evaluations(place, tmp_path):
     run = logged_run(place, tmp_path / "out", "tensorboard")
-    with opened_log(run, ParallelContext.single()) as log:
+    with open_run_log(run, ParallelContext.single()) as log:
         for iteration in (1, 2, 3, 4):
             log.step(a_step(iteration, loss=iteration))
-    with opened_log(run, ParallelContext.single(), iteration=2) as log:
+    with open_run_log(run, ParallelContext.single(), iteration=2) as log:
         log.step(a_step(3, loss=30))
         log.evaluation(Evaluation(3, "valid", {"loss": 5.0}))
 
@@ -132,11 +133,11 @@ def test_wandb_has_the_losses_and_the_settings_and_goes_on_under_the_same_name(p
         "wandb",
         overrides=("logging.project=cranes", "logging.name=tall", "optimizer.eps=1e-7"),
     )
-    with opened_log(run, ParallelContext.single()) as log:
+    with open_run_log(run, ParallelContext.single()) as log:
         log.step(a_step(1, loss=3.5))
         log.step(a_step(2, loss=2.5))
     time.sleep(1.1)  # wandb names what it keeps by the second in which it starts
-    with opened_log(run, ParallelContext.single(), iteration=1) as log:
+    with open_run_log(run, ParallelContext.single(), iteration=1) as log:
         log.step(a_step(2, loss=1.5))  # wandb's own step would not fall back to 2
         log.evaluation(Evaluation(2, "valid", {"loss": 9.0}))
 
@@ -167,9 +168,9 @@ def test_trackio_has_the_losses_and_says_nothing_on_standard_output(place, tmp_p
     for module in ("trackio", "trackio.utils", "trackio.sqlite_storage"):
         monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
     run = logged_run(place, tmp_path / "out", "trackio", overrides=("logging.project=cranes",))
-    with opened_log(run, ParallelContext.single()) as log:
+    with open_run_log(run, ParallelContext.single()) as log:
         log.step(a_step(1, loss=3.5))
-    with opened_log(run, ParallelContext.single(), iteration=1) as log:
+    with open_run_log(run, ParallelContext.single(), iteration=1) as log:
         log.step(a_step(2, loss=2.5))
 
     rows = SQLiteStorage.get_logs("cranes", "run")
@@ -225,7 +226,7 @@ def postcards(tmp_path: Path) -> list:
 def test_an_installed_package_adds_a_logger_by_an_entry_point(place, tmp_path, postcard):
     run = logged_run(place, tmp_path / "out", "postcard", overrides=("logging.project=p", "logging.log_interval=2"))
 
-    steps = megacore.train(run)
+    steps = train_steps(run)
 
     about, *told = postcards(tmp_path)
     assert about == ["p", "run", 0, 1e-5]
@@ -245,7 +246,7 @@ def test_a_logger_that_fails_is_a_warning_once_and_training_goes_on(place, tmp_p
     now = 0.0
     monkeypatch.setattr("megacore.training.loggers.dispatch.time.monotonic", lambda: now)
 
-    steps = megacore.train(logged_run(place, tmp_path / "out", "postcard"))
+    steps = train_steps(logged_run(place, tmp_path / "out", "postcard"))
 
     assert len(steps) == 5
     assert [iteration for iteration, _ in postcards(tmp_path)[1:]] == [1, 2]  # left alone for a minute
@@ -277,7 +278,7 @@ def test_a_logger_that_failed_is_told_again_after_a_minute(place, tmp_path, post
     monkeypatch.setenv("FAIL_AT", "2")
     now = 0.0
     monkeypatch.setattr("megacore.training.loggers.dispatch.time.monotonic", lambda: now)
-    with opened_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
+    with open_run_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
         for iteration, now in ((1, 0.0), (2, 1.0), (3, 60.0), (2, 61.5), (4, 122.0)):  # noqa: B007
             log.step(a_step(iteration, loss=iteration))  # the second fails twice
             log.loggers[0].waiting.join()
@@ -290,9 +291,9 @@ def test_a_logger_that_hangs_neither_slows_nor_ends_the_run_and_what_it_misses_i
     place, tmp_path, postcard, monkeypatch, caplog
 ):
     monkeypatch.setenv("HANG_AT", "1")
-    monkeypatch.setattr("megacore.training.loggers.dispatch._MOST_WAITING", 2)
-    monkeypatch.setattr("megacore.training.loggers.dispatch._PATIENCE", 0.1)
-    with opened_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
+    monkeypatch.setattr("megacore.training.loggers.dispatch._MAX_QUEUED", 2)
+    monkeypatch.setattr("megacore.training.loggers.dispatch._SHUTDOWN_TIMEOUT", 0.1)
+    with open_run_log(logged_run(place, tmp_path / "out", "postcard"), ParallelContext.single()) as log:
         for iteration in range(1, 8):
             log.step(a_step(iteration, loss=1.0))
             while iteration == 1 and not log.loggers[0].waiting.empty():
@@ -310,13 +311,9 @@ def test_a_logger_that_does_not_close_costs_a_run_of_several_ranks_nothing(place
     run = logged_run(place, tmp_path / "out", "postcard")
     settings = ("parallel.nproc_per_node=2", "parallel.timeout=30", "checkpoints.interval=100")
     words = [word for setting in (*settings, f"output.directory={run.output.directory}") for word in ("--set", setting)]
-    command = [sys.executable, "-m", "megacore", "train", tmp_path / "out.toml", *words]
-    command += ["--set", 'logging.loggers=["postcard"]']
-    path = os.pathsep.join([str(postcard.parent), *sys.path])
+    command = ["train", tmp_path / "out.toml", *words, "--set", 'logging.loggers=["postcard"]']
 
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"HANG_AT_CLOSE": "1", "PYTHONPATH": path}
-    )
+    done = run_command(*command, environment={"HANG_AT_CLOSE": "1", "PYTHONPATH": str(postcard.parent)})
 
     assert done.returncode == 0, done.stderr
     assert "Note: postcard has not finished within 15 seconds after the run" in done.stderr
@@ -335,7 +332,7 @@ def test_a_logger_that_cannot_start_ends_a_new_run_and_not_one_that_goes_on(
     ):
         megacore.train(run)
 
-    with opened_log(run, ParallelContext.single(), iteration=3) as log:
+    with open_run_log(run, ParallelContext.single(), iteration=3) as log:
         log.step(a_step(4, loss=1.0))
     [warning] = caplog.messages
     assert warning.endswith("Training goes on without it.")

@@ -14,7 +14,7 @@ from megacore.checkpoint import Checkpoint
 from megacore.model import load_model
 from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, batches
-from megacore.training.layout import parallel_sizes
+from megacore.training.resolved import parallel_sizes, resolve_run
 from training_on_rank import masked, masked_gradients
 
 LAYOUTS = {
@@ -52,7 +52,7 @@ def test_the_loss_and_its_gradients_are_of_the_mean_over_all_tokens_to_learn_in_
     expected = losses[batch.loss_mask.flatten() == 1].mean()
     expected.backward()
 
-    results = ranks.run(masked_gradients, run, sizes=parallel_sizes(run))
+    results = ranks.run(masked_gradients, run, sizes=parallel_sizes(run.parallel))
 
     assert all(loss == pytest.approx(expected.item(), rel=1e-12) for loss, _ in results)
     if "tensor_parallel" not in str(LAYOUTS[layout]):
@@ -71,6 +71,6 @@ def test_the_loss_is_a_mean_even_where_all_targets_together_count_less_than_one(
     losses = F.cross_entropy(model(batch.tokens[:, :-1]).transpose(1, 2), batch.tokens[:, 1:], reduction="none")
     expected = (losses[0, 3] + losses[1, 5]) / 2
 
-    loss, _ = Engine(run, checkpoint, ParallelContext.single()).accumulate(faint)
+    loss, _ = Engine(resolve_run(run), ParallelContext.single()).accumulate(faint)
 
     assert loss == pytest.approx(expected.item(), rel=1e-12)

@@ -16,10 +16,10 @@ from megacore.data import IndexedDatasetWriter
 from megacore.errors import TrainingError
 from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, Step, batches
-from megacore.training.config.run_config import LossScaleSection
-from megacore.training.layout import parallel_sizes
+from megacore.training.config import LossScaleSection
 from megacore.training.loss_scale import LossScale
-from megacore.training.trainer import _train_on_rank
+from megacore.training.resolved import parallel_sizes, resolve_run
+from recorded_steps import steps_on_rank, train_steps
 from tiny_run import weights
 from training_on_rank import collectives_of_a_step, gathered_gradients, num_elements_held, step_that_overflows_on
 
@@ -42,12 +42,12 @@ def losses(steps: list[Step]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def in_fp32(place) -> list[Step]:
-    return megacore.train(run_of(place, place / "fp32"))
+    return train_steps(run_of(place, place / "fp32"))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_16_bit_losses_are_near_those_of_32_bit_and_not_the_same(place, in_fp32, tmp_path, dtype):
-    steps = megacore.train(run_of(place, tmp_path / "out", dtype=dtype))
+    steps = train_steps(run_of(place, tmp_path / "out", dtype=dtype))
 
     assert losses(steps) == pytest.approx(losses(in_fp32), rel=0.01)
     assert losses(steps)[0] != losses(in_fp32)[0]
@@ -69,7 +69,7 @@ def test_micro_batches_whose_backward_pass_is_to_come_share_one_16_bit_copy_of_t
     place, tmp_path, recompute, copies
 ):
     run = run_of(place, tmp_path / "out", f"recompute.granularity={recompute}", dtype="bf16")
-    engine = Engine(run, Checkpoint(run.model.checkpoint), ParallelContext.single())
+    engine = Engine(resolve_run(run), ParallelContext.single())
     [model] = engine.stages
     weight = model.get_parameter("decoder.layers.0.mlp.linear_fc1.weight").flatten(0, -2)
     tokens = torch.zeros((1, run.data.seq_length), dtype=torch.int64)
@@ -100,7 +100,7 @@ def test_gradients_in_bf16_are_summed_over_micro_batches_and_processes_in_32_bit
     expected = gathered_gradients(ParallelContext.single(), run_of(place, tmp_path / "one", dtype="bf16"))
     run = run_of(place, tmp_path / "out", *DATA_PARALLEL[layout], dtype="bf16")
 
-    found = ranks.run(gathered_gradients, run, sizes=parallel_sizes(run))[0]
+    found = ranks.run(gathered_gradients, run, sizes=parallel_sizes(run.parallel))[0]
 
     # The same micro-batches, so the same roundings in each; sums in bfloat16 would be 4e-3 apart.
     for name, gradient in found.items():
@@ -111,10 +111,10 @@ def test_gradients_in_bf16_are_summed_over_micro_batches_and_processes_in_32_bit
 
 @pytest.mark.parametrize("layout", DATA_PARALLEL)
 def test_bf16_trains_alike_in_every_form_of_data_parallelism(place, ranks, tmp_path, layout):
-    expected = megacore.train(run_of(place, tmp_path / "one", dtype="bf16"))
+    expected = train_steps(run_of(place, tmp_path / "one", dtype="bf16"))
     run = run_of(place, tmp_path / "out", *DATA_PARALLEL[layout], dtype="bf16")
 
-    steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+    steps = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))[0]
 
     assert losses(steps) == pytest.approx(losses(expected), rel=2e-3)
 
@@ -125,7 +125,7 @@ def test_bf16_trains_alike_in_every_form_of_data_parallelism(place, ranks, tmp_p
 def test_steps_that_overflow_in_fp16_are_skipped_and_counted_until_the_scale_fits(place, in_fp32, tmp_path):
     settings = ("loss_scale.initial=1e9", "loss_scale.hysteresis=1", "training.train_iters=20")
 
-    steps = megacore.train(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
+    steps = train_steps(run_of(place, tmp_path / "out", *settings, dtype="fp16"))
 
     overflowed = [not math.isfinite(step.grad_norm) for step in steps]
     assert overflowed[:5] == [True] * 5
@@ -137,7 +137,7 @@ def test_steps_that_overflow_in_fp16_are_skipped_and_counted_until_the_scale_fit
 def test_a_skipped_step_leaves_the_weights_as_they_were(place, tmp_path):
     run = run_of(place, tmp_path / "out", "loss_scale.initial=1e12", dtype="fp16")
     checkpoint = Checkpoint(run.model.checkpoint)
-    engine = Engine(run, checkpoint, ParallelContext.single())
+    engine = Engine(resolve_run(run), ParallelContext.single())
     before = {name: parameter.detach().clone() for name, parameter in engine.parameters.items()}
 
     result = engine.step(next(batches(run, checkpoint)), lr=0.01)
@@ -169,7 +169,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_32_bit(place, ranks, tmp_
     expected = gathered_gradients(ParallelContext.single(), run_of(place, tmp_path / "out", *more[:3]))
     run = run_of(place, tmp_path / "out", *more, dtype="bf16")
 
-    found = ranks.run(gathered_gradients, run, sizes=parallel_sizes(run))[0]
+    found = ranks.run(gathered_gradients, run, sizes=parallel_sizes(run.parallel))[0]
 
     name = "embedding.word_embeddings.weight"
     error = (found[name][7] - expected[name][7]).norm() / expected[name][7].norm()
@@ -191,10 +191,10 @@ IN_EVERY_WAY = ["parallel.tensor_parallel=2", "parallel.pipeline_parallel=2", "p
 
 def test_fp16_overflows_and_trains_alike_on_many_processes(place, ranks, tmp_path):
     settings = ("loss_scale.initial=1e7", "loss_scale.hysteresis=1")
-    expected = megacore.train(run_of(place, tmp_path / "one", *settings, dtype="fp16"))
+    expected = train_steps(run_of(place, tmp_path / "one", *settings, dtype="fp16"))
     run = run_of(place, tmp_path / "out", *settings, *IN_EVERY_WAY, dtype="fp16")
 
-    steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+    steps = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))[0]
 
     assert [(step.num_skipped, step.loss_scale) for step in steps] == [
         (step.num_skipped, step.loss_scale) for step in expected
@@ -207,7 +207,7 @@ def test_fp16_overflows_and_trains_alike_on_many_processes(place, ranks, tmp_pat
 def test_a_step_that_overflows_on_one_rank_is_taken_on_none(place, ranks, tmp_path, rank):
     run = run_of(place, tmp_path / "out", *IN_EVERY_WAY, dtype="fp16")
 
-    outcomes = ranks.run(step_that_overflows_on, run, rank, sizes=parallel_sizes(run))
+    outcomes = ranks.run(step_that_overflows_on, run, rank, sizes=parallel_sizes(run.parallel))
 
     scale = LossScale(run.loss_scale)
     scale.overflowed()
@@ -235,10 +235,10 @@ def test_the_scale_halves_after_as_many_overflows_as_it_is_patient_with_and_doub
     ids=["selective", "full", "full, two layers at a time"],
 )
 def test_recomputing_gives_the_same_losses_and_weights_to_the_bit(place, tmp_path, recompute, dtype):
-    expected = megacore.train(run_of(place, tmp_path / "kept", dtype=dtype))
+    expected = train_steps(run_of(place, tmp_path / "kept", dtype=dtype))
 
     settings = [f"recompute.{setting}" for setting in recompute]
-    steps = megacore.train(run_of(place, tmp_path / "recomputed", *settings, dtype=dtype))
+    steps = train_steps(run_of(place, tmp_path / "recomputed", *settings, dtype=dtype))
 
     assert [(s.loss, s.grad_norm) for s in steps] == [(s.loss, s.grad_norm) for s in expected]
     kept, recomputed = weights(tmp_path / "kept"), weights(tmp_path / "recomputed")
@@ -268,7 +268,7 @@ def test_recomputing_gives_the_same_to_the_bit_on_several_ranks(place, ranks, tm
     for chosen in ("none", granularity):
         settings = (f"recompute.granularity={chosen}", *RECOMPUTED_ON_RANKS[layout])
         run = run_of(place, tmp_path / chosen, *settings)
-        steps = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))[0]
+        steps = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))[0]
         outcomes.append([(step.loss, step.grad_norm) for step in steps])
 
     assert outcomes[0] == outcomes[1]
@@ -282,7 +282,7 @@ def test_recomputing_gives_the_same_to_the_bit_on_several_ranks(place, ranks, tm
 def test_replicas_hold_all_parameters_and_shards_their_part(place, ranks, tmp_path):
     def held(*overrides: str) -> list[int]:
         run = run_of(place, tmp_path / "out", *overrides)
-        return ranks.run(num_elements_held, run, sizes=parallel_sizes(run))
+        return ranks.run(num_elements_held, run, sizes=parallel_sizes(run.parallel))
 
     whole = held("parallel.nproc_per_node=1")[0]
 
@@ -297,7 +297,7 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches_it_has(pla
     def counted(micro_batch_size: int) -> dict[str, int]:
         settings = [*DATA_PARALLEL[layout], f"training.micro_batch_size={micro_batch_size}"]
         run = run_of(place, tmp_path / "out", *settings)
-        counts = ranks.run(collectives_of_a_step, run, sizes=parallel_sizes(run))[0]
+        counts = ranks.run(collectives_of_a_step, run, sizes=parallel_sizes(run.parallel))[0]
         return {name: times for name, times in counts.items() if "reduce" in name}
 
     assert counted(1) == counted(2)

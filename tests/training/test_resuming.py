@@ -21,10 +21,9 @@ from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from megacore.parallel import ParallelContext
 from megacore.training import RunConfig
 from megacore.training.checkpointing.directory import CheckpointDirectory
-from megacore.training.config.optimizer import OptimizerSection
-from megacore.training.layout import parallel_sizes
-from megacore.training.starting_point import StartingPoint
-from megacore.training.trainer import _train_on_rank
+from megacore.training.config import OptimizerSection
+from megacore.training.resolved import parallel_sizes
+from recorded_steps import steps_on_rank, train_steps
 from tiny_llama import write_dataset
 from tiny_models import tied_multi_query_falcon
 from tiny_run import weights
@@ -65,11 +64,10 @@ def run_of(place: Path, out: Path, *overrides: str, checkpoint: str = "checkpoin
 
 def train(ranks, run: RunConfig, load: Path | None = None) -> list[megacore.training.Step]:
     """What rank 0 returns of a run that goes on from ``load``, or begins."""
-    start = None if load is None else StartingPoint(load.resolve(), is_resumed=True)
-    sizes = parallel_sizes(run)
+    sizes = parallel_sizes(run.parallel)
     if sizes.world == 1:
-        return megacore.train(run, load=load)
-    return ranks.run(_train_on_rank, run, None, start, sizes=sizes)[0]
+        return train_steps(run, load=load)
+    return ranks.run(steps_on_rank, run, load, sizes=sizes)[0]
 
 
 def checkpoint_of(out: Path, iteration: int) -> Path:
@@ -167,7 +165,7 @@ def test_each_replica_copies_its_own_share_of_the_state_and_no_more(ranks, place
     run = run_of(place, tmp_path / "out", *layout)
     whole = num_bytes_to_save(ParallelContext.single(), run_of(place, tmp_path / "single"))
 
-    of_ranks = ranks.run(num_bytes_to_save, run, sizes=parallel_sizes(run))
+    of_ranks = ranks.run(num_bytes_to_save, run, sizes=parallel_sizes(run.parallel))
 
     together = sum(map(Counter, of_ranks), Counter())
     of_each = ("random.", "optimizer.step.")  # each has random numbers of its own, and each shard counts the steps
@@ -213,7 +211,7 @@ def test_the_state_of_torchs_random_numbers_goes_on_at_the_same_layout(place, tm
 def trained(place, ranks) -> Path:
     """The output of a run of three checkpoints on two processes, that ended with what is in the last."""
     run = run_of(place, place / "trained", "checkpoints.interval=2", *LAYOUTS["tp 2"])
-    ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
     return place / "trained"
 
 
@@ -238,7 +236,7 @@ def test_export_and_inspect_read_a_training_checkpoint_by_the_link_to_the_latest
 
 def test_blocks_of_parameters_in_boxes_are_those_of_the_whole(ranks, place, tmp_path):
     run = run_of(place, tmp_path / "out", "checkpoints.interval=3", *LAYOUTS["tp 2, dp 2, sharded"])
-    ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
     opened, whole = Checkpoint(checkpoint_of(tmp_path / "out", STEPS)), weights(tmp_path / "out")
 
     for name, expected in whole.items():
@@ -258,7 +256,7 @@ def test_there_are_as_many_checkpoints_as_are_to_be_kept_and_latest_is_the_last(
 
     directory = tmp_path / "out-checkpoints"
     assert sorted(path.name for path in directory.iterdir()) == [
-        ".run.lock", "iteration-0000002", "iteration-0000004", "iteration-0000005", "iteration-0000006", "latest",
+        "iteration-0000002", "iteration-0000004", "iteration-0000005", "iteration-0000006", "latest",
     ]  # fmt: skip
     assert (directory / "latest").resolve() == directory / "iteration-0000006"
 
@@ -286,7 +284,7 @@ def test_a_run_file_after_resume_is_told_where_it_belongs():
     refused = CliRunner().invoke(cli, ["train", "--resume", "run.toml"])
 
     assert refused.exit_code == 2
-    assert "it is followed by auto or nothing: megacore train run.toml --resume, perhaps?" in refused.stderr
+    assert "the only value is auto. Did you mean: megacore train run.toml --resume" in refused.stderr
 
 
 def test_a_run_that_has_checkpoints_is_neither_begun_anew_nor_silently_resumed(place, begun):
@@ -303,7 +301,7 @@ def test_the_newest_checkpoint_and_another_one_at_once_are_a_mistake(place, begu
 
 @pytest.mark.parametrize("resume", [True, "auto"])
 def test_a_run_is_resumed_from_its_newest_checkpoint(place, trained, begun, resume):
-    steps = megacore.train(again(place, begun), resume=resume)
+    steps = train_steps(again(place, begun), resume=resume)
 
     assert [step.iteration for step in steps] == [5, 6]
     assert_equal(weights(begun), weights(trained), tolerance=1e-4)
@@ -312,7 +310,7 @@ def test_a_run_is_resumed_from_its_newest_checkpoint(place, trained, begun, resu
 def test_there_must_be_something_to_resume_from_unless_it_is_auto(place, tmp_path):
     with pytest.raises(CheckpointError, match=r"nothing to resume from: .*out-checkpoints holds no checkpoint"):
         megacore.train(again(place, tmp_path / "out"), resume=True)
-    assert len(megacore.train(again(place, tmp_path / "out"), resume="auto")) == STEPS
+    assert len(train_steps(again(place, tmp_path / "out"), resume="auto")) == STEPS
 
 
 def test_a_run_that_ended_without_checkpoints_says_what_it_would_have_taken_to_go_on(place, tmp_path):
@@ -325,7 +323,7 @@ def test_a_run_that_ended_without_checkpoints_says_what_it_would_have_taken_to_g
 def test_what_torchrun_starts_anew_goes_on_by_itself(place, begun, monkeypatch):
     monkeypatch.setattr("megacore.training.starting_point.was_restarted", lambda timeout: True)
 
-    steps = megacore.train(again(place, begun), load=checkpoint_of(begun, 2))
+    steps = train_steps(again(place, begun), load=checkpoint_of(begun, 2))
 
     assert [step.iteration for step in steps] == [5, 6]
 
@@ -334,13 +332,13 @@ def test_a_directory_of_checkpoints_stands_for_the_newest_and_a_native_one_for_i
     directory = checkpoint_of(begun, 4).parent
     out = begun.with_name("out")
 
-    assert [step.iteration for step in megacore.train(again(place, out), load=directory)] == [5, 6]
-    fresh = megacore.train(run_of(place, begun.with_name("fresh")), load=trained)
+    assert [step.iteration for step in train_steps(again(place, out), load=directory)] == [5, 6]
+    fresh = train_steps(run_of(place, begun.with_name("fresh")), load=trained)
     assert [step.iteration for step in fresh] == list(range(1, STEPS + 1))
 
 
 def test_a_run_that_goes_back_keeps_what_came_after_under_another_name(place, begun):
-    steps = megacore.train(again(place, begun), load=checkpoint_of(begun, 2))
+    steps = train_steps(again(place, begun), load=checkpoint_of(begun, 2))
 
     directory = checkpoint_of(begun, 2).parent
     aside = directory / "aside-1-iteration-0000004"
@@ -386,7 +384,7 @@ def test_a_finished_run_is_extended_by_more_iterations_and_its_first_result_is_k
 
     with pytest.raises(ConfigError, match=r"after iteration 6, and the run is of 6 iterations: it is over"):
         megacore.train(again(place, out), resume=True)
-    steps = megacore.train(again(place, out, "training.train_iters=8"), resume=True)
+    steps = train_steps(again(place, out, "training.train_iters=8"), resume=True)
 
     assert [step.iteration for step in steps] == [7, 8]
     assert_equal(weights(tmp_path / "out-iteration-0000006"), first)
@@ -424,7 +422,7 @@ def test_what_a_killed_run_left_is_removed(place, begun):
 
     megacore.train(again(place, begun), resume=True)
 
-    assert sorted(path.name for path in directory.iterdir() if path.name.startswith(".")) == [".run.lock"]
+    assert sorted(path.name for path in directory.iterdir() if path.name.startswith(".")) == []
 
 
 # --- what has changed
@@ -446,7 +444,7 @@ def test_other_data_are_refused_unless_that_is_asked_for(place, begun, tmp_path,
         megacore.train(again(place, begun, change), resume=True)
 
     [allowed] = re.findall(r"--set '(.*)'", str(refused.value))
-    assert len(megacore.train(again(place, begun, change, allowed), resume=True)) == 2
+    assert len(train_steps(again(place, begun, change, allowed), resume=True)) == 2
 
 
 @pytest.mark.parametrize(
@@ -512,7 +510,7 @@ def test_the_weights_of_a_mixture_are_what_the_data_are(place, tmp_path):
     megacore.train(again(place, tmp_path / "out", mixture(0.7, 0.3), "training.exit_interval=2"))
     with pytest.raises(ConfigError, match=r"cannot go on with other data than it began with: data\.prefix was"):
         megacore.train(again(place, tmp_path / "out", mixture(0.3, 0.7)), resume=True)
-    assert len(megacore.train(again(place, tmp_path / "out", mixture(0.7, 0.3)), resume=True)) == 4
+    assert len(train_steps(again(place, tmp_path / "out", mixture(0.7, 0.3)), resume=True)) == 4
 
 
 @pytest.mark.parametrize("kinds", [("adamw", "sgd"), ("sgd", "adamw")])
@@ -522,7 +520,7 @@ def test_another_optimizer_begins_anew_with_the_weights(place, tmp_path, kinds):
         return again(place, tmp_path / "out", *overrides).model_copy(update={"optimizer": section})
 
     megacore.train(run(kinds[0], "training.exit_interval=2"))
-    steps = megacore.train(run(kinds[1]), resume=True)
+    steps = train_steps(run(kinds[1]), resume=True)
     assert [step.iteration for step in steps] == [3, 4, 5, 6]
     other = {"adamw": "optimizer.exp_avg.", "sgd": "optimizer.momentum_buffer."}[kinds[0]]
     assert not [name for name in kept(checkpoint_of(tmp_path / "out", 6)) if name.startswith(other)]
@@ -568,7 +566,7 @@ def test_a_broken_checkpoint_is_an_error_that_offers_the_one_before(place, begun
 def test_the_one_before_a_broken_checkpoint_can_be_gone_on_from(place, begun):
     damaged(checkpoint_of(begun, 4) / "megacore.json")
 
-    steps = megacore.train(again(place, begun), load=checkpoint_of(begun, 2))
+    steps = train_steps(again(place, begun), load=checkpoint_of(begun, 2))
 
     assert [step.iteration for step in steps] == [3, 4, 5, 6]
 

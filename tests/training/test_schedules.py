@@ -17,15 +17,11 @@ from megacore.checkpoint import Checkpoint
 from megacore.data import IndexedDataset, SampleOrder, TokenWindows
 from megacore.errors import ConfigError, LayoutError
 from megacore.parallel import ParallelSizes
-from megacore.training import Step, batches
-from megacore.training.config.batch_sizes import BatchSizes
-from megacore.training.config.optimizer import OptimizerSection
-from megacore.training.config.run_config import read_run_config
-from megacore.training.layout import parallel_sizes
-from megacore.training.progress import Progress
-from megacore.training.schedule import learning_rate, weight_decay
-from megacore.training.span import Spans, spans_of
-from megacore.training.trainer import _train_on_rank
+from megacore.training import Step, batches, read_run_config
+from megacore.training.config import BatchSizes, OptimizerSection
+from megacore.training.resolved import parallel_sizes
+from megacore.training.schedule import Progress, Spans, learning_rate, resolve_spans, weight_decay
+from recorded_steps import steps_on_rank, train_steps
 from training_on_rank import ends_after_a_minute
 
 
@@ -164,7 +160,7 @@ def test_weight_decay_that_changes_and_sgd_train_as_with_torch(place, tmp_path, 
         f"output.checkpoint = '{tmp_path / 'out'}'\n"
     )
 
-    steps = megacore.train(file)
+    steps = train_steps(file)
 
     expected = with_torch(place, kind)
     assert [step.loss for step in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
@@ -208,7 +204,7 @@ def test_the_number_of_batches_is_that_of_taking_one_after_the_other(sizes):
 @pytest.fixture(scope="module")
 def grown(place) -> list[Step]:
     """The steps of one process that takes batches that grow."""
-    return megacore.train(tiny_run.run_of(place, place / "grown", "model.dtype=fp64", GROWING))
+    return train_steps(tiny_run.run_of(place, place / "grown", "model.dtype=fp64", GROWING))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +219,7 @@ def grown(place) -> list[Step]:
 def test_batches_that_grow_are_the_same_in_any_layout(place, ranks, grown, tmp_path, layout):
     run = tiny_run.run_of(place, tmp_path / "out", "model.dtype=fp64", GROWING, *layout)
 
-    steps, *_ = ranks.run(_train_on_rank, run, None, sizes=parallel_sizes(run))
+    steps, *_ = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))
 
     assert [step.batch_size for step in steps] == [step.batch_size for step in grown] == [4, 4, 6, 8, 8]
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in grown], rel=1e-10)
@@ -258,7 +254,7 @@ def spans(place: Path, tmp_path: Path, *overrides: str, progress: Progress | Non
         f"model.checkpoint = '{place / 'checkpoint'}'\ndata = {{ prefix = '{place / 'data'}', seq_length = 12 }}\n"
         f"optimizer.lr = 0.1\ntraining.global_batch_size = 8\noutput.checkpoint = '{tmp_path / 'out'}'\n"
     )
-    return spans_of(read_run_config(file, overrides), 83, progress or Progress())
+    return resolve_spans(read_run_config(file, overrides), 83, progress or Progress())
 
 
 def test_epochs_and_samples_are_turned_into_iterations_that_reach_them(place, tmp_path):
@@ -314,7 +310,7 @@ def test_a_run_that_is_made_longer_keeps_the_warm_up_that_was_a_share_of_it(plac
     def rates(train_iters: int, *overrides: str, resume: bool = True) -> list[float]:
         settings = ("optimizer.warmup_fraction=0.5", "checkpoints.interval=100", f"training.train_iters={train_iters}")
         run = tiny_run.run_of(place, tmp_path / "out", *settings, *overrides)
-        return [step.lr for step in megacore.train(run, resume=resume)]
+        return [step.lr for step in train_steps(run, resume=resume)]
 
     assert rates(4, resume=False) == pytest.approx([0.01 / 3, 0.02 / 3, *cosine_after(2, 4, range(3, 5))])
     assert rates(8) == pytest.approx(cosine_after(2, 8, range(5, 9)))
@@ -347,8 +343,8 @@ def test_raising_the_number_of_iterations_leaves_a_decay_of_its_own_as_it_was(pl
 
 def test_a_skipped_iteration_sees_its_samples_and_changes_nothing(place, tmp_path):
     steady = ("optimizer.lr_decay_style=constant", "training.train_iters=3")
-    plain = megacore.train(tiny_run.run_of(place, tmp_path / "plain", *steady, "training.train_iters=1"))
-    steps = megacore.train(tiny_run.run_of(place, tmp_path / "out", *steady, "training.skip_iters=[2, 3]"))
+    plain = train_steps(tiny_run.run_of(place, tmp_path / "plain", *steady, "training.train_iters=1"))
+    steps = train_steps(tiny_run.run_of(place, tmp_path / "out", *steady, "training.skip_iters=[2, 3]"))
 
     assert [step.is_taken for step in steps] == [True, False, False]
     assert len({step.loss for step in steps}) == 3
@@ -360,7 +356,7 @@ def test_a_skipped_iteration_sees_its_samples_and_changes_nothing(place, tmp_pat
 def test_a_skipped_iteration_may_be_one_that_is_not_finite(place, tmp_path):
     wild = ("optimizer.lr=1e200", "optimizer.lr_decay_style=constant", "training.train_iters=2")
 
-    steps = megacore.train(tiny_run.run_of(place, tmp_path / "out", *wild, "training.skip_iters=[2]"))
+    steps = train_steps(tiny_run.run_of(place, tmp_path / "out", *wild, "training.skip_iters=[2]"))
 
     assert not math.isfinite(steps[1].loss)
 
@@ -374,7 +370,7 @@ def test_a_skipped_iteration_may_be_one_that_is_not_finite(place, tmp_path):
     ],
 )
 def test_a_run_ends_early_and_says_why(place, tmp_path, override, num_steps, reason):
-    steps = megacore.train(tiny_run.run_of(place, tmp_path / "out", override))
+    steps = train_steps(tiny_run.run_of(place, tmp_path / "out", override))
 
     assert [step.stopped_by for step in steps] == [None] * (num_steps - 1) + [reason]
     saved = tmp_path / ("out" if reason is None else f"out-checkpoints/iteration-{num_steps:07d}")

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,14 @@ from megacore.model import load_model
 from megacore.parallel import ParallelContext, ParallelSizes, parameter_specs
 from megacore.testing.ranks import RankError
 from megacore.training import RunConfig, Step, read_run_config, trainer
-from megacore.training.config.run_config import OptimizerSection
+from megacore.training.config import OptimizerSection
 from megacore.training.optimizer import build_optimizer
-from megacore.training.schedule import learning_rate
-from megacore.training.span import Spans
-from megacore.training.trainer import _train_on_rank
+from megacore.training.schedule import Spans, learning_rate
+from recorded_steps import steps_on_rank, train_steps
 from tiny_llama import VOCAB, published_model, write_dataset
 from tiny_run import weights
 from training_on_rank import train_on_what_each_sees, trained_replicas, whole_gradients
+from warm_commands import run as run_command
 
 STEPS = 10
 
@@ -106,7 +105,7 @@ def megacore_command(*arguments: str | Path) -> Result:
 def single(place) -> dict[str, list[Step]]:
     """Each model trained by a single process in float64."""
     return {
-        model: megacore.train(run_of(place, place / f"{model} trained", "model.dtype=fp64", model=model))
+        model: train_steps(run_of(place, place / f"{model} trained", "model.dtype=fp64", model=model))
         for model in MODELS
     }
 
@@ -119,7 +118,7 @@ def test_two_ranks_train_as_a_single_process_does_from_any_layout(
 ):
     run = run_of(place, tmp_path / "out", "model.dtype=fp64", model=model, layout=layout)
 
-    steps, same_steps = ranks.run(_train_on_rank, run, None, sizes=two_ranks(sequence_parallel))
+    steps, same_steps = ranks.run(steps_on_rank, run, sizes=two_ranks(sequence_parallel))
 
     assert len(steps) == STEPS
     expected = single[model]
@@ -163,7 +162,7 @@ def test_parameters_that_every_rank_holds_stay_equal_to_the_bit(ranks, place, tm
 
 @pytest.mark.parametrize("model", MODELS)
 def test_losses_and_gradient_norms_are_those_of_transformers_and_torch_on_the_same_batches(place, tmp_path, model):
-    steps = megacore.train(run_of(place, tmp_path / "out", model=model))
+    steps = train_steps(run_of(place, tmp_path / "out", model=model))
 
     expected = train_with_transformers(place / model / "published", place / "data")
 
@@ -216,13 +215,13 @@ def test_loss_and_gradients_do_not_depend_on_the_micro_batch_size(place, tmp_pat
 
 
 def test_a_run_repeated_gives_the_same_losses_to_the_bit(place, tmp_path):
-    one, other = (megacore.train(run_of(place, tmp_path / name)) for name in ("one", "other"))
+    one, other = (train_steps(run_of(place, tmp_path / name)) for name in ("one", "other"))
 
     assert [step.loss for step in one] == [step.loss for step in other]
 
 
 def test_another_seed_gives_other_batches(place, tmp_path):
-    one, other = (megacore.train(run_of(place, tmp_path / seed, f"data.seed={seed}")) for seed in ("1", "2"))
+    one, other = (train_steps(run_of(place, tmp_path / seed, f"data.seed={seed}")) for seed in ("1", "2"))
 
     assert one[0].loss != other[0].loss
 
@@ -234,7 +233,7 @@ def test_gradients_are_clipped_unless_clip_grad_is_0_and_their_norm_is_that_befo
     def trained(clip_grad: float) -> tuple[float, float]:
         """The gradient norm of the first step, and the furthest that a weight moved in all."""
         out = tmp_path / str(clip_grad)
-        steps = megacore.train(run_of(place, out, f"optimizer.clip_grad={clip_grad}", *settings))
+        steps = train_steps(run_of(place, out, f"optimizer.clip_grad={clip_grad}", *settings))
         after = weights(out)
         return steps[0].grad_norm, max((after[name] - before[name]).abs().max().item() for name in before)
 
@@ -458,8 +457,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_in_a_dataset_that_does_not_
 @pytest.fixture(scope="module")
 def trained(place) -> tuple[Path, subprocess.CompletedProcess]:
     out = place / "trained on two"
-    command = [sys.executable, "-m", "megacore", "train", run_file(place, out, layout="tp 2, pp 2"), "--tp", "2"]
-    return out, subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return out, run_command("train", run_file(place, out, layout="tp 2, pp 2"), "--tp", "2")
 
 
 def test_the_command_prints_one_line_a_step_and_where_it_saved(trained):
@@ -497,7 +495,7 @@ def test_the_command_says_on_stderr_what_computes_and_how_the_model_is_cut_and_n
 def test_the_command_prints_the_losses_that_the_library_returns(place, trained, tmp_path):
     _, completed = trained
 
-    steps = megacore.train(run_of(place, tmp_path / "out"))
+    steps = train_steps(run_of(place, tmp_path / "out"))
 
     printed = [float(loss) for loss in re.findall(r"loss (\S+)", completed.stdout)]
     assert printed == pytest.approx([step.loss for step in steps], abs=1e-4)
@@ -571,7 +569,7 @@ def test_a_run_file_may_be_given_by_its_path(place, tmp_path):
     file = run_file(place, tmp_path / "out")
     file.write_text(file.read_text().replace("train_iters = 10", "train_iters = 4"))
 
-    assert len(megacore.train(file)) == 4
+    assert len(train_steps(file)) == 4
 
 
 def test_a_checkpoint_that_is_not_there_is_named_with_its_key(place, tmp_path):

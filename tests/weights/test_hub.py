@@ -296,8 +296,9 @@ def test_without_a_network_and_with_nothing_cached_the_answer_says_so(hub, monke
     told = message(FetchError, fetch, NAME)
 
     assert told == (
-        f"{NAME} could not be fetched (ConnectError). Check the network and run the command again: what has arrived is "
-        f"kept in {tmp_path / 'default-cache'}. Or pass a directory that holds the checkpoint (--from, --reference)"
+        f"{NAME} could not be fetched (ConnectError). Check the network and run the command again: the files fetched "
+        f"so far are kept in {tmp_path / 'default-cache'}. Or pass a directory that holds the checkpoint (--from, "
+        "--reference)"
     )
 
 
@@ -308,8 +309,8 @@ def test_when_offline_is_asked_for_and_nothing_is_cached_the_answer_says_so(hub,
     told = message(FetchError, fetch, NAME)
 
     assert told == (
-        f"{NAME} is not in the cache, {tmp_path / 'default-cache'}, or not all of it, and HF_HUB_OFFLINE forbids to "
-        "fetch it: unset that, or pass a directory that holds the checkpoint (--from, --reference)"
+        f"{NAME} is not completely in the cache, {tmp_path / 'default-cache'}, and HF_HUB_OFFLINE forbids downloads: "
+        "unset that, or pass a directory that holds the checkpoint (--from, --reference)"
     )
     assert hub.requests == []
 
@@ -391,7 +392,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, published, mon
     directory = fetch(NAME)
 
     assert f"{NAME} could not be fetched (" in told
-    assert "run the command again: what has arrived is kept in" in told
+    assert "run the command again: the files fetched so far are kept in" in told
     assert (directory / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
 
 
@@ -402,7 +403,7 @@ def test_a_download_that_broke_off_is_not_taken_for_whole_without_a_network(hub,
     lost.unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    assert "not all of it" in message(FetchError, fetch, NAME)
+    assert "is not completely in the cache" in message(FetchError, fetch, NAME)
 
 
 def test_a_damaged_file_in_the_cache_is_named_with_how_to_have_it_again(hub, published):
@@ -633,7 +634,7 @@ def test_a_program_of_its_own_fetches_by_the_environment_and_draws_nothing_into_
     assert Checkpoint(tmp_path / "ckpt").manifest.family == "llama"
 
 
-@pytest.mark.parametrize("what", ["import megacore.cli", "import megacore.weights, megacore.weights.hub"])
+@pytest.mark.parametrize("what", ["import megacore.cli", "import megacore.weights.conversion, megacore.weights.hub"])
 def test_the_library_of_the_hub_is_imported_only_to_fetch(what):
     check = f"{what}\nimport sys; sys.exit('huggingface_hub' in sys.modules)"
 

@@ -15,7 +15,7 @@ BOUND = 400_000_000
 
 CONVERT = """if True:
     import json, sys, threading, time
-    import megacore.weights
+    import megacore.weights.conversion
     from megacore import get_family
 
     def anonymous():
@@ -33,7 +33,7 @@ CONVERT = """if True:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    megacore.weights.convert(family, source, out)
+    megacore.weights.conversion.convert(family, source, out)
     done.set()
     watcher.join()
     print(json.dumps(max(peak, anonymous()) - before))

@@ -52,7 +52,7 @@ def read(lazy: LazyMatrix) -> Tensor:
 
 
 def order_of(config: ModelConfig, permutation=None) -> QKVOrder:
-    return QKVOrder.of(config, grouped_qkv_rows(config) if permutation is None else permutation)
+    return QKVOrder.from_permutation(config, grouped_qkv_rows(config) if permutation is None else permutation)
 
 
 def shuffled_order(config: ModelConfig) -> QKVOrder:
@@ -121,7 +121,7 @@ def test_an_order_that_is_no_permutation_of_the_rows_is_refused(permutation):
     config = config_with(num_attention_heads=6, num_kv_heads=3, head_dim=2)
 
     with pytest.raises(PluginError) as caught:
-        QKVOrder.of(config, permutation)
+        QKVOrder.from_permutation(config, permutation)
 
     assert str(caught.value) == (
         f"the plugin for tiny returned a qkv_permutation of {len(permutation)} entries that is not a permutation of "

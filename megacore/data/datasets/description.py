@@ -6,9 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from megacore.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +89,15 @@ class DatasetDescription(Description):
     """Where the tokenizer with these tokens is, beside the dataset."""
     known_tokens_sha256: str | None = None
     """Of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
+
+
+def check_token_ids(ids: Tensor, vocab_size: int, where: str) -> Tensor:
+    """Return ``ids``, those of ``where``. Raises :class:`DataError` when one is not in ``[0, vocab_size)``."""
+    smallest, largest = (int(bound) for bound in ids.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        stranger = smallest if smallest < 0 else largest
+        raise DataError(
+            f"{where} has token id {stranger}, and the checkpoint's vocabulary is 0 to {vocab_size - 1}: "
+            "tokenize with the checkpoint's own tokenizer"
+        )
+    return ids

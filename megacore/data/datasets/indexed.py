@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megacore.data.staged_files import StagedFiles, output_errors
+from megacore.atomic_output import StagedFiles, output_errors
 from megacore.errors import DataError
 
 DTYPE_CODES: dict[np.dtype[Any], int] = {
@@ -63,7 +63,7 @@ class IndexedDatasetWriter:
     ...     writer.add_document([5, 6, 7])
 
     Memory holds no ids, only 12 bytes a document. Until the block ends without an exception the files are in a hidden
-    directory beside (:mod:`~megacore.data.staged_files`); then they are synced to disk and renamed, ``.idx`` last. An
+    directory beside (:mod:`~megacore.atomic_output`); then they are synced to disk and renamed, ``.idx`` last. An
     exception leaves nothing; what a killed process leaves is removed by the next that writes the same dataset.
 
     Args:

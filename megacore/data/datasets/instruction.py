@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megacore.atomic_output import StagedFiles, output_errors
 from megacore.data.datasets.description import Description
 from megacore.data.datasets.indexed import IndexedDataset, IndexedDatasetWriter
-from megacore.data.staged_files import StagedFiles, output_errors
 from megacore.errors import DataError
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megacore.atomic_output import StagedFiles
 from megacore.data.datasets.description import DatasetDescription
 from megacore.data.datasets.indexed import IndexedDataset, IndexedDatasetWriter
-from megacore.data.staged_files import StagedFiles
 from megacore.data.tokenizers.tokenizer import directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.errors import DataError
 

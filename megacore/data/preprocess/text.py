@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from megacore.atomic_output import StagedFiles, require_name
 from megacore.data.datasets.description import DatasetDescription
 from megacore.data.datasets.indexed import IndexedDatasetWriter, token_dtype
 from megacore.data.preprocess.encoder import NUM_PROBLEMS_NAMED, EncodedDocuments, EncodedPiece, Job
 from megacore.data.preprocess.readers import Piece, expand, pieces, total_size
 from megacore.data.preprocess.records import Problem
 from megacore.data.preprocess.worker_pool import Encoders
-from megacore.data.staged_files import StagedFiles, require_name
 from megacore.data.tokenizers.added_tokens import NewTokens
 from megacore.data.tokenizers.tokenizer import Tokenizer, directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.errors import DataError

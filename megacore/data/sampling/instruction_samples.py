@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import numpy as np
@@ -103,6 +104,12 @@ class InstructionSamples:
             segments = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[:-1]
         sample = Sample(tokens, weights[1:], segments)
         return padded(sample, self.seq_length) if self.pads else sample
+
+    def with_scalar_loss_mask(self, scalar_loss_mask: float) -> InstructionSamples:
+        """Return the same samples with another loss weight of the tokens that are not the assistant's."""
+        samples = copy.copy(self)
+        samples.scalar_loss_mask = scalar_loss_mask
+        return samples
 
     def _conversation(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Its ids, and what each counts for as a target; the first nothing, since nothing predicts it."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megacore.data.staged_files import StagedFiles, output_errors, require_name
+from megacore.atomic_output import StagedFiles, output_errors, require_name
 from megacore.data.tokenizers.added_tokens import NewTokens, extend_sentencepiece, extend_tokenizer_json
 from megacore.errors import DataError, OutputError
 
@@ -360,7 +360,10 @@ def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
         copy = directory / _file_name(tokenizer)
         if copy.is_file() and copy.read_bytes() == tokenizer.definition:
             return True
-    raise OutputError(f"{directory}: exists: delete it if it is not needed, or choose another output prefix")
+    raise OutputError(
+        f"{directory} exists already, with another tokenizer. Nothing is overwritten: name another output, or remove "
+        "it first"
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, files: StagedFiles) -> None:

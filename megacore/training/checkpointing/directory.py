@@ -1,28 +1,25 @@
-"""The training checkpoints of a run: where they are, which of them is the newest, and which are kept.
+"""The directory of a run's training checkpoints: finding the newest, keeping some, removing the rest.
 
-    DIRECTORY/iteration-0000030/    a checkpoint, there as a whole or not at all
+    DIRECTORY/iteration-0000030/    a checkpoint, complete or absent
     DIRECTORY/latest                a symbolic link to the newest
     DIRECTORY/.run.lock             locked by the run that saves here
 
-What a killed run leaves beside them begins with a dot too, and is removed by the next.
+Names beginning with a dot that a killed run left beside them are removed by the next run.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from megacore.atomic_output import lock_output, output_errors
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.staging import reported_as_output_error
-from megacore.errors import CheckpointError, OutputError
-from megacore.training.config.checkpoints import CheckpointsSection
-from megacore.training.config.run_config import RunConfig
+from megacore.errors import CheckpointError
+from megacore.training.config import CheckpointsSection
 
 LATEST = "latest"
 _CHECKPOINT = re.compile(r"iteration-(\d{7,})")
@@ -30,40 +27,33 @@ _LEFT_OVER = re.compile(r"\.(iteration-\d{7,}\.(incomplete|lock|removed)|latest\
 
 
 class CheckpointDirectory:
-    """The directory of a run's checkpoints, which need not be there yet."""
+    """The directory of a run's checkpoints, which need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @classmethod
-    def of_run(cls, run: RunConfig) -> CheckpointDirectory:
-        """That of the run file, else ``checkpoints`` in the run's directory, else the one beside its output."""
-        out, directory = run.output.checkpoint, run.output.directory
-        beside = out.with_name(f"{out.name}-checkpoints") if directory is None else directory / "checkpoints"
-        return cls(run.checkpoints.directory or beside)
-
-    def of_iteration(self, iteration: int) -> Path:
-        """Where the checkpoint after ``iteration`` steps is."""
+    def checkpoint_path(self, iteration: int) -> Path:
+        """Return the path of the checkpoint after ``iteration`` steps."""
         return self.path / f"iteration-{iteration:07d}"
 
     def iterations(self) -> list[int]:
-        """Of all checkpoints, the oldest first."""
+        """Return the iterations of all checkpoints, in ascending order."""
         if not self.path.is_dir():
             return []
         found = (_CHECKPOINT.fullmatch(path.name) for path in self.path.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint; ``None`` where there is none. It may have been published without :data:`LATEST`."""
+        """Return the newest checkpoint, whether or not :data:`LATEST` leads to it; ``None`` if there is none."""
         iterations = self.iterations()
-        return self.of_iteration(iterations[-1]) if iterations else None
+        return self.checkpoint_path(iterations[-1]) if iterations else None
 
     def before(self, path: Path) -> Path | None:
-        """The newest one before that in ``path`` that can be opened."""
+        """Return the newest checkpoint before the one in ``path`` that can be opened."""
         match = _CHECKPOINT.fullmatch(path.name)
         for iteration in reversed(self.iterations()):
             if match is None or iteration < int(match[1]):
-                earlier = self.of_iteration(iteration)
+                earlier = self.checkpoint_path(iteration)
                 try:
                     Checkpoint(earlier)
                 except CheckpointError:
@@ -71,42 +61,36 @@ class CheckpointDirectory:
                 return earlier
         return None
 
-    # --- what only the run that saves here does, on rank 0
+    # --- for the run that saves here, on rank 0
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the directory, keep other runs from saving into it, and remove what a killed one left.
+        """Create the directory, lock it against other runs, and remove what a killed run left.
 
         Raises:
             OutputError: when another run saves here, or the directory cannot be created.
         """
-        lock = self.path / ".run.lock"
-        with reported_as_output_error(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another run saves its checkpoints in {self.path}: wait for it, or name another directory with "
-                    "checkpoints.directory"
-                ) from None
+        refusal = (
+            f"another run saves its checkpoints in {self.path}: wait for it, or name another directory with "
+            "checkpoints.directory"
+        )
+        with ExitStack() as stack:
+            with output_errors(self.path / "run"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_output(self.path / "run", refusal=refusal))
             for path in [path for path in self.path.iterdir() if _LEFT_OVER.fullmatch(path.name)]:
                 _remove(path)
             yield
-        finally:
-            os.close(descriptor)
 
     def set_aside_after(self, iteration: int) -> list[Path]:
-        """Rename the checkpoints after ``iteration``, which the run goes back to; return their new names."""
+        """Rename the checkpoints after ``iteration``, to which the run goes back; return their new paths."""
         iterations = self.iterations()
         to_rename = [number for number in iterations if number > iteration]
-        if to_rename:  # first, so that a process that is killed meanwhile leaves no link that leads nowhere
+        if to_rename:  # first, so that a process killed meanwhile leaves no broken link
             self._point_to(max((number for number in iterations if number <= iteration), default=None))
         renamed = []
         for later in to_rename:
-            path = self.of_iteration(later)
+            path = self.checkpoint_path(later)
             aside = next(
                 name for i in range(1, 10_000) if not (name := path.with_name(f"aside-{i}-{path.name}")).exists()
             )
@@ -114,7 +98,7 @@ class CheckpointDirectory:
         return renamed
 
     def point_to_latest(self) -> None:
-        """Let :data:`LATEST` lead to the newest checkpoint."""
+        """Point :data:`LATEST` to the newest checkpoint."""
         self._point_to(max(self.iterations(), default=None))
 
     def _point_to(self, iteration: int | None) -> None:
@@ -124,20 +108,20 @@ class CheckpointDirectory:
         link = self.path / f".{LATEST}.new"
         link.unlink(missing_ok=True)
         try:
-            link.symlink_to(self.of_iteration(iteration).name)
+            link.symlink_to(self.checkpoint_path(iteration).name)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            return  # a file system without links; the newest is found by its name anyway
+            return  # a file system without symbolic links; the newest checkpoint is found by its name
         link.replace(self.path / LATEST)
 
     def keep(self, settings: CheckpointsSection) -> None:
-        """Remove what is not to be kept, now that the newest checkpoint is whole."""
+        """Remove old checkpoints, now that the newest one is complete."""
         iterations = self.iterations()
         for iteration in iterations[: -settings.keep_last]:
             if settings.keep_every is None or iteration % settings.keep_every:
-                path = self.of_iteration(iteration)
-                # Under its name it is whole, or it is not there.
+                path = self.checkpoint_path(iteration)
+                # Renamed first: under its name a checkpoint is complete or absent.
                 _remove(path.rename(path.with_name(f".{path.name}.removed")))
 
 

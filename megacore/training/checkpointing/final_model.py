@@ -1,4 +1,4 @@
-"""Saving a trained model as a native checkpoint: every rank writes its own part, the first one makes it visible."""
+"""Saving the trained model as a native checkpoint: every rank writes its part, rank 0 publishes it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megacore.checkpoint import Checkpoint, Layout, Manifest, history_entry
+from megacore.atomic_output import output_errors, require_absent, require_space, staged_directory
+from megacore.checkpoint import Checkpoint, Layout, build_manifest
 from megacore.checkpoint.manifest import ParameterEntry, WeightFile, read_manifest, write_manifest
-from megacore.checkpoint.matrix import StoredMatrix, count
+from megacore.checkpoint.matrix import StoredMatrix, num_rows
 from megacore.checkpoint.safetensors_file import DTYPE_NAMES, OutputTensor
-from megacore.checkpoint.staging import reported_as_output_error, require_absent, require_space, staged_directory
 from megacore.checkpoint.writing import copy_tokenizer, write_weight_files
 from megacore.errors import CheckpointError, MegacoreError, OutputError
 from megacore.model import DecoderModel
@@ -27,12 +27,12 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class ReservedOutput:
-    """An output that is created and locked before training begins, so that a run does not end without a place for it.
+    """An output that is created and locked before training begins, so that its result can be saved at the end.
 
     Attributes:
-        out: its final name.
-        staging: the directory to write into, the same for all ranks.
-        tokenizer: the digests of the tokenizer's files, which are there already; on rank 0.
+        out: The final path.
+        staging: The directory to write into, the same for all ranks.
+        tokenizer: The digests of the tokenizer's files, which are in ``staging`` already; on rank 0 only.
     """
 
     out: Path
@@ -44,14 +44,14 @@ class ReservedOutput:
 def reserve_output(
     out: Path, parallel: ParallelContext, *, started_from: Checkpoint, num_bytes: int
 ) -> Iterator[ReservedOutput]:
-    """Create the output of a run, which becomes visible when the block ends without an exception. For all ranks.
+    """Reserve the output of a run, which is published when the block ends without an exception. For all ranks.
 
     Raises:
         OutputError: when ``out`` exists, is being written, or cannot be created.
         DiskFullError: when ``num_bytes`` do not fit.
     """
     if parallel.rank > 0:
-        with reported_as_output_error(out):
+        with output_errors(out):
             staging = Path(broadcast_object("", parallel))
             if not staging.is_dir():
                 raise OutputError(
@@ -59,7 +59,7 @@ def reserve_output(
                     "file system that all nodes share"
                 )
             yield ReservedOutput(out, staging, {})
-        _wait_for_all(parallel)  # no rank goes on before the output is visible
+        _wait_for_all(parallel)  # no rank continues before the output is visible
         return
     with staged_directory(out) as staging:
         require_space(staging, num_bytes, out)
@@ -69,7 +69,7 @@ def reserve_output(
 
 
 def is_result_of(out: Path, checkpoint: Checkpoint) -> bool:
-    """Whether ``out`` is what the run that saved the training checkpoint has made at its end."""
+    """Return whether ``out`` is the final result of the run that saved the training ``checkpoint``."""
     training = checkpoint.manifest.training
     try:
         history = read_manifest(out).history
@@ -79,10 +79,10 @@ def is_result_of(out: Path, checkpoint: Checkpoint) -> bool:
 
 
 def keep_earlier_result(out: Path, checkpoint: Checkpoint) -> None:
-    """Rename ``out`` where :func:`is_result_of` holds, to make room for what more iterations make.
+    """Rename ``out`` if it is an earlier result of the run, to make room for the next one.
 
     Raises:
-        OutputError: when there is something of that name.
+        OutputError: when the new name is taken.
     """
     if is_result_of(out, checkpoint):
         kept = kept_as(out)
@@ -91,7 +91,7 @@ def keep_earlier_result(out: Path, checkpoint: Checkpoint) -> None:
 
 
 def kept_as(out: Path) -> Path:
-    """The name that the result ``out`` is given when its run goes on."""
+    """Return the path to which the earlier result ``out`` is renamed when its run resumes."""
     return out.with_name(f"{out.name}-iteration-{read_manifest(out).history[-1]['iterations']:07d}")
 
 
@@ -104,19 +104,19 @@ def save_stages(
     started_from: Checkpoint,
     details: dict[str, Any],
 ) -> None:
-    """Write a model into ``output``, cut as it is held. Called on every rank.
+    """Write a model into ``output``, cut as the ranks hold it. For all ranks.
 
     Args:
-        output: where to.
-        models: the stages of this process.
-        stages: of all processes.
-        parallel: the place of this process.
-        started_from: whose origin the result has.
-        details: for the history.
+        output: The reserved output.
+        models: The stages of this process.
+        stages: The stages of the whole model.
+        parallel: The place of this process.
+        started_from: The checkpoint that training started from; the result has its origin.
+        details: The entry for the history.
 
     Raises:
-        MegacoreError: on every rank, what the first one raised that could not write its part. What was begun is
-            removed, so that there is room for something else.
+        MegacoreError: on every rank, the error of the first rank that could not write its part. The files written so
+            far are removed, to free the space.
     """
     written: dict[str, WeightFile] = {}
     entries: dict[str, ParameterEntry] = {}
@@ -133,7 +133,7 @@ def save_stages(
     failures = _gather(failures, parallel)
     if not failures and parallel.rank == 0:
         try:
-            with _reported(output.out):
+            with output_errors(output.out):
                 _complete(
                     output, all_written, all_entries, stages, parallel, started_from=started_from, details=details
                 )
@@ -142,15 +142,15 @@ def save_stages(
     failures = broadcast_object(failures, parallel)
     if failures:
         if parallel.rank == 0:
-            _remove_what_was_begun(output)
+            _remove_written_files(output)
         raise next(iter(failures.values()))
 
 
 def _write_stage(output: ReservedOutput, model: DecoderModel, parallel: ParallelContext) -> dict[str, WeightFile]:
-    """Write what this rank stores of its stage ``model``.
+    """Write the part of stage ``model`` that this rank stores.
 
     Raises:
-        MegacoreError: when it cannot be written. The ranks that share the parameters notice nothing of that.
+        MegacoreError: when it cannot be written. The collectives that share its parameters are completed all the same.
     """
     if parallel.dp_replicate_rank > 0:
         return {}
@@ -165,12 +165,12 @@ def _write_stage(output: ReservedOutput, model: DecoderModel, parallel: Parallel
         for name in list(not_gathered):
             gather(name)
 
-    if parallel.dp_shard_rank > 0:  # the first of the shard gathers its parts, one parameter after the other
+    if parallel.dp_shard_rank > 0:  # the first rank of the shard gathers the parts, one parameter after the other
         gather_the_rest()
         return {}
     tensors = _output_tensors(stored, specs, parallel, gather)
     try:
-        with _reported(output.out):
+        with output_errors(output.out):
             return write_weight_files(output.staging, tensors, tp_rank=parallel.tp_rank, stage=model.stage.index)
     except MegacoreError:
         gather_the_rest()
@@ -188,46 +188,21 @@ def _complete(
     details: dict[str, Any],
 ) -> None:
     """Write the manifest, on rank 0."""
-    source = started_from.manifest
-    manifest = Manifest(
-        family=source.family,
-        config=source.config,
-        layout=Layout(tp=parallel.tp_size, stages=tuple((stage.start, stage.stop) for stage in stages)),
-        parameters={name: entries[name] for name in source.parameters},
+    manifest = build_manifest(
+        started_from.manifest.description.after_training(started_from.path, **details),
+        layout=Layout.from_stages(stages, tp=parallel.tp_size),
+        parameters={name: entries[name] for name in started_from.manifest.parameters},
         files=dict(sorted(written.items(), key=lambda item: (item[1].stage, item[1].tp_rank, item[0]))),
-        tokenizer=dict(output.tokenizer),
-        origin=source.origin,
-        history=train_history(started_from, details),
+        tokenizer=output.tokenizer,
     )
     write_manifest(output.staging, manifest)
 
 
-@contextmanager
-def _reported(out: Path) -> Iterator[None]:
-    """Turn all that the system says against writing ``out`` into errors of ours, which other ranks can be told."""
-    try:
-        with reported_as_output_error(out):
-            yield
-    except OSError as error:
-        raise OutputError(f"{out} could not be written: {error}") from error
-
-
-def _remove_what_was_begun(output: ReservedOutput) -> None:
-    """Make room again; the tokenizer stays, which training checkpoints have too."""
+def _remove_written_files(output: ReservedOutput) -> None:
+    """Free the space; the tokenizer stays, since training checkpoints copy it."""
     for path in output.staging.iterdir():
         if path.is_file():
             path.unlink()
-
-
-def train_history(started_from: Checkpoint, details: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The history of what is trained from ``started_from``: one entry a run, however often it was resumed.
-
-    Its source is what the run began with.
-    """
-    history = started_from.manifest.history
-    own = next((entry for entry in history if entry.get("run_id") == details["run_id"]), None)
-    source = str(started_from.path) if own is None else own["source"]
-    return (*(entry for entry in history if entry is not own), history_entry("train", source=source, **details))
 
 
 def _output_tensors(
@@ -236,9 +211,9 @@ def _output_tensors(
     parallel: ParallelContext,
     gather: Callable[[str], Tensor],
 ) -> list[OutputTensor]:
-    """What the file of this tensor-parallel rank holds of each parameter, gathered when it is first read.
+    """Return the tensors in the file of this tensor-parallel rank, each gathered when it is first read.
 
-    They must be read in their order; one at a time is in memory.
+    They must be read in order; one at a time is in memory.
     """
 
     @lru_cache(maxsize=1)
@@ -252,19 +227,19 @@ def _output_tensors(
     for name, parameter in parameters.items():
         rows, columns = specs[name].stored_block(parallel.tp_size, parallel.tp_rank)
         width = columns.stop - columns.start
-        matrix = StoredMatrix(count(rows), width, parameter.dtype, partial(stored, name))
+        matrix = StoredMatrix(num_rows(rows), width, parameter.dtype, partial(stored, name))
         shape = specs[name].stored_shape(parallel.tp_size, parallel.tp_rank)
         tensors.append(OutputTensor(name, shape, parameter.dtype, matrix))
     return tensors
 
 
 def _gather(own: dict[str, Entry], parallel: ParallelContext) -> dict[str, Entry]:
-    """All ranks' entries together."""
+    """Return the entries of all ranks together."""
     if parallel.mesh is None:
         return own
-    gathered_: list[dict[str, Entry]] = [{} for _ in range(parallel.sizes.world)]
-    dist.all_gather_object(gathered_, own)
-    return {name: entry for part in gathered_ for name, entry in part.items()}
+    gathered: list[dict[str, Entry]] = [{} for _ in range(parallel.sizes.world)]
+    dist.all_gather_object(gathered, own)
+    return {name: entry for part in gathered for name, entry in part.items()}
 
 
 def _wait_for_all(parallel: ParallelContext) -> None:

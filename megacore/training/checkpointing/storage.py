@@ -1,4 +1,4 @@
-"""Where torch.distributed.checkpoint puts its tensors: safetensors files, and JSON that says what is in them.
+"""The storage of torch.distributed.checkpoint: safetensors files, with a description in JSON.
 
 torch's own storage keeps its metadata in a pickle, which can run anything when it is read; see docs/decisions.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,10 +24,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megacore.atomic_output import output_errors, require_space, staged_directory
 from megacore.checkpoint import Checkpoint
 from megacore.checkpoint.manifest import WeightFile
 from megacore.checkpoint.matrix import StoredMatrix
@@ -37,24 +48,94 @@ from megacore.checkpoint.safetensors_file import (
     split_by_size,
     write_safetensors,
 )
-from megacore.checkpoint.staging import reported_as_output_error, require_space, staged_directory
-from megacore.checkpoint.training_record import Chunk, StoredTensor, key_of
+from megacore.checkpoint.training_record import Chunk, StoredTensor, chunk_key
 from megacore.errors import OutputError
-from megacore.parallel import ParallelContext
+from megacore.parallel import Box, ParallelContext
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """The boxes of a tensor that this process holds, as torch.distributed.checkpoint reads and writes them.
+
+    A process holds boxes of the whole tensor, however tensor parallelism and sharding cut it; several processes may
+    hold the same one. torch plans from them which process writes which box, and which parts of which box it reads. The
+    methods with underscores are the protocol of ``torch.distributed._checkpointable``.
+
+    Attributes:
+        shape: The shape of the whole tensor.
+        boxes: The boxes that this process holds.
+        part: The values that this process holds.
+    """
+
+    shape: tuple[int, ...]
+    boxes: Sequence[Box]
+    part: Tensor
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> PlacedTensor:
+        """Return the whole ``tensor``, held by this process alone."""
+        zeros = (0,) * tensor.dim()
+        return cls(tuple(tensor.shape), [Box(zeros, tuple(tensor.shape), zeros)], tensor)
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties(dtype=self.part.dtype), torch.Size(self.shape)),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self.boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        [box] = [box for box in self.boxes if torch.Size(box.offsets) == index.offset]
+        shard = self.part
+        for dim, (offset, size) in enumerate(zip(box.part_offsets, box.sizes, strict=True)):
+            shard = shard.narrow(dim, offset, size)
+        return shard
+
+
+class PlacedSavePlanner(DefaultSavePlanner):
+    """torch's planner for tensors that are all :class:`PlacedTensor`; of equal boxes one is written."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class PlacedLoadPlanner(DefaultLoadPlanner):
+    """torch's planner to read into existing :class:`PlacedTensor` objects."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
 
 Finish = Callable[[Path, dict[str, WeightFile], dict[str, StoredTensor]], None]
-"""Completes a checkpoint in the directory it is staged in, from the files written and the tensors in them."""
+"""A function that completes a checkpoint in its staging directory, given the written files and their tensors."""
 
 
 class SafetensorsWriter(StorageWriter):
     """Writes a checkpoint into a directory that becomes visible when every process has written its part.
 
     Args:
-        out: its final name; it must not exist.
-        parallel: the place of this process.
-        finish: is called on rank 0 when all is written.
-        published: is called on rank 0 when the checkpoint is visible.
-        is_alone: whether no training goes on meanwhile.
+        out: The final path; it must not exist.
+        parallel: The place of this process.
+        finish: Called on rank 0 when all tensors are written.
+        published: Called on rank 0 when the checkpoint is visible.
+        is_alone: Whether training waits for the writer.
     """
 
     def __init__(
@@ -97,17 +178,17 @@ class SafetensorsWriter(StorageWriter):
             if not group:
                 continue
             name = f"rank-{self.parallel.rank:05d}-{number:03d}.safetensors"
-            with reported_as_output_error(self.out):
-                record = write_safetensors(self._staging / name, group, is_alone=self._is_alone)
+            with output_errors(self.out):
+                record = write_safetensors(self._staging / name, group, limit_threads=self._is_alone)
             file = WeightFile(self.parallel.tp_rank, self.parallel.pp_rank, (), record)
-            for tensor, item in zip(group, items, strict=False):  # the items go on into the next file
+            for tensor, item in zip(group, items, strict=False):  # further items are in the next file
                 results.append(WriteResult(item.index, tensor.num_bytes, (name, file)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = [result for of_rank in results for result in of_rank]
+        written = [result for rank_results in results for result in rank_results]
         file_of = {result.index: result.storage_data[0] for result in written}
         tensors = {
             name: StoredTensor(
@@ -121,7 +202,7 @@ class SafetensorsWriter(StorageWriter):
             for name, tensor in metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
-        with reported_as_output_error(self.out):
+        with output_errors(self.out):
             self._finish(self._staging, dict(result.storage_data for result in written), tensors)
         assert self._staged is not None
         staged, self._staged = self._staged, None
@@ -129,7 +210,7 @@ class SafetensorsWriter(StorageWriter):
         self._published()
 
     def abandon(self, error: BaseException) -> None:
-        """Remove what was begun, after ``error``."""
+        """Remove the incomplete checkpoint after ``error``."""
         if self._staged is not None:
             staged, self._staged = self._staged, None
             try:
@@ -144,7 +225,7 @@ class SafetensorsWriter(StorageWriter):
 
 
 def _num_bytes(item: WriteItem) -> int:
-    """Of a box; ``item.tensor_storage_size()`` is that of the whole tensor."""
+    """Return the size of a box; ``item.tensor_storage_size()`` is that of the whole tensor."""
     assert item.tensor_data is not None and item.tensor_data.properties.dtype is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
@@ -160,7 +241,7 @@ def _output_tensor(item: WriteItem, planner: SavePlanner) -> OutputTensor:
         return shard.contiguous().view(-1, 1)
 
     matrix = StoredMatrix(shard.numel(), 1, shard.dtype, flat)
-    return OutputTensor(key_of(item.index.fqn, item.index.offset), tuple(shard.shape), shard.dtype, matrix)
+    return OutputTensor(chunk_key(item.index.fqn, item.index.offset), tuple(shard.shape), shard.dtype, matrix)
 
 
 class SafetensorsReader(StorageReader):

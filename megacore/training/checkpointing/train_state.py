@@ -1,9 +1,9 @@
-"""The state of a run as tensors by name: weights, what the optimizer keeps, random numbers; cut as they are held."""
+"""The state of a run as tensors by name: weights, optimizer state, random number generators; cut as they are held."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,21 +12,26 @@ from torch import Tensor, nn
 
 from megacore.checkpoint import Checkpoint
 from megacore.parallel import ParallelContext, local_boxes, local_tensor, set_failed_rank
-from megacore.training.checkpointing.placed_tensors import LoadPlanner, PlacedTensor, SavePlanner
-from megacore.training.checkpointing.storage import SafetensorsReader, SafetensorsWriter
+from megacore.training.checkpointing.storage import (
+    PlacedLoadPlanner,
+    PlacedSavePlanner,
+    PlacedTensor,
+    SafetensorsReader,
+    SafetensorsWriter,
+)
 from megacore.training.engine import Engine
-from megacore.training.optimizer_state import new_state, set_state, state_of
+from megacore.training.optimizer import ApexAdamW, Optimizer
 
-ANY_PROCESS = "torch.distributed is disabled"
-"""How torch's warning begins that a checkpoint is of a single process."""
+_SINGLE_PROCESS_WARNING = "torch.distributed is disabled"
+"""The beginning of torch's warning about a checkpoint of a single process."""
 
 
 def state_tensors(engine: Engine) -> dict[str, PlacedTensor]:
-    """What this process saves of the run's state. The tensors are those that training goes on with, not copies."""
+    """Return the part of the run's state that this process saves. The tensors are the live ones, not copies."""
     tensors: dict[str, PlacedTensor] = {}
     for name, parameter in engine.parameters.items():
         tensors[f"model.{name}"] = _placed(parameter, parameter, name, engine)
-        for kind, value in state_of(engine.optimizer, parameter).items():
+        for kind, value in _optimizer_state(engine.optimizer, parameter).items():
             tensors[f"optimizer.{kind}.{name}"] = _placed(value, parameter, name, engine)
     tensors = _share_of_replica(tensors, engine.parallel)
     for device, state in _random_states(engine.parallel):
@@ -35,10 +40,10 @@ def state_tensors(engine: Engine) -> dict[str, PlacedTensor]:
 
 
 def _share_of_replica(tensors: dict[str, PlacedTensor], parallel: ParallelContext) -> dict[str, PlacedTensor]:
-    """Of tensors that all replicas of data parallelism hold alike, those that this one saves: about as much as each.
+    """Return the tensors that this data-parallel replica saves: an equal share of those that all replicas hold.
 
-    torch would let one of them write each tensor, but only decides which when all have copied what they hold. Who saves
-    which follows from the sizes, in the same order on each replica.
+    torch would let one of them write each tensor, but decides which one only after all have copied what they hold. The
+    shares follow from the sizes, in the same order on each replica.
     """
     num_bytes = [0] * parallel.sizes.dp_replicate
     own = {}
@@ -51,9 +56,9 @@ def _share_of_replica(tensors: dict[str, PlacedTensor], parallel: ParallelContex
 
 
 def restore_tensors(engine: Engine, checkpoint: Checkpoint, *, same_layout: bool) -> None:
-    """Let the optimizer, and torch's random numbers at the ``same_layout``, go on from ``checkpoint``. For all ranks.
+    """Restore the optimizer and, at the ``same_layout``, torch's random number generators. For all ranks.
 
-    The engine has the checkpoint's weights already.
+    The engine has the weights of the ``checkpoint`` already.
     """
     training = checkpoint.manifest.training
     assert training is not None
@@ -61,11 +66,11 @@ def restore_tensors(engine: Engine, checkpoint: Checkpoint, *, same_layout: bool
     states: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = []
     kinds = dict.fromkeys(name.split(".")[1] for name in training.tensors if name.startswith("optimizer."))
     if training.state["settings"]["optimizer.kind"] != engine.run.optimizer.kind:
-        kinds = {}  # what one optimizer keeps is of no use to another, which begins anew
+        kinds = {}  # the state of one optimizer is of no use to another, which starts afresh
     for name, parameter in engine.optimized_parameters():
         stored = {kind: f"optimizer.{kind}.{name}" for kind in kinds if f"optimizer.{kind}.{name}" in training.tensors}
         shapes = {kind: training.tensors[full_name].shape for kind, full_name in stored.items()}
-        state = new_state(parameter, shapes)
+        state = _empty_state(parameter, shapes)
         states.append((parameter, name, state))
         for kind, full_name in stored.items():
             wanted.setdefault(full_name, _placed(state[kind], parameter, name, engine))
@@ -75,12 +80,12 @@ def restore_tensors(engine: Engine, checkpoint: Checkpoint, *, same_layout: bool
                 wanted[name] = PlacedTensor.whole(own)
     _load(wanted, checkpoint, engine.parallel)
     for parameter, name, state in states:
-        for kind, value in state.items():  # where the head is a copy of the embedding, one was read
+        for kind, value in state.items():  # of a tied embedding, one copy was read
             read = wanted[f"optimizer.{kind}.{name}"].part
             if local_tensor(value).data_ptr() != read.data_ptr():
                 local_tensor(value).copy_(read)
         if state:
-            set_state(engine.optimizer, parameter, state)
+            _set_optimizer_state(engine.optimizer, parameter, state)
     for device, _ in _random_states(engine.parallel):
         if (name := _random_name(device, engine.parallel)) in wanted:
             _set_random_state(device, wanted[name].part, engine.parallel)
@@ -92,15 +97,15 @@ def write_tensors(
     parallel: ParallelContext,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Save ``tensors`` as one checkpoint. For all ranks, with a ``group`` of their own.
+    """Save ``tensors`` as one checkpoint. For all ranks, with a process ``group`` for this purpose.
 
     Raises:
-        BaseException: on every rank, what the first one that failed raised, with its ``rank``.
+        BaseException: on every rank, the error of the first rank that failed, with its ``rank``.
     """
     is_alone = parallel.mesh is None
-    warnings.filterwarnings("ignore", message=ANY_PROCESS)
+    warnings.filterwarnings("ignore", message=_SINGLE_PROCESS_WARNING)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=is_alone)
+        dcp.save(tensors, storage_writer=writer, planner=PlacedSavePlanner(), process_group=group, no_dist=is_alone)
     except dcp.CheckpointException as failed:
         error = _cause(failed)
         writer.abandon(error)
@@ -112,15 +117,15 @@ def write_tensors(
 
 def _load(tensors: dict[str, PlacedTensor], checkpoint: Checkpoint, parallel: ParallelContext) -> None:
     is_alone = parallel.mesh is None
-    warnings.filterwarnings("ignore", message=ANY_PROCESS)
+    warnings.filterwarnings("ignore", message=_SINGLE_PROCESS_WARNING)
     try:
-        dcp.load(tensors, storage_reader=SafetensorsReader(checkpoint), planner=LoadPlanner(), no_dist=is_alone)
+        dcp.load(tensors, storage_reader=SafetensorsReader(checkpoint), planner=PlacedLoadPlanner(), no_dist=is_alone)
     except dcp.CheckpointException as failed:
         raise _cause(failed) from None
 
 
 def _cause(failed: dcp.CheckpointException) -> BaseException:
-    """What the first rank that failed raised."""
+    """Return the error of the first rank that failed."""
     rank = min(failed.failures)
     error, _ = failed.failures[rank]
     set_failed_rank(error, rank)
@@ -128,7 +133,7 @@ def _cause(failed: dcp.CheckpointException) -> BaseException:
 
 
 def _placed(value: Tensor, parameter: Tensor, name: str, engine: Engine) -> PlacedTensor:
-    """``value``, which is cut as ``parameter`` is, or a number of it."""
+    """Place ``value``, which is a number or cut like ``parameter``."""
     if value.dim() == 0:
         return PlacedTensor.whole(local_tensor(value))
     spec = engine.specs[name]
@@ -140,7 +145,7 @@ def _random_name(device: str, parallel: ParallelContext) -> str:
 
 
 def _random_states(parallel: ParallelContext) -> Iterator[tuple[str, Tensor]]:
-    """The state of each generator that a layer might draw from."""
+    """Yield the state of each generator that a layer might draw from."""
     yield "cpu", torch.get_rng_state()
     if parallel.device.type == "cuda":
         yield "cuda", torch.cuda.get_rng_state(parallel.device)
@@ -151,3 +156,31 @@ def _set_random_state(device: str, state: Tensor, parallel: ParallelContext) -> 
         torch.cuda.set_rng_state(state, parallel.device)
     else:
         torch.set_rng_state(state)
+
+
+def _optimizer_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the optimizer's tensors for ``parameter``, cut like it, and its numbers; empty before the first step."""
+    if isinstance(optimizer, ApexAdamW):
+        return optimizer.state_of(parameter)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    # optimizer.state[parameter] would create an entry.
+    return {kind: value for kind, value in optimizer.state.get(parameter, {}).items() if value is not None}
+
+
+def _empty_state(parameter: nn.Parameter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Allocate a state to read into; ``shapes`` are those of the whole tensors, ``()`` of a number."""
+    return {
+        kind: torch.zeros_like(parameter, requires_grad=False)
+        if shape
+        else torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for kind, shape in shapes.items()
+    }
+
+
+def _set_optimizer_state(optimizer: Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """Let the next step continue from ``state``."""
+    if isinstance(optimizer, ApexAdamW):
+        optimizer.set_state(parameter, state)
+    else:
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer.state[parameter] = state

@@ -1,4 +1,4 @@
-"""What every table of the run file has in common."""
+"""The base class of all sections, in a module of its own because every other module here imports it."""
 
 from __future__ import annotations
 

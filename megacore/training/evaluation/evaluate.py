@@ -1,24 +1,20 @@
-"""Evaluating a model by itself, without training it."""
+"""The ``evaluate`` command: evaluating a model without training it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 from megacore.checkpoint import Checkpoint
-from megacore.data import Split
-from megacore.errors import ConfigError
 from megacore.parallel import ONE_NODE, Nodes, ParallelContext, run_on_ranks
-from megacore.training.agreement import require_agreement
-from megacore.training.checkpointing.directory import CheckpointDirectory
-from megacore.training.config.run_config import RunConfig, read_run_config
+from megacore.training.config import RunConfig, read_run_config
 from megacore.training.engine import Engine
-from megacore.training.evaluation.evaluator import Evaluation, Evaluator
-from megacore.training.opening import open_for_run, tell_at_start
-from megacore.training.preflight import check_and_describe_evaluation, settings_to_agree_on
-from megacore.training.start import open_start
-from megacore.training.starting_point import StartingPoint, offering_the_one_before
+from megacore.training.evaluation.evaluator import Evaluator
+from megacore.training.preflight import log_startup_notes, require_agreement
+from megacore.training.resolved import ResolvedRun, resolve_evaluation
+from megacore.training.starting_point import suggesting_earlier_checkpoint
+from megacore.training.step_metrics import Evaluation
 
 
 def evaluate(
@@ -29,76 +25,63 @@ def evaluate(
     on_note: Callable[[str], None] | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
 ) -> list[Evaluation]:
-    """Evaluate a model on what ``run`` validates and tests on, as the run does; nothing is trained or written.
+    """Evaluate a model on the validation and test data of ``run``, as the run itself does; nothing is written.
 
     A script that evaluates on several processes must guard the call with ``if __name__ == "__main__":``, since each
     imports it.
 
     Args:
-        run: a run file, or what :func:`~megacore.training.config.run_config.read_run_config` made of one.
-        load: the native or training checkpoint to evaluate, or a directory of training checkpoints, for the newest;
+        run: A run file, or the result of :func:`~megacore.training.read_run_config`.
+        load: The native or training checkpoint to evaluate, or a directory of training checkpoints, for the newest;
             by default ``model.checkpoint``.
-        nodes: those that the work is spread over; this is called on each of them, and reads the same files.
-        on_note: is told what a person should know at the start.
-        on_evaluation: is told of each evaluation as it is done; a function of a module, since another process calls it.
+        nodes: The nodes that the work is spread over. This is called on each of them, and reads the same files.
+        on_note: Called with each note for the user at the start.
+        on_evaluation: Called after each evaluation; a function of a module, since another process calls it.
 
     Returns:
-        One evaluation of each split that there is something for, ``"valid"`` first.
+        One evaluation for each split with data, ``"valid"`` first.
 
     Raises:
-        ConfigError: when the run file names nothing to evaluate on.
+        ConfigError: when the run file names no data to evaluate on.
         MegacoreError: in one of its kinds, when the checkpoint or the data cannot be used.
     """
     if not isinstance(run, RunConfig):
         run = read_run_config(Path(run))
-    splits = [split for split in run.data.splits if split != "train"]
-    if not splits:
-        raise ConfigError(
-            "there is nothing to evaluate on: name it with data.valid_prefix or data.test_prefix, or give data.split"
-        )
-    path = run.model.checkpoint
-    if load is not None:
-        path = CheckpointDirectory(Path(load)).newest() or Path(load)
-    checkpoint, sizes, layout_notes = open_for_run(run, path, nodes)
-    tell_at_start([*layout_notes, *check_and_describe_evaluation(run, checkpoint, splits)], nodes, on_note)
+    resolved = resolve_evaluation(run, load=None if load is None else Path(load), nodes=nodes)
+    log_startup_notes(resolved.notes, nodes, on_note)
     return run_on_ranks(
-        _evaluate_on_rank,
-        run,
-        path,
-        splits,
+        evaluate_on_rank,
+        resolved,
         on_evaluation,
-        sizes=sizes,
+        sizes=resolved.sizes,
         nodes=nodes,
         timeout=timedelta(seconds=run.parallel.timeout),
-        settings=settings_to_agree_on(run, StartingPoint(path)),
+        settings=resolved.shared_settings,
         on_note=on_note,
     )
 
 
-def _evaluate_on_rank(
-    parallel: ParallelContext,
-    run: RunConfig,
-    path: Path,
-    splits: Sequence[Split],
-    on_evaluation: Callable[[Evaluation], None] | None,
+def evaluate_on_rank(
+    parallel: ParallelContext, resolved: ResolvedRun, on_evaluation: Callable[[Evaluation], None] | None = None
 ) -> list[Evaluation]:
-    checkpoint = open_start(run, path)
-    require_agreement(checkpoint, run.data.files(splits), parallel)
-    with offering_the_one_before(path):
-        engine = Engine(run, checkpoint, parallel, trains=False)
-    evaluator = Evaluator(engine, checkpoint)
+    """Evaluate the model on this rank; the result is the same on all."""
+    splits = [split for split in resolved.run.data.splits if split != "train"]
+    require_agreement(resolved.checkpoint, resolved.run.data.files(splits), resolved.dataset_digests, parallel)
+    with suggesting_earlier_checkpoint(resolved.start.path):
+        engine = Engine(resolved, parallel, trains=False)
+    evaluator = Evaluator(resolved, engine)
     evaluations = []
     for split in splits:
-        evaluation = evaluator.evaluate(split, iteration=_iterations_of(checkpoint))
-        assert evaluation is not None  # nobody asks it to stop
+        evaluation = evaluator.evaluate(split, iteration=_trained_iterations(resolved.checkpoint))
+        assert evaluation is not None  # no signal interrupts it
         evaluations.append(evaluation)
         if on_evaluation is not None and parallel.rank == 0:
             on_evaluation(evaluation)
     return evaluations
 
 
-def _iterations_of(checkpoint: Checkpoint) -> int:
-    """How many steps the run has taken that saved ``checkpoint``; 0 where no run did."""
+def _trained_iterations(checkpoint: Checkpoint) -> int:
+    """Return the number of training steps behind ``checkpoint``; 0 if no run saved it."""
     manifest = checkpoint.manifest
     if manifest.training is not None:
         return manifest.training.iteration

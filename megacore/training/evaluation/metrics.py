@@ -1,4 +1,4 @@
-"""Metrics: small functions of how probable a model finds the tokens of some samples."""
+"""Metrics: small functions of the scores that a model gives to the tokens of some samples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megacore.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenScores:
-    """How a model does on the targets of some samples; all ``[samples, sequence]``, padding included.
+    """The scores of the targets of some samples; all ``[samples, sequence]``, padding included.
 
     Attributes:
-        losses: negative log-likelihood, in nats, float64.
-        is_top: whether the model finds no other token more probable.
-        loss_mask: what each target counts for in the loss, float64; 0 for one not to be learned.
-        is_assistant: whether it is of what the assistant says; of text, none is.
+        losses: Negative log-likelihood in nats, float64.
+        is_top: True if the model finds no other token more probable.
+        loss_mask: Loss weight of each target, float64; 0 for a target that is not learned.
+        is_assistant: True for the tokens of the assistant; False throughout for text.
     """
 
     losses: Tensor
@@ -38,44 +38,44 @@ class Metric:
     """A ratio of two sums over all samples of an evaluation.
 
     Attributes:
-        sums: of some of the samples, what is summed over all, and what the sum is divided by.
-        finish: of the ratio, the metric.
-        is_of_conversations: whether it says nothing of text.
+        sums: Function that returns the numerator and the denominator for some of the samples.
+        finish: Function that turns the ratio into the metric.
+        needs_conversations: True if it is undefined for text.
     """
 
     sums: Callable[[TokenScores], Sums]
     finish: Callable[[float], float] = float
-    is_of_conversations: bool = False
+    needs_conversations: bool = False
 
 
 def loss(scores: TokenScores) -> Sums:
-    """The mean loss of a token, each counted as the loss mask says."""
+    """Compute the mean loss per token, weighted by the loss mask."""
     return (scores.losses * scores.loss_mask).sum(), scores.loss_mask.sum()
 
 
 def accuracy(scores: TokenScores) -> Sums:
-    """How many of the tokens to learn the model finds most probable."""
+    """Compute the fraction of learned tokens that the model finds most probable."""
     is_learned = scores.loss_mask > 0
     return (scores.is_top & is_learned).sum(), is_learned.sum()
 
 
 def instruct_accuracy(scores: TokenScores) -> Sums:
-    """How many of the assistant's tokens the model finds most probable."""
+    """Compute the fraction of the assistant's tokens that the model finds most probable."""
     return (scores.is_top & scores.is_assistant).sum(), scores.is_assistant.sum()
 
 
 def count_loss_mask(scores: TokenScores) -> Sums:
-    """Tokens to learn, a sample."""
+    """Count the learned tokens per sample."""
     return (scores.loss_mask > 0).sum(), float(len(scores.loss_mask))
 
 
 def count_instruct_mask(scores: TokenScores) -> Sums:
-    """The assistant's tokens, a sample."""
+    """Count the assistant's tokens per sample."""
     return scores.is_assistant.sum(), float(len(scores.is_assistant))
 
 
 def _exponential(mean_loss: float) -> float:
-    return math.inf if mean_loss >= 700 else math.exp(mean_loss)  # of NaN it is NaN
+    return math.inf if mean_loss >= 700 else math.exp(mean_loss)  # NaN stays NaN
 
 
 LOSS = Metric(loss)
@@ -83,32 +83,32 @@ LOSS = Metric(loss)
 METRICS = {
     "perplexity": Metric(loss, finish=_exponential),
     "accuracy": Metric(accuracy),
-    "instruct_accuracy": Metric(instruct_accuracy, is_of_conversations=True),
+    "instruct_accuracy": Metric(instruct_accuracy, needs_conversations=True),
     "count_loss_mask": Metric(count_loss_mask),
-    "count_instruct_mask": Metric(count_instruct_mask, is_of_conversations=True),
+    "count_instruct_mask": Metric(count_instruct_mask, needs_conversations=True),
 }
-"""The metrics that there are, by name. Others are named as ``package.module:function`` in the run file."""
+"""The built-in metrics by name. The run file names others as ``package.module:function``."""
 
 
-def metrics_of(names: Iterable[str], *, conversations: bool) -> dict[str, Metric]:
-    """The metrics of these names, with those that have functions elsewhere under the functions' names.
+def resolve_metrics(names: Iterable[str], *, conversations: bool) -> dict[str, Metric]:
+    """Return the metrics with these ``names``; an imported one is listed under the name of its function.
 
     Raises:
-        ConfigError: for a name that there is not, one that says nothing of the data, or one that is there twice.
+        ConfigError: for an unknown name, one that is undefined for the data, or one given twice.
     """
-    fitting = {name for name, metric in METRICS.items() if conversations or not metric.is_of_conversations}
+    usable = {name for name, metric in METRICS.items() if conversations or not metric.needs_conversations}
     found: dict[str, Metric] = {}
     for given in names:
-        for name in [name for name in METRICS if name in fitting] if given == "all" else [given]:
-            if name in METRICS and name not in fitting:
+        for name in [name for name in METRICS if name in usable] if given == "all" else [given]:
+            if name in METRICS and name not in usable:
                 raise ConfigError(
-                    f'evaluation.metrics: {name} is of conversations, and data.kind is "text": choose from '
-                    f"{', '.join(sorted(fitting))}"
+                    f'evaluation.metrics: {name} needs conversations, and data.kind is "text": choose from '
+                    f"{', '.join(sorted(usable))}"
                 )
             metric = METRICS[name] if name in METRICS else _imported(name)
             name = name.rpartition(":")[2]
             if name in found or name == "loss":
-                raise ConfigError(f"evaluation.metrics: {name} is there twice (the loss is told in any case)")
+                raise ConfigError(f"evaluation.metrics: {name} is given twice (the loss is always reported)")
             found[name] = metric
     return found
 
@@ -117,8 +117,8 @@ def _imported(name: str) -> Metric:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"evaluation.metrics: there is no metric {name}; there are {', '.join(METRICS)}, and functions of your own "
-            "as package.module:function"
+            f"evaluation.metrics: there is no metric {name}; available are {', '.join(METRICS)}, and functions of your "
+            "own as package.module:function"
         )
     try:
         function: Any = getattr(importlib.import_module(module), attribute)
@@ -127,5 +127,5 @@ def _imported(name: str) -> Metric:
     if isinstance(function, Metric):
         return function
     if not callable(function):
-        raise ConfigError(f"evaluation.metrics: {name} is no function, but {function!r}")
+        raise ConfigError(f"evaluation.metrics: {name} is not a function but {function!r}")
     return Metric(function)

@@ -1,12 +1,12 @@
-"""Loggers by name: those that come with megacore, each in a file of its own, and those that other packages have.
+"""Loggers by name: the built-in ones, each in its own file, and those of other packages. ``dispatch.py`` calls them.
 
-A package adds one with an entry point in the group ``megacore.loggers``, whose name is what the run file says:
+A package adds one with an entry point in the group ``megacore.loggers``, whose name is used in the run file:
 
     [project.entry-points."megacore.loggers"]
     postcard = "megacore_postcard:PostcardLogger"
 
-It leads to something that is called with a :class:`LoggedRun` and returns a :class:`Logger`, on rank 0 alone, in a
-thread that the logger's methods are called in too. None is imported unless it is named.
+The entry point is called with a :class:`LoggedRun` and returns a :class:`Logger`, on rank 0 only, in the thread that
+calls the logger's methods too. A logger is imported only if the run file names it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ BUILT_IN = {
     "wandb": EntryPoint("wandb", "megacore.training.loggers.wandb:WandbLogger", GROUP),
     "trackio": EntryPoint("trackio", "megacore.training.loggers.trackio:TrackioLogger", GROUP),
 }
-"""Each needs the library of its name, which the extra of that name installs."""
+"""The built-in loggers. Each needs the library of its name, which the extra of that name installs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """What a logger is told of the run.
+    """The description of a run for its loggers.
 
     Attributes:
-        project: what runs are filed under.
-        name: of the run.
-        directory: of the run; ``None`` where it has none.
-        settings: the resolved run file, plain values by section and key. It holds no secret.
-        iteration: after which the run starts; what was logged of later ones is superseded.
+        project: The project of the run.
+        name: The name of the run.
+        directory: The run directory; ``None`` without one.
+        settings: The run file with its defaults, plain values by section and key. It holds no secret.
+        iteration: The iteration after which the run starts; entries of later ones are superseded.
     """
 
     project: str
@@ -52,20 +52,20 @@ class LoggedRun:
 
 
 class Logger(Protocol):
-    """Who is told how a run goes. What it raises is told to the user and does not end the training."""
+    """A receiver of the values of a run. Its exceptions are reported to the user and do not end the training."""
 
     def log(self, values: Mapping[str, float], *, iteration: int) -> None:
-        """Take values of a step, ``train/loss`` for example, or of an evaluation after it, ``valid/loss``."""
+        """Log the values of a step, for example ``train/loss``, or of an evaluation after it, ``valid/loss``."""
 
     def close(self) -> None:
-        """The run has ended, whether it did all it should or not."""
+        """Finish the log: the run has ended, completed or not."""
 
 
 def check_loggers(names: Iterable[str], *, directory: Path | None) -> None:
-    """Refuse loggers that are not there, before anything is loaded.
+    """Check that the loggers are available, before anything is loaded.
 
     Raises:
-        ConfigError: says which name is not known, or what to install.
+        ConfigError: names an unknown logger, or the package to install.
     """
     for name in names:
         _find(name)
@@ -77,7 +77,7 @@ def check_loggers(names: Iterable[str], *, directory: Path | None) -> None:
 
 
 def open_logger(name: str, run: LoggedRun) -> Logger:
-    """Start the logger ``name``. What its library raises is not caught."""
+    """Start the logger ``name``. Exceptions of its library are not caught."""
     logger: Callable[[LoggedRun], Logger] = _find(name).load()
     return logger(run)
 
@@ -96,8 +96,8 @@ def _find(name: str) -> EntryPoint:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ConfigError(f"logging.loggers: no logger is called {name!r}; {hint}")
     if len(found) > 1:
-        told = ", ".join(sorted(_distribution(point) for point in found))
-        raise ConfigError(f"several packages have a logger called {name}: {told}; uninstall all but one")
+        packages = ", ".join(sorted(_distribution(point) for point in found))
+        raise ConfigError(f"several packages have a logger called {name}: {packages}; uninstall all but one")
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Telling how a run goes: its directory and its loggers, none of which can end it."""
+"""Reporting a run to its directory and its loggers, none of which can end it."""
 
 from __future__ import annotations
 
@@ -13,90 +13,87 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from queue import Queue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from megacore.errors import ConfigError
 from megacore.parallel import ParallelContext
 from megacore.runs import MetricsFile, RunDirectory
-from megacore.training.config.resolved_tables import resolved_tables
-from megacore.training.config.run_config import RunConfig
+from megacore.training.config import RunConfig, explicit_tables
 from megacore.training.loggers import LoggedRun, check_loggers, open_logger
 from megacore.training.loggers.environment import describe_versions, devices_of_all
-from megacore.training.step_metrics import Step
-
-if TYPE_CHECKING:
-    from megacore.training.evaluation.evaluator import Evaluation
+from megacore.training.step_metrics import Evaluation, Step
 
 log = logging.getLogger(__name__)
 
 Target = TypeVar("Target")
 
-_PAUSE = 60.0
-"""Seconds in which somebody who could not be told is left alone: each attempt may wait for a network."""
+_RETRY_INTERVAL = 60.0
+"""Seconds between two attempts after a failure: each may wait for a network."""
 
-_PATIENCE = 60.0
-"""Seconds in which the loggers may finish when the run has ended; trackio waits up to 30 for its server."""
+_SHUTDOWN_TIMEOUT = 60.0
+"""Seconds that the loggers have to finish at the end of the run; trackio waits up to 30 for its server."""
 
-_MOST_WAITING = 10_000
-"""Entries that a logger may be behind."""
+_MAX_QUEUED = 10_000
+"""Number of entries that a logger may be behind."""
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|AUTHORIZ", re.IGNORECASE)
-"""In the name of an environment variable whose value is never shown; not in ``GIT_AUTHOR_NAME``."""
+"""Pattern for the names of environment variables whose values are never shown; ``GIT_AUTHOR_NAME`` does not match."""
 
 
 def check_run_log(run: RunConfig, *, resumed_run_id: str | None = None) -> None:
-    """Refuse what could not be told of the run, before anything is loaded.
+    """Check the loggers and the run directory, before anything is loaded.
 
     Args:
-        run: to be told of.
-        resumed_run_id: of the run that it goes on with, if it does.
+        run: The run file.
+        resumed_run_id: The identifier of the run that is resumed; ``None`` for a new run.
 
     Raises:
-        ConfigError: a logger is not there.
-        OutputError: the directory is another run's.
+        ConfigError: when a logger is not available.
+        OutputError: when the directory belongs to another run.
     """
     check_loggers(run.logging.loggers, directory=run.output.directory)
     if run.output.directory is not None:
-        RunDirectory(run.output.directory).check(resolved_tables(run), resumed_run_id=resumed_run_id)
+        RunDirectory(run.output.directory).check(explicit_tables(run), resumed_run_id=resumed_run_id)
 
 
-def is_watched(run: RunConfig) -> bool:
-    """Whether anybody is told of the steps of ``run``, beside who called for it."""
+def has_loggers(run: RunConfig) -> bool:
+    """Return whether the steps of ``run`` are reported to a logger or a run directory."""
     return bool(run.logging.loggers) or run.output.directory is not None
 
 
 @contextmanager
-def opened_log(
+def open_run_log(
     run: RunConfig, parallel: ParallelContext, *, iteration: int = 0, about_start: Mapping[str, Any] | None = None
 ) -> Iterator[RunLog]:
-    """The log of a run that starts after ``iteration``. For all ranks; those after the first tell nobody.
+    """Open the log of a run that starts after ``iteration``. For all ranks; only rank 0 reports anything.
 
-    ``about_start`` is kept in the run's directory, beside the versions.
+    ``about_start`` is kept in the run directory, beside the software versions.
 
     Raises:
-        OutputError: the run's directory cannot be written, or another run is writing it.
-        ConfigError: a logger could not start. In a run that goes on, that is a warning instead.
+        OutputError: when the run directory cannot be written, or another run is writing it.
+        ConfigError: when a logger could not start. In a run that resumes, that is a warning instead.
     """
-    if not is_watched(run):
+    if not has_loggers(run):
         yield RunLog()
         return
     devices = devices_of_all(parallel)
     if parallel.rank > 0:
         yield RunLog()
         return
-    tables = resolved_tables(run)
-    told = RunLog(log_interval=run.logging.log_interval)
-    # Half as long as the other ranks wait for this one.
-    patience = _PATIENCE if parallel.timeout is None else min(_PATIENCE, parallel.timeout.total_seconds() / 2)
+    tables = explicit_tables(run)
+    run_log = RunLog(log_interval=run.logging.log_interval)
+    timeout = _SHUTDOWN_TIMEOUT
+    if parallel.timeout is not None:
+        timeout = min(timeout, parallel.timeout.total_seconds() / 2)  # the other ranks wait for this one
     with ExitStack() as opened:
-        opened.callback(_close, told.loggers, patience=patience)
+        opened.callback(_close, run_log.loggers, timeout=timeout)
         if run.output.directory is not None:
             directory = RunDirectory(run.output.directory)
             versions = describe_versions() | {"layout": str(parallel.sizes), "devices": devices}
             directory.create(tables, versions | dict(about_start or {}), iteration=iteration)
-            told.file = Guarded("metrics.jsonl", MetricsFile(directory.metrics_file))
-            opened.callback(told.file.attempt, "close", told.file.target.close)
-            told.file.target.start(iteration)
+            run_log.file = Guarded("metrics.jsonl", MetricsFile(directory.metrics_file))
+            opened.callback(run_log.file.attempt, "close", run_log.file.target.close)
+            run_log.file.target.start(iteration)
         about = LoggedRun(
             project=run.logging.project,
             name=run.logging.name or (run.output.directory or run.output.checkpoint).name,
@@ -109,58 +106,59 @@ def opened_log(
             try:
                 logger.open()
             except Exception as error:  # whatever its library raises
-                said = f"the logger {name} could not start: {_described(error)}"
+                problem = f"the logger {name} could not start: {_described(error)}"
                 if iteration == 0:
-                    raise ConfigError(f"{said}; take it out of logging.loggers to train without it") from error
-                log.warning("Note: %s. Training goes on without it.", said)
+                    raise ConfigError(f"{problem}; take it out of logging.loggers to train without it") from error
+                log.warning("Note: %s. Training continues without it.", problem)
                 continue
-            told.loggers.append(logger)
-        yield told
+            run_log.loggers.append(logger)
+        yield run_log
 
 
 class Guarded(Generic[Target]):
-    """Somebody who is told of a run, and whose failures are warnings.
+    """A receiver of reports whose failures are warnings.
 
     Attributes:
-        name: for the warning.
-        target: who it is.
+        name: The name in the warning.
+        target: The receiver.
     """
 
     def __init__(self, name: str, target: Target) -> None:
         self.name = name
         self.target = target
         self._has_warned = False
-        self._left_alone_until = -math.inf
+        self._next_attempt = -math.inf
 
-    def attempt(self, what: str, tell: Callable[[], None]) -> None:
-        """Call ``tell``. After a failure, which is a warning once, no more is told for a minute.
+    def attempt(self, what: str, report: Callable[[], None]) -> None:
+        """Call ``report``. After a failure, which is a warning once, calls are left out for a minute.
 
         Args:
-            what: is told, ``"iteration 7"`` for example; ``"close"`` is told all the same.
+            what: What is reported, ``"iteration 7"`` for example; ``"close"`` is never left out.
+            report: The call.
         """
-        if what != "close" and time.monotonic() < self._left_alone_until:
+        if what != "close" and time.monotonic() < self._next_attempt:
             return
         try:
-            tell()
+            report()
         except Exception as error:  # whatever its library raises; training is worth more than its log
-            self._left_alone_until = time.monotonic() + _PAUSE
+            self._next_attempt = time.monotonic() + _RETRY_INTERVAL
             if not self._has_warned:
                 log.warning(
-                    "Note: %s failed at %s: %s. Training goes on; it is tried again once a minute, and not told of "
-                    "again.",
+                    "Note: %s failed at %s: %s. Training continues; it is tried again once a minute, without "
+                    "further warnings.",
                     self.name, what, _described(error),
                 )  # fmt: skip
             self._has_warned = True
 
 
 class LoggerThread(threading.Thread):
-    """A logger that is opened, told and closed in a thread of its own, so that one that hangs holds up nobody.
+    """A logger that is opened, called and closed in a thread of its own, so that it cannot block the training.
 
-    All of it in one thread, since libraries may know a run by the thread that it was begun in, as trackio does; and in
-    a daemon, so that the process can end.
+    All calls come from one thread, since libraries may identify a run by the thread that began it, as trackio does. It
+    is a daemon, so that the process can end while a logger hangs; the threads of concurrent.futures are waited for.
 
     Attributes:
-        waiting: what it is still to be told, values and their iteration; ``None`` is the end.
+        waiting: The queued entries, values and their iteration; ``None`` is the end.
     """
 
     def __init__(self, name: str, about: LoggedRun) -> None:
@@ -171,20 +169,20 @@ class LoggerThread(threading.Thread):
         self._has_warned = False
 
     def open(self) -> None:
-        """Start the logger, and wait for it. What its library raises is not caught."""
+        """Start the logger and wait until it is open. Exceptions of its library are not caught."""
         self.start()
         self._opened.result()
 
     def log(self, values: Mapping[str, float], *, iteration: int) -> None:
-        """Let the logger be told when it has time; not at all where it is far behind."""
-        if self.waiting.qsize() < _MOST_WAITING:
+        """Queue an entry for the logger; drop it if the logger is far behind."""
+        if self.waiting.qsize() < _MAX_QUEUED:
             self.waiting.put((values, iteration))
         elif not self._has_warned:
             self._has_warned = True
             log.warning(
-                "Note: %s is %d entries behind at iteration %d. Training goes on; what it has no room for is lost, and "
-                "not told of again.",
-                self.name, _MOST_WAITING, iteration,
+                "Note: %s is %d entries behind at iteration %d. Training continues; further entries are lost, without "
+                "another warning.",
+                self.name, _MAX_QUEUED, iteration,
             )  # fmt: skip
 
     def run(self) -> None:
@@ -201,27 +199,27 @@ class LoggerThread(threading.Thread):
         logger.attempt("close", logger.target.close)
 
 
-def _close(loggers: Iterable[LoggerThread], *, patience: float) -> None:
-    """Let the loggers finish, for so many seconds."""
+def _close(loggers: Iterable[LoggerThread], *, timeout: float) -> None:
+    """Wait up to ``timeout`` seconds for the loggers to finish."""
     for logger in loggers:
         logger.waiting.put(None)
-    ends = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     for logger in loggers:
-        logger.join(max(0.0, ends - time.monotonic()))
+        logger.join(max(0.0, deadline - time.monotonic()))
         if logger.is_alive():
             log.warning(
-                "Note: %s has not finished within %g seconds after the run, and is not waited for any longer: what it "
-                "was not told yet, or has not passed on, is lost.",
-                logger.name, patience,
+                "Note: %s has not finished within %g seconds after the run, and is not waited for any longer: entries "
+                "that it has not received or passed on are lost.",
+                logger.name, timeout,
             )  # fmt: skip
 
 
 class RunLog:
-    """What is told of a run, and whom.
+    """The receivers of the reports of a run.
 
     Attributes:
-        file: the metrics of the run's directory, if it has one; of every step.
-        loggers: are told of every ``log_interval``-th step; see :meth:`Step.is_logged`.
+        file: The metrics file of the run directory, for every step; ``None`` without one.
+        loggers: The loggers, for every ``log_interval``-th step; see :meth:`Step.is_logged`.
     """
 
     def __init__(self, *, log_interval: int = 1) -> None:
@@ -230,29 +228,31 @@ class RunLog:
         self._log_interval = log_interval
 
     def step(self, step: Step) -> None:
-        """Tell of a step."""
+        """Report a step."""
+        if self.file is None and not self.loggers:
+            return
         values = values_of(step)
         what = f"iteration {step.iteration}"
         if self.file is not None:
             self.file.attempt(what, partial(self.file.target.step, step.iteration, values))
         if step.is_logged(self._log_interval):
-            self._tell_loggers({f"train/{name}": value for name, value in values.items()}, step.iteration)
+            self._log_values({f"train/{name}": value for name, value in values.items()}, step.iteration)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Tell of an evaluation."""
+        """Report an evaluation."""
         iteration, split, values = evaluation.iteration, evaluation.split, evaluation.values
         if self.file is not None:
-            tell = partial(self.file.target.evaluation, iteration, split, values)
-            self.file.attempt(f"iteration {iteration}", tell)
-        self._tell_loggers({f"{split}/{name}": value for name, value in values.items()}, iteration)
+            report = partial(self.file.target.evaluation, iteration, split, values)
+            self.file.attempt(f"iteration {iteration}", report)
+        self._log_values({f"{split}/{name}": value for name, value in values.items()}, iteration)
 
-    def _tell_loggers(self, values: Mapping[str, float], iteration: int) -> None:
+    def _log_values(self, values: Mapping[str, float], iteration: int) -> None:
         for logger in self.loggers:
             logger.log(values, iteration=iteration)
 
 
 def values_of(step: Step) -> dict[str, float]:
-    """What is known of a step, by the names that ``metrics.jsonl`` and the loggers have for it."""
+    """Return the values of a step, by their names in ``metrics.jsonl`` and the loggers."""
     values = {
         "loss": step.loss,
         "lr": step.lr,
@@ -272,7 +272,7 @@ def values_of(step: Step) -> dict[str, float]:
 
 
 def _described(error: Exception) -> str:
-    """The first line of an error, without what the environment keeps secret."""
+    """Return the first line of an error, with the secrets of the environment replaced by their names."""
     first_line = next(iter(str(error).splitlines()), "")
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= 8:

@@ -1,4 +1,4 @@
-"""What runs, and on what: the versions, devices and revisions that a run's directory keeps."""
+"""The environment of a run: the versions, devices and revisions that its directory keeps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megacore.plugins import default_registry
 
 
 def devices_of_all(parallel: ParallelContext) -> dict[str, int]:
-    """How many processes compute on which device. For all ranks."""
+    """Count the processes on each kind of device. For all ranks."""
     names = [_device_name(parallel.device)] * parallel.sizes.world
     if parallel.mesh is not None:
         dist.all_gather_object(names, _device_name(parallel.device))
@@ -27,9 +27,9 @@ def devices_of_all(parallel: ParallelContext) -> dict[str, int]:
 
 
 def describe_versions() -> dict[str, Any]:
-    """What runs here, as JSON.
+    """Describe the software of this process, as JSON.
 
-    Nothing is taken from the environment, and of a git repository nothing but the revision, since the address of a
+    Environment variables are left out, and a git repository is described by its revision alone, since the address of a
     remote may hold a password.
     """
     package = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def describe_versions() -> dict[str, Any]:
         "platform": platform.platform(),
         "plugins": {record.distribution: record.version for record in default_registry().plugins if record.hooks},
         "git": {
-            # Installed within somebody's repository it is no part of that.
+            # An installation inside another repository is no part of it.
             "megacore": _revision(package) if _git(package, "ls-files", "--error-unmatch", "__init__.py") else None,
             "working directory": _revision(Path.cwd()),
         },
@@ -57,7 +57,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """What Linux calls the processor."""
+    """Return the name that Linux has for the processor."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -65,15 +65,15 @@ def _processor() -> str:
 
 
 def _revision(directory: Path) -> str | None:
-    """The commit that ``directory`` is a part of, with ``-dirty`` where files were changed; ``None`` outside of git."""
+    """Return the commit of ``directory``, with ``-dirty`` if files were changed; ``None`` outside of git."""
     return _git(directory, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    """What git says of ``directory``; empty where it is not there, or the answer is no."""
+    """Return the output of git in ``directory``; empty if git is missing or fails."""
     command = ["git", "-C", str(directory), *arguments]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout.strip() if told.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the directory of the run."""
+"""TensorBoard: event files in the run directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TensorboardLogger:
 
     def __init__(self, run: LoggedRun) -> None:
         assert run.directory is not None, "checked before the run"
-        # Of what an earlier start wrote, TensorBoard drops what is at this iteration and later.
+        # TensorBoard drops what an earlier start wrote at this iteration and later.
         self._writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.iteration + 1)
 
     def log(self, values: Mapping[str, float], *, iteration: int) -> None:

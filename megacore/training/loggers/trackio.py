@@ -12,7 +12,7 @@ from megacore.training.loggers import LoggedRun
 
 
 class TrackioLogger:
-    """A run of trackio; ``trackio show`` opens the dashboard. One that starts again goes on under its name."""
+    """A run of trackio; ``trackio show`` opens the dashboard. A resumed run continues under its name."""
 
     def __init__(self, run: LoggedRun) -> None:
         with redirect_stdout(sys.stderr):  # it prints how to open the dashboard

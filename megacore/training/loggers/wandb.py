@@ -8,14 +8,14 @@ from pathlib import Path
 
 import wandb
 
-from megacore.runs.directory import write_whole
+from megacore.atomic_output import write_file
 from megacore.training.loggers import LoggedRun
 
 
 class WandbLogger:
-    """A run of wandb, which goes on where the run's directory says that it was begun.
+    """A run of wandb. A resumed run continues the one whose identifier is in the run directory.
 
-    ``WANDB_ENTITY``, ``WANDB_MODE`` and all other variables of wandb hold as ever.
+    ``WANDB_ENTITY``, ``WANDB_MODE`` and all other variables of wandb apply.
     """
 
     def __init__(self, run: LoggedRun) -> None:
@@ -26,10 +26,10 @@ class WandbLogger:
             resume=None if run.directory is None else "allow",
             dir=run.directory,
             config={section: dict(table) for section, table in run.settings.items()},
-            # The console is ours, the code is not part of a run, and an address of a repository may hold a password.
+            # megacore has its own console, code is not part of a run, and a repository's address may hold a password.
             settings=wandb.Settings(console="off", disable_code=True, disable_git=True),
         )
-        # wandb's own step never falls, and a run that starts again from a checkpoint does.
+        # wandb's own step must not fall, and the iteration of a run that resumes from a checkpoint does.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
@@ -41,8 +41,8 @@ class WandbLogger:
 
 
 def _id_of(directory: Path) -> str:
-    """The name that wandb knows the run by, the same whenever it starts again."""
+    """Return the identifier of the run in wandb, the same whenever the run resumes."""
     file = directory / "wandb-id.txt"
     if not file.is_file():
-        write_whole(file, secrets.token_hex(4) + "\n")
+        write_file(file, secrets.token_hex(4) + "\n")
     return file.read_text(encoding="utf-8").strip()

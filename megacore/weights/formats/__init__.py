@@ -1,4 +1,8 @@
-"""The published formats that megacore reads and writes, by name."""
+"""The published formats that megacore reads and writes, by name.
+
+A format knows the files of a directory, not the model in them: start with ``published``, the interface that each
+implements.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ from megacore.weights.formats.published import CheckpointFormat, Publication, Pu
 FORMATS: dict[str, CheckpointFormat] = {
     format.name: format for format in (HuggingFaceFormat(), MetaFormat(), MegatronLlmFormat())
 }
-"""What a plugin may list in ``ModelFamily.sources``."""
+"""The formats by name; a plugin lists some of the names in ``ModelFamily.sources``."""
 
 
 def format_for(family: ModelFamily, name: str) -> CheckpointFormat:
-    """The format called ``name``. Raises :class:`UnsupportedSourceError` when ``family`` does not have it."""
+    """Return the format called ``name``. Raises :class:`UnsupportedSourceError` if ``family`` does not have it."""
     if name not in family.sources or name not in FORMATS:
         raise UnsupportedSourceError(
             f"{family.name} is read and written in the formats {', '.join(family.sources)}, not {name!r}"
@@ -27,17 +31,17 @@ def format_for(family: ModelFamily, name: str) -> CheckpointFormat:
 
 
 def recognise(directory: Path) -> str:
-    """The name of the format that the checkpoint in ``directory`` is in.
+    """Return the name of the format of the checkpoint in ``directory``.
 
     Raises:
-        CheckpointError: when there is no checkpoint, or in no format that is known.
+        CheckpointError: if there is no checkpoint, or none in a known format.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory with a checkpoint in it")
     for name, format in FORMATS.items():
         if format.recognises(directory):
             return name
-    raise CheckpointError(f"{directory} holds no checkpoint in a format that is known ({', '.join(FORMATS)})")
+    raise CheckpointError(f"{directory} holds no checkpoint in a known format ({', '.join(FORMATS)})")
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megacore.checkpoint.json_file import read_json_object
+from megacore.checkpoint.input_files import read_json_object
 from megacore.checkpoint.matrix import LazyMatrix
 from megacore.checkpoint.safetensors_file import SafetensorsFile, split_by_size, write_safetensors
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
@@ -25,13 +25,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _INDEXED_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-"""No pickle, no code, and no pattern, as which the hub's library takes a name."""
+"""A safetensors file in the same directory. A pattern is excluded too, as the hub's library expands it."""
 
-_NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of config.json that do not outlive the files they describe; ``auto_map`` would have code fetched and run."""
+_DROPPED_KEYS = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of config.json that are not kept: they describe the original files, and ``auto_map`` makes readers run code."""
 
 _LOADED_TOKENIZERS = frozenset(("tokenizer.json", "tokenizer_config.json"))
-"""The files that tell transformers which tokenizer there is."""
+"""The files by which transformers identifies the tokenizer."""
 
 
 class HuggingFaceCheckpoint(PublishedCheckpoint):
@@ -75,7 +75,7 @@ class HuggingFaceCheckpoint(PublishedCheckpoint):
         return self._file_of[name].matrix(name, rows, columns[0] if columns else 1)
 
     def origin(self) -> dict[str, Any]:
-        origin: dict[str, Any] = {"source": "hf", "config": _lasting(self.config)}
+        origin: dict[str, Any] = {"source": "hf", "config": _kept_keys(self.config)}
         if (self.directory / GENERATION_FILE).is_file():
             origin["generation_config"] = _read_json(self.directory, GENERATION_FILE)
         return origin
@@ -91,10 +91,10 @@ class HuggingFaceCheckpoint(PublishedCheckpoint):
 
 
 def indexed_file_names(directory: Path) -> list[str] | None:
-    """The weight files that the index in ``directory`` names; ``None`` if there is no index, as of a single file.
+    """Return the weight files that the index in ``directory`` names; ``None`` if there is no index.
 
     Raises:
-        CorruptCheckpointError: when the index is damaged or names anything but safetensors files of its own directory.
+        CorruptCheckpointError: if the index is damaged or names anything but safetensors files of its own directory.
     """
     if not (directory / INDEX_FILE).is_file():
         return None
@@ -117,7 +117,7 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 class HuggingFaceFormat(CheckpointFormat):
-    """``config.json``, one safetensors file or several with an index, the tokenizer's files."""
+    """A directory with ``config.json``, one safetensors file or several with an index, and the tokenizer's files."""
 
     name = "hf"
 
@@ -131,7 +131,7 @@ class HuggingFaceFormat(CheckpointFormat):
         publication.refuse_cuts(self.name)
         self._write_weights(directory, publication, advance)
         dtype = str(publication.dtype).removeprefix("torch.")
-        kept = _lasting(publication.origin.get("config", {}))
+        kept = _kept_keys(publication.origin.get("config", {}))
         _write_json(directory / CONFIG_FILE, {**kept, **publication.config, "torch_dtype": dtype})
         if generation := publication.origin.get("generation_config"):
             _write_json(directory / GENERATION_FILE, generation)
@@ -158,8 +158,8 @@ class HuggingFaceFormat(CheckpointFormat):
         _write_json(directory / INDEX_FILE, index)
 
 
-def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _NOT_KEPT}
+def _kept_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _DROPPED_KEYS}
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Meta's own format: ``params.json``, one ``consolidated.NN.pth`` a model-parallel rank, ``tokenizer.model``.
 
-Every file holds a dictionary of the same names. Which part of a tensor a rank has follows from the layers of fairscale
-that Meta's loaders are built from, and no file says it:
+Every file holds a dictionary of the same names. No file records how a tensor is cut over the ranks; it follows from the
+fairscale layers of Meta's loaders:
 
 =============================  ==================================  ========================================
 tensors                        layer                               cut
@@ -11,11 +11,11 @@ wo, w2                         ``RowParallelLinear``               on their colu
 tok_embeddings                 ``ParallelEmbedding``, and in       on its columns, and in later generations
                                later ones                          on its rows (the vocabulary)
                                ``VocabParallelEmbedding``
-norms                          ``RMSNorm``                         not
+norms                          ``RMSNorm``                         none
 =============================  ==================================  ========================================
 
-Reading goes by the shapes alone, which tell every one of these apart. Writing goes by this table, with the embedding
-cut on its columns: the loaders of the first two generations, which is what the format is written for, expect that.
+Reading infers the cut from the shapes, which distinguish all of these. Writing follows this table and cuts the
+embedding on its columns, as the loaders of the first two generations expect.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.checkpoint.json_file import read_json_object
-from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, block_of
+from megacore.checkpoint.input_files import read_json_object
+from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, as_matrix, block_of
 from megacore.checkpoint.safetensors_file import OutputTensor
-from megacore.checkpoint.torch_file import MappedMatrix, check_dtypes, read_torch_file, write_torch_file
+from megacore.checkpoint.torch_file import check_dtypes, read_torch_file, write_torch_file
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, LayoutError
 from megacore.hookspecs import ModelFamily
 from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint, Shape
-from megacore.weights.meta_config import merged_params
+from megacore.weights.standard_decoder.meta import merged_params
 
 PARAMS_FILE = "params.json"
 TOKENIZER_FILE = "tokenizer.model"
 HEAD = "output.weight"
 
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
-_MOST_SHARDS = 10_000
+_MAX_SHARDS = 10_000
 _CUT_ON_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
 _CUT_ON_COLUMNS = ("wo", "w2", "tok_embeddings")
 
 
 class MetaCheckpoint(PublishedCheckpoint):
-    """A directory in Meta's format, opened for reading: its files are mapped, and read where they are looked at."""
+    """A directory in Meta's format, opened for reading; its files are memory-mapped."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -68,7 +68,7 @@ class MetaCheckpoint(PublishedCheckpoint):
         self.config = {**self._params, "vocab_size": self._vocab_size()}
 
     def check_family(self, family: ModelFamily) -> None:
-        """The format names no family: its configuration is all that there is to go by."""
+        """Accept any family, as the format names none; only the configuration can be checked."""
 
     def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
         self._check_number_of_shards(expected)
@@ -87,7 +87,7 @@ class MetaCheckpoint(PublishedCheckpoint):
     def matrix(self, name: str, shape: Shape) -> LazyMatrix:
         tensors = [shard[name] for shard in self._shards]
         cut = _cut_by_shape([tuple(tensor.shape) for tensor in tensors], shape)
-        parts = [MappedMatrix(tensor) for tensor in tensors]
+        parts = [as_matrix(tensor) for tensor in tensors]
         if cut == 0:
             return ConcatenatedRows(parts)
         if cut == 1:
@@ -103,7 +103,7 @@ class MetaCheckpoint(PublishedCheckpoint):
         return {"source": MetaFormat.name, "config": self._params}
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """The tokenizer's files; Meta's downloads have one ``tokenizer.model`` beside the directories of all sizes."""
+        """Return the tokenizer's files; Meta's downloads have one ``tokenizer.model`` beside the directories."""
         beside = self._tokenizer_beside()
         return super().tokenizer_files() or ({TOKENIZER_FILE: beside} if beside.is_file() else {})
 
@@ -122,19 +122,19 @@ class MetaCheckpoint(PublishedCheckpoint):
         return read_json_object(self.config_file)
 
     def _vocab_size(self) -> int:
-        """What ``params.json`` says or, where it leaves that to the tokenizer (-1), the rows of the head."""
-        said = self._params.get("vocab_size")
-        if said not in (None, -1):
-            return said
+        """Return ``vocab_size`` of ``params.json`` or, if that is absent or -1, the number of rows of the head."""
+        vocab_size = self._params.get("vocab_size")
+        if vocab_size not in (None, -1):
+            return vocab_size
         if HEAD not in self._shards[0]:
             raise CheckpointError(
                 f"{self.config_file} does not say the size of the vocabulary, and {self._paths[0].name} has no {HEAD} "
-                "to tell it from"
+                "with that many rows"
             )
         return sum(len(shard[HEAD]) if shard[HEAD].dim() else 0 for shard in self._shards)
 
     def _whole_shape(self, name: str, expected: Shape | None) -> Shape:
-        """The shape of tensor ``name`` merged as ``expected`` asks for or, failing that, as is most likely."""
+        """Return the shape of tensor ``name`` merged to ``expected`` or, if that is impossible, merged as is usual."""
         shapes = [tuple(shard[name].shape) for shard in self._shards]
         if expected is not None and _cut_by_shape(shapes, expected) is not _NO_CUT:
             return expected
@@ -144,7 +144,7 @@ class MetaCheckpoint(PublishedCheckpoint):
         return shapes[0]
 
     def _check_number_of_shards(self, expected: Mapping[str, Shape]) -> None:
-        """Say that files are missing where that is what the shapes of the layers' matrices mean."""
+        """Raise an error if the shapes of the layers' matrices show that files are missing."""
         ratios = {
             _numel(shape) / max(1, self._shards[0][name].numel())
             for name, shape in expected.items()
@@ -158,7 +158,7 @@ class MetaCheckpoint(PublishedCheckpoint):
         )
         if ranks.is_integer() and ranks > 1 and ranks != found and vectors_fit:
             names = (_shard_name(rank) for rank in range(int(ranks)))
-            missing = _some(name for name in names if not (self.directory / name).is_file())
+            missing = _first_few(name for name in names if not (self.directory / name).is_file())
             hint = f": {missing} missing" if missing else ""
             raise CheckpointError(
                 f"the tensors in {self.directory} are cut over {int(ranks)} ranks, and there are {found} files{hint}"
@@ -166,7 +166,7 @@ class MetaCheckpoint(PublishedCheckpoint):
 
 
 class MetaFormat(CheckpointFormat):
-    """``params.json``, ``consolidated.NN.pth`` cut over any number of ranks, the tokenizer's files."""
+    """A directory with ``params.json``, ``consolidated.NN.pth`` of any number of ranks, and the tokenizer's files."""
 
     name = "meta"
 
@@ -194,50 +194,50 @@ def _shard_name(rank: int) -> str:
 
 
 def _shard_paths(directory: Path) -> list[Path]:
-    """The files of all ranks, in order.
+    """Return the files of all ranks, in order.
 
     Raises:
-        CheckpointError: when the numbering has a gap or gives a rank two files.
+        CheckpointError: if the numbering has a gap or gives a rank two files.
     """
     found: dict[int, Path] = {}
     for path in sorted(directory.iterdir()):
         if (match := _SHARD.fullmatch(path.name)) is None:
             continue
-        if (rank := int(match[1])) >= _MOST_SHARDS:
-            raise CheckpointError(f"{path} has a number that no rank has: at most {_MOST_SHARDS} files are read")
+        if (rank := int(match[1])) >= _MAX_SHARDS:
+            raise CheckpointError(f"{path} has too large a number: at most {_MAX_SHARDS} files are read")
         if rank in found:
             raise CheckpointError(f"{directory} has two files of rank {rank}, {found[rank].name} and {path.name}")
         found[rank] = path
     if not found:
         raise CheckpointError(f"{directory} has {PARAMS_FILE}, but no {_shard_name(0)}: where are the weights?")
-    if missing := _some(_shard_name(rank) for rank in range(max(found)) if rank not in found):
+    if missing := _first_few(_shard_name(rank) for rank in range(max(found)) if rank not in found):
         raise CheckpointError(f"{directory} has {found[max(found)].name}, but {missing} missing")
     return [found[rank] for rank in sorted(found)]
 
 
-def _some(names: Iterable[str]) -> str:
-    """At most eight of ``names``, to be read by a person."""
+def _first_few(names: Iterable[str]) -> str:
+    """Return at most eight of ``names`` as text."""
     names = iter(names)
-    some = ", ".join(islice(names, 8))
-    return f"{some} and more" if next(names, None) is not None else some
+    few = ", ".join(islice(names, 8))
+    return f"{few} and more" if next(names, None) is not None else few
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     shard = read_torch_file(path)
     if not isinstance(shard, dict) or not all(isinstance(tensor, Tensor) for tensor in shard.values()):
-        raise CorruptCheckpointError(f"{path} is not of Meta's format: it holds something else than tensors by name")
+        raise CorruptCheckpointError(f"{path} is not in Meta's format: it holds something else than tensors by name")
     return shard
 
 
-# How tensors are cut
+# Cuts
 
 _NO_CUT = -1
 
 
 def _cut_by_shape(shapes: Sequence[Shape], whole: Shape) -> int | None:
-    """The dimension that parts of ``shapes`` are joined along to make ``whole``.
+    """Return the dimension along which parts of ``shapes`` are concatenated to shape ``whole``.
 
-    ``None`` when each of them is the whole, ``_NO_CUT`` when nothing makes them so.
+    It is ``None`` if each part is the whole, and ``_NO_CUT`` if no dimension fits.
     """
     if all(shape == whole for shape in shapes):
         return None
@@ -245,7 +245,7 @@ def _cut_by_shape(shapes: Sequence[Shape], whole: Shape) -> int | None:
 
 
 def _merged(shapes: Sequence[Shape], dim: int) -> Shape | None:
-    """The shape of parts joined along ``dim``; ``None`` when they do not fit beside one another."""
+    """Return the shape of parts concatenated along ``dim``; ``None`` if they cannot be concatenated."""
     if any(len(shape) <= dim for shape in shapes):
         return None
     first, *others = ((*shape[:dim], *shape[dim + 1 :]) for shape in shapes)
@@ -255,34 +255,34 @@ def _merged(shapes: Sequence[Shape], dim: int) -> Shape | None:
 
 
 def _usual_cut(name: str) -> int | None:
-    """The dimension that the table above has for tensor ``name``; ``None`` for one that is not cut."""
+    """Return the dimension that tensor ``name`` is cut along in the table above; ``None`` if it is not cut."""
     module = name.removesuffix(".weight").rpartition(".")[2]
     return 0 if module in _CUT_ON_ROWS else 1 if module in _CUT_ON_COLUMNS else None
 
 
 def _part(tensor: OutputTensor, tp: int, rank: int) -> OutputTensor:
-    """What rank ``rank`` of ``tp`` has of ``tensor``."""
+    """Return the part of ``tensor`` that rank ``rank`` of ``tp`` holds."""
     cut = _usual_cut(tensor.name)
     if cut is None or tp == 1:
         return tensor
     size = tensor.shape[cut] // tp
-    mine, all_rows = slice(rank * size, (rank + 1) * size), slice(0, tensor.matrix.rows)
-    rows, columns = (mine, slice(0, tensor.matrix.columns)) if cut == 0 else (all_rows, mine)
+    part, all_rows = slice(rank * size, (rank + 1) * size), slice(0, tensor.matrix.rows)
+    rows, columns = (part, slice(0, tensor.matrix.columns)) if cut == 0 else (all_rows, part)
     shape = (*tensor.shape[:cut], size, *tensor.shape[cut + 1 :])
     return OutputTensor(tensor.name, shape, tensor.dtype, block_of(tensor.matrix, rows, columns))
 
 
 def _check_cut(publication: Publication) -> None:
-    """Refuse a number of ranks that does not divide what each rank has an equal part of.
+    """Refuse a number of ranks that does not divide every dimension that is cut.
 
     Raises:
-        LayoutError: names the numbers that work.
+        LayoutError: lists the numbers that work.
     """
     sizes = {"n_heads": publication.config["n_heads"], "n_kv_heads": publication.config["n_kv_heads"]}
     for tensor in publication.tensors:
         if (cut := _usual_cut(tensor.name)) is not None:
             sizes[f"{'rows' if cut == 0 else 'columns'} of {tensor.name}"] = tensor.shape[cut]
-    uneven = [what for what, size in sizes.items() if size % publication.tp]
+    uneven = [name for name, size in sizes.items() if size % publication.tp]
     if uneven:
         working = [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
         raise LayoutError(

@@ -1,6 +1,6 @@
-"""The first Falcon files on the hub, which came with code of their own: their configuration in today's keys.
+"""The first Falcon files on the hub, which came with code of their own: their former keys under the present names.
 
-Copies of them are still about. transformers reads only today's keys, and would take its defaults for the others.
+Copies of them are still in use. transformers reads only the present keys, and takes its defaults for the others.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ FORMER_KEYS = {
     "n_head": "num_attention_heads",
     "n_head_kv": "num_kv_heads",
 }
-"""What some keys of ``config.json`` were called, to what they are called."""
+"""The former name of a key of ``config.json`` to its present name."""
 
 
 def in_present_keys(published: Mapping[str, Any]) -> dict[str, Any]:
-    """``published``, a parsed ``config.json``, with every former key under its present name."""
+    """Return ``published``, a parsed ``config.json``, with every former key under its present name."""
     present = {name: value for name, value in published.items() if name not in FORMER_KEYS}
     for former, name in FORMER_KEYS.items():
         if former in published:
             present.setdefault(name, published[former])
-    if "n_head_kv" in published:  # the 40B of the time, for which nothing else in its file says so
+    if "n_head_kv" in published:  # the first 40B, whose file has no other sign of it
         present.setdefault("new_decoder_architecture", True)
     return present
 
 
 @contextmanager
 def for_transformers(directory: Path) -> Iterator[Path]:
-    """A directory with the checkpoint in ``directory`` that transformers reads right: that one, or links to its files.
+    """Yield a directory from which transformers reads the checkpoint in ``directory`` correctly.
 
-    The files are only to be read within the block.
+    It is that directory itself, or a temporary one with links to its files.
     """
     published = _read_config(directory)
     if not FORMER_KEYS.keys() & published.keys():
@@ -52,7 +52,7 @@ def for_transformers(directory: Path) -> Iterator[Path]:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """The parsed ``config.json``; empty where there is none to be read, of which transformers has more to say."""
+    """Return the parsed ``config.json``, empty if it cannot be read: transformers then reports a better error."""
     try:
         published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -7,22 +7,22 @@ from typing import Any
 
 from megacore.errors import ConfigError
 from megacore.weights import Copy, Rule, WeightMap
-from megacore.weights.formats.megatron_llm.weight_map import (
-    require,
-    rules_of_every_decoder,
-    sizes_from_args,
-    sizes_to_args,
+from megacore.weights.standard_decoder.megatron_llm import (
+    common_args,
+    common_config_fields,
+    common_rules,
+    require_arg,
 )
 from megacore_falcon.config import FalconConfig
 
 
 def megatron_llm_weight_map(config: FalconConfig) -> WeightMap:
-    """The map of the format megatron-llm. Raises :class:`ConfigError` for a style that it does not have."""
+    """Return the weight map of the format megatron-llm. Raises :class:`ConfigError` for a style it does not have."""
     _check_style(config)
     norms = {"decoder.final_layernorm": "encoder.final_layernorm"}
     norms["decoder.layers.*.input_layernorm"] = "encoder.layers.*.input_layernorm"
     rules: list[Rule] = [
-        *rules_of_every_decoder(config),
+        *common_rules(config),
         Copy("decoder.layers.*.mlp.linear_fc1.weight", "encoder.layers.*.mlp.dense_h_to_4h.weight"),
     ]
     if config.num_layer_norms == 2:
@@ -33,11 +33,11 @@ def megatron_llm_weight_map(config: FalconConfig) -> WeightMap:
 
 
 def config_from_args(args: Mapping[str, Any]) -> FalconConfig:
-    """Read the saved arguments. Raises :class:`ConfigError` for what is not implemented, by name."""
-    require(args, "parallel_attn", True, default=False)
-    require(args, "use_rms_norm", False)
-    require(args, "glu_activation", None)
-    require(args, "tie_embed_logits", True, default=True)
+    """Read the saved arguments. Raises :class:`ConfigError`, naming an argument that is not implemented."""
+    require_arg(args, "parallel_attn", True, default=False)
+    require_arg(args, "use_rms_norm", False)
+    require_arg(args, "glu_activation", None)
+    require_arg(args, "tie_embed_logits", True, default=True)
     two_norms = bool(args.get("parallel_layernorm"))
     config = FalconConfig(
         family="falcon",
@@ -46,17 +46,17 @@ def config_from_args(args: Mapping[str, Any]) -> FalconConfig:
         new_decoder_architecture=two_norms,
         parallel_attention=True,
         num_layer_norms=2 if two_norms else 1,
-        **sizes_from_args(args),
+        **common_config_fields(args),
     )
     _check_style(config)
     return config
 
 
 def config_to_args(config: FalconConfig) -> dict[str, Any]:
-    """The inverse of :func:`config_from_args`."""
+    """Return the saved arguments of ``config``, the inverse of :func:`config_from_args`."""
     _check_style(config)
     return {
-        **sizes_to_args(config),
+        **common_args(config),
         "glu_activation": None,
         "use_rms_norm": False,
         "parallel_attn": True,

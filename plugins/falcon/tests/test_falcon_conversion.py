@@ -14,7 +14,7 @@ from megacore.cli import cli
 from megacore.errors import ConfigError, UnsupportedSourceError, WeightMapError
 from megacore.plugins import get_family
 from megacore.weights import convert, export
-from megacore_falcon.config import config_from_source, config_to_source
+from megacore_falcon import config_from_source, config_to_source
 
 SEVERAL_FILES = "20KB"
 

@@ -15,7 +15,7 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from megacore.model.alibi import alibi_mask, alibi_slopes
 from megacore.plugins import get_family
-from megacore_falcon.config import config_from_source
+from megacore_falcon import config_from_source
 
 FP32 = {"rtol": 1.3e-6, "atol": 1e-5}
 
@@ -210,7 +210,7 @@ def test_a_slope_that_is_off_by_its_last_bit_shows_in_the_logits(publish, conver
 
     slopes = alibi_slopes(7)
     slopes[4] *= 1 + torch.finfo(torch.bfloat16).eps
-    monkeypatch.setattr("megacore.model.attention.alibi_slopes", lambda num_heads: slopes)
+    monkeypatch.setattr("megacore.model.positions.alibi_slopes", lambda num_heads: slopes)
 
     assert (ours(input_ids) - published.model(input_ids).logits).abs().max() > 1e-4
 

@@ -11,7 +11,7 @@ from transformers import FalconConfig, FalconForCausalLM
 
 from megacore.model import model_specs
 from megacore.plugins import get_family
-from megacore_falcon.config import config_from_source, config_to_source
+from megacore_falcon import config_from_source, config_to_source
 
 COMMON = {
     "alibi": False,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megacore import ModelConfig, ModelFamily, hookimpl
-from megacore.errors import UnsupportedSourceError
-from megacore_llama.config import config_from_source, config_to_source
+from megacore.config import FrequencyBandScaling
+from megacore.weights import StandardDecoder
 from megacore_llama.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -19,59 +19,46 @@ if TYPE_CHECKING:
     from megacore.parallel import ParallelContext
     from megacore.weights import WeightMap
 
-SOURCES = ("hf", "meta", "megatron-llm")
+LLAMA = StandardDecoder(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    context_length=2048,
+    rotary_methods={"llama3": FrequencyBandScaling},
+)
 
 
 @hookimpl
 def model_families() -> list[ModelFamily]:
-    return [
-        ModelFamily(
-            name="llama",
-            architectures=("LlamaForCausalLM",),
-            config_from_source=config_from_source,
-            config_to_source=config_to_source,
-            sources=SOURCES,
-            presets=PRESETS,
-        )
-    ]
+    return [LLAMA.model_family(presets=PRESETS)]
 
 
 @hookimpl
 def weight_map(config: ModelConfig, source: str) -> WeightMap:
-    from megacore_llama.weights import WEIGHT_MAPS
-
-    _require_known(source)
-    return WEIGHT_MAPS[source](config)
+    return LLAMA.weight_map(config, source)
 
 
 @hookimpl
 def qkv_permutation(config: ModelConfig, source: str) -> Sequence[int]:
-    from megacore_llama.weights import QKV_ROWS
-
-    _require_known(source)
-    return QKV_ROWS[source](config)
+    return LLAMA.qkv_permutation(config, source)
 
 
 @hookimpl
 def load_reference(config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device) -> ReferenceModel:
     from transformers import LlamaForCausalLM
-    from transformers.utils import logging
 
-    from megacore.verification import MetaReference, TransformersReference
-    from megacore.weights import recognise
+    from megacore.verification import load_standard_reference
 
-    if path is not None and recognise(path) == "meta":
-        return MetaReference.load(
-            path,
-            implementation="llama_models.llama3",
-            extra="megacore-llama[meta]",
-            max_seq_len=config.max_position_embeddings,
-            dtype=dtype,
-            device=device,
-        )
-    logging.disable_progress_bar()
-    published = config_to_source(config, "hf")
-    return TransformersReference.load(LlamaForCausalLM, published, path, dtype=dtype, device=device, attention="eager")
+    return load_standard_reference(
+        LlamaForCausalLM,
+        LLAMA.config_to_source(config, "hf"),
+        path,
+        meta_implementation="llama_models.llama3",
+        meta_extra="megacore-llama[meta]",
+        max_seq_len=config.max_position_embeddings,
+        dtype=dtype,
+        device=device,
+    )
 
 
 @hookimpl
@@ -79,8 +66,3 @@ def build_layer(config: ModelConfig, parallel: ParallelContext) -> nn.Module:
     from megacore_llama.layer import LlamaLayer
 
     return LlamaLayer(config, parallel)
-
-
-def _require_known(source: str) -> None:
-    if source not in SOURCES:
-        raise UnsupportedSourceError(f"megacore-llama reads the formats {', '.join(SOURCES)}, not {source!r}")

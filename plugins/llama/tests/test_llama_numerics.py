@@ -17,7 +17,7 @@ from megacore.errors import ConfigError
 from megacore.model import DecoderModel, inverse_frequencies, load_model
 from megacore.parallel import ParallelContext
 from megacore.weights import convert
-from megacore_llama.config import config_from_source
+from megacore_llama import LLAMA
 
 FP32 = {"rtol": 1.3e-6, "atol": 1e-5}
 
@@ -283,7 +283,7 @@ def rotary_of_transformers(settings: dict[str, Any], sequence_length: int) -> tu
 @pytest.mark.parametrize("sequence_length", [20, 64, 100], ids="sequence of {}".format)
 def test_inverse_frequencies_are_those_of_transformers(shapes, rope, sequence_length):
     settings = shapes["multi-head"] | WIDE | {"rope_parameters": rope}
-    config = config_from_source(LlamaConfig(**settings).to_dict(), "hf")
+    config = LLAMA.config_from_source(LlamaConfig(**settings).to_dict(), "hf")
 
     frequencies, amplitude = inverse_frequencies(config, sequence_length)
 
@@ -317,7 +317,7 @@ def test_rotary_settings_that_are_tested_apart_differ(shapes, one, other):
 
 def test_dynamic_scaling_begins_after_the_length_that_the_model_was_trained_on(shapes):
     settings = shapes["multi-head"] | WIDE | {"rope_parameters": dict(ROTARY["dynamic"])}
-    config = config_from_source(LlamaConfig(**settings).to_dict(), "hf")
+    config = LLAMA.config_from_source(LlamaConfig(**settings).to_dict(), "hf")
     default, _ = rotary_of_transformers(settings | {"rope_parameters": None}, 64)
 
     assert_close(inverse_frequencies(config, 64)[0], default, rtol=1e-6, atol=0)
@@ -329,13 +329,13 @@ def test_both_spellings_of_the_rotary_settings_are_read_alike(shapes, rope):
     old, new = settings | in_old_spelling(rope), settings | {"rope_parameters": rope}
     assert LlamaConfig(**old).rope_parameters == LlamaConfig(**new).rope_parameters
 
-    assert config_from_source(old, "hf") == config_from_source(new, "hf")
+    assert LLAMA.config_from_source(old, "hf") == LLAMA.config_from_source(new, "hf")
 
 
 def test_the_oldest_spelling_of_the_method_is_read(shapes):
     settings = shapes["multi-head"] | {"rope_scaling": {"type": "linear", "factor": 4.0}}
 
-    frequencies, _ = inverse_frequencies(config_from_source(settings, "hf"), 40)
+    frequencies, _ = inverse_frequencies(LLAMA.config_from_source(settings, "hf"), 40)
 
     assert_close(frequencies, rotary_of_transformers(settings, 40)[0], rtol=1e-6, atol=0)
 
@@ -343,7 +343,7 @@ def test_the_oldest_spelling_of_the_method_is_read(shapes):
 def test_a_configuration_without_rotary_settings_has_those_of_transformers(shapes):
     settings = dict(shapes["multi-head"])
 
-    frequencies, _ = inverse_frequencies(config_from_source(settings, "hf"), 40)
+    frequencies, _ = inverse_frequencies(LLAMA.config_from_source(settings, "hf"), 40)
 
     assert_close(frequencies, rotary_of_transformers(settings, 40)[0], rtol=1e-6, atol=0)
 
@@ -353,7 +353,7 @@ def test_the_original_context_beside_the_rotary_settings_counts_more_than_the_on
     settings = shapes["multi-head"] | WIDE | {"rope_parameters": dict(ROTARY["yarn, betas"])}
     settings["original_max_position_embeddings"] = 32
 
-    frequencies, _ = inverse_frequencies(config_from_source(settings, "hf"), 40)
+    frequencies, _ = inverse_frequencies(LLAMA.config_from_source(settings, "hf"), 40)
 
     assert_close(frequencies, rotary_of_transformers(settings, 40)[0], rtol=1e-6, atol=0)
 
@@ -372,7 +372,7 @@ def test_the_original_context_beside_the_rotary_settings_counts_more_than_the_on
 )
 def test_what_is_not_implemented_is_refused_by_name(shapes, change, named):
     with pytest.raises(ConfigError) as caught:
-        config_from_source(shapes["multi-head"] | change, "hf")
+        LLAMA.config_from_source(shapes["multi-head"] | change, "hf")
 
     assert named in str(caught.value)
     assert "not implemented" in str(caught.value)
@@ -381,4 +381,6 @@ def test_what_is_not_implemented_is_refused_by_name(shapes, change, named):
 def test_a_rotary_embedding_of_the_whole_head_may_be_spelled_out(shapes):
     settings = shapes["multi-head"]
 
-    assert config_from_source(settings | {"partial_rotary_factor": 1.0}, "hf") == config_from_source(settings, "hf")
+    assert LLAMA.config_from_source(settings | {"partial_rotary_factor": 1.0}, "hf") == LLAMA.config_from_source(
+        settings, "hf"
+    )

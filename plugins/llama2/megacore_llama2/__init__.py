@@ -1,15 +1,17 @@
-"""The Llama 2 and Code Llama families for megacore: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+"""The Llama 2 and Code Llama families for megacore: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+
+The two are one architecture: Code Llama's rotary base of a million and its vocabulary with tokens for infilling are in
+its configuration files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megacore import ModelConfig, ModelFamily, hookimpl
-from megacore.errors import UnsupportedSourceError
-from megacore_llama2.config import config_from_source, config_to_source
+from megacore.weights import StandardDecoder
 from megacore_llama2.presets import CODELLAMA, CODELLAMA_HUB, LLAMA2, LLAMA2_HUB
 
 if TYPE_CHECKING:
@@ -20,61 +22,46 @@ if TYPE_CHECKING:
     from megacore.parallel import ParallelContext
     from megacore.weights import WeightMap
 
-SOURCES = ("hf", "meta", "megatron-llm")
+DECODERS = {
+    name: StandardDecoder(name=name, architecture="LlamaForCausalLM", model_type="llama", context_length=context_length)
+    for name, context_length in (("llama2", 4096), ("codellama", 16384))
+}
 
 
 @hookimpl
 def model_families() -> list[ModelFamily]:
     return [
-        ModelFamily(
-            name=name,
-            architectures=("LlamaForCausalLM",),
-            config_from_source=partial(config_from_source, family=name),
-            config_to_source=config_to_source,
-            sources=SOURCES,
-            presets=presets,
-            hub=hub,
-        )
-        for name, presets, hub in (("llama2", LLAMA2, LLAMA2_HUB), ("codellama", CODELLAMA, CODELLAMA_HUB))
+        DECODERS["llama2"].model_family(presets=LLAMA2, hub=LLAMA2_HUB),
+        DECODERS["codellama"].model_family(presets=CODELLAMA, hub=CODELLAMA_HUB),
     ]
 
 
 @hookimpl
 def weight_map(config: ModelConfig, source: str) -> WeightMap:
-    from megacore_llama2.weights import WEIGHT_MAPS
-
-    _require_known(source)
-    return WEIGHT_MAPS[source](config)
+    return DECODERS[config.family].weight_map(config, source)
 
 
 @hookimpl
 def qkv_permutation(config: ModelConfig, source: str) -> Sequence[int]:
-    from megacore_llama2.weights import QKV_ROWS
-
-    _require_known(source)
-    return QKV_ROWS[source](config)
+    return DECODERS[config.family].qkv_permutation(config, source)
 
 
 @hookimpl
 def load_reference(config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device) -> ReferenceModel:
     from transformers import LlamaForCausalLM
-    from transformers.utils import logging
 
-    from megacore.verification import MetaReference, TransformersReference
-    from megacore.weights import recognise
+    from megacore.verification import load_standard_reference
 
-    if path is not None and recognise(path) == "meta":
-        return MetaReference.load(
-            path,
-            implementation="llama_models.llama3",
-            extra="megacore-llama2[meta]",
-            max_seq_len=config.max_position_embeddings,
-            dtype=dtype,
-            device=device,
-        )
-    logging.disable_progress_bar()
-    published = config_to_source(config, "hf")
-    return TransformersReference.load(LlamaForCausalLM, published, path, dtype=dtype, device=device, attention="eager")
+    return load_standard_reference(
+        LlamaForCausalLM,
+        DECODERS[config.family].config_to_source(config, "hf"),
+        path,
+        meta_implementation="llama_models.llama3",
+        meta_extra="megacore-llama2[meta]",
+        max_seq_len=config.max_position_embeddings,
+        dtype=dtype,
+        device=device,
+    )
 
 
 @hookimpl
@@ -82,8 +69,3 @@ def build_layer(config: ModelConfig, parallel: ParallelContext) -> nn.Module:
     from megacore_llama2.layer import Llama2Layer
 
     return Llama2Layer(config, parallel)
-
-
-def _require_known(source: str) -> None:
-    if source not in SOURCES:
-        raise UnsupportedSourceError(f"megacore-llama2 reads the formats {', '.join(SOURCES)}, not {source!r}")

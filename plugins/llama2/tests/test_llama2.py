@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -349,7 +350,11 @@ megacore.convert("llama2", sys.argv[1], sys.argv[2])
 megacore.export(sys.argv[2], sys.argv[3], format="hf")
 assert not any(name.split(".")[0] == "megacore_llama" and module for name, module in sys.modules.items())
 """
-    environment = {"MEGACORE_DISABLE_PLUGINS": "megacore-llama,megacore-falcon", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "MEGACORE_DISABLE_PLUGINS": "megacore-llama,megacore-falcon",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
 
     done = subprocess.run(
         [sys.executable, "-c", script, directory, tmp_path / "ckpt", tmp_path / "out"],

@@ -163,7 +163,7 @@ def test_what_is_assumed_and_what_is_left_behind_is_said_and_recorded(published,
     notes = [
         "all 100 rows of the vocabulary are kept, since the checkpoint does not say whether the last are padding; if "
         "they are, give the true number with --true-vocab-size",
-        "the checkpoint does not record its rotary layout and is taken for one with interleaved pairs. If it was "
+        "the checkpoint does not record its rotary layout; interleaved pairs are assumed. If it was "
         "converted at commit 332cf3c of its system or earlier, run `megacore permute-qkv` on it first",
         "only the weights are converted; optimizer, opt_param_scheduler, rng_state are left behind",
     ]
@@ -367,8 +367,8 @@ def test_the_padding_is_said(native, tmp_path):
 
     assert result.exit_code == 0, result.output
     assert result.stderr == (
-        "Note: the vocabulary of 100 is padded to 256 rows, as the format demands at tp 2: "
-        "the new ones repeat the last.\n"
+        "Note: the vocabulary of 100 is padded to 256 rows, as the format requires at tp 2: "
+        "the new rows repeat the last one.\n"
     )
 
 
@@ -480,8 +480,8 @@ def test_an_old_layout_must_be_said(published, tmp_path):
     said = refusal("permute-qkv", "--input-dir", old, "--output-dir", tmp_path / "new", exit_code=2)
 
     assert said == (
-        f"Error: {old} does not record its rotary layout, and nothing else tells. If it was converted at commit "
-        "332cf3c of its system or earlier, say --layout halves; if later, it needs no update\n"
+        f"Error: {old} does not record its rotary layout, and it cannot be detected. If it was converted at commit "
+        "332cf3c of its system or earlier, give --layout halves; if later, it needs no update\n"
     )
     assert not (tmp_path / "new").exists()
 
@@ -709,7 +709,7 @@ def test_another_family_of_the_same_architecture_is_converted_as_asked_with_a_no
 
     convert("llama", meg, tmp_path / "ckpt", report=notes.append)
 
-    assert "the checkpoint says that it is a llama2, and is converted as a llama, as asked" in notes
+    assert "the checkpoint says that it is a llama2, and is converted as a llama, as requested" in notes
 
 
 # Memory

@@ -447,7 +447,7 @@ def test_a_number_that_no_rank_has_is_refused(copied, tmp_path):
 
     refusal = message(CheckpointError, convert, "llama", directory, tmp_path / "ckpt")
 
-    assert refusal == f"{directory / name} has a number that no rank has: at most 10000 files are read"
+    assert refusal == f"{directory / name} has too large a number: at most 10000 files are read"
 
 
 @pytest.mark.parametrize("vocab_size", [102, -1], ids=["said", "left to the tokenizer"])
@@ -555,7 +555,7 @@ def test_a_file_of_something_else_is_refused(copied, tmp_path, content):
     directory = copied("multi-head", 1)
     torch.save(content, directory / "consolidated.00.pth")
 
-    assert "is not of Meta's format" in message(CorruptCheckpointError, convert, "llama", directory, tmp_path / "ckpt")
+    assert "is not in Meta's format" in message(CorruptCheckpointError, convert, "llama", directory, tmp_path / "ckpt")
 
 
 def test_all_tensors_that_do_not_fit_are_listed_at_once(copied, tmp_path):

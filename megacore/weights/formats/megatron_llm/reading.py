@@ -1,4 +1,4 @@
-"""Reading: the ranks' parts joined, under the names that trained files have, padding known or kept."""
+"""Reading: the parts of all ranks merged, under the names of trained files, without padding where that is known."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.checkpoint.matrix import LazyMatrix, RowsOf, equal
-from megacore.checkpoint.torch_file import (
-    MappedMatrix,
-    check_dtypes,
-)
+from megacore.checkpoint.matrix import LazyMatrix, RowsOf, as_matrix, equal_matrices
+from megacore.checkpoint.torch_file import check_dtypes
 from megacore.errors import ConfigError, CorruptCheckpointError
 from megacore.hookspecs import ModelFamily
 from megacore.plugins import default_registry
-from megacore.weights.formats.megatron_llm.sharding import (
+from megacore.weights.formats.megatron_llm.rank_files import (
     EMBEDDING,
     HALVES,
     HEAD,
@@ -31,11 +28,11 @@ from megacore.weights.formats.megatron_llm.sharding import (
     flattened,
     trained_spelling,
 )
-from megacore.weights.formats.megatron_llm.weight_map import half_from_interleaved_rows
 from megacore.weights.formats.published import PublishedCheckpoint, Shape
+from megacore.weights.rules import half_from_interleaved_rows
 
 _KEPT_ARGS = {"make_vocab_size_divisible_by": int, "model_name": str, "seq_length": int, "tokenizer_type": str}
-"""Of what a checkpoint says beside its architecture. Not more: the rest may hold paths, and keys to services."""
+"""The saved arguments beside the architecture that are kept. The others may hold paths, and keys to services."""
 
 
 class MegatronLlmCheckpoint(PublishedCheckpoint):
@@ -51,17 +48,21 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
             raise CorruptCheckpointError(f"{self.config_file} holds no {EMBEDDING}")
         self._stored_rows = sum(len(part) for part in self._parts[EMBEDDING])
         self.config["vocab_size"] = self._true_vocab_size()
-        self._take_tied_head()
+        self._drop_tied_head()
         self._family_note: str | None = None
 
     def check_family(self, family: ModelFamily) -> None:
         registry = default_registry()
-        named = self.config.get("model_name")
-        if named == family.name or named not in registry.list_families():
+        saved_name = self.config.get("model_name")
+        if saved_name == family.name or saved_name not in registry.list_families():
             return
-        if not set(registry.get_family(named).family.architectures) & set(family.architectures):
-            raise ConfigError(f"{self.config_file} says that it is a {named}, not a {family.name}; use --model {named}")
-        self._family_note = f"the checkpoint says that it is a {named}, and is converted as a {family.name}, as asked"
+        if not set(registry.get_family(saved_name).family.architectures) & set(family.architectures):
+            raise ConfigError(
+                f"{self.config_file} says that it is a {saved_name}, not a {family.name}; use --model {saved_name}"
+            )
+        self._family_note = (
+            f"the checkpoint says that it is a {saved_name}, and is converted as a {family.name}, as requested"
+        )
 
     def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
         return {name: self._shape(name) for name in self._parts}
@@ -99,7 +100,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
             notes.append(self._family_note)
         if self._files.rotary_layout is None:
             notes.append(
-                "the checkpoint does not record its rotary layout and is taken for one with interleaved pairs. If it "
+                "the checkpoint does not record its rotary layout; interleaved pairs are assumed. If it "
                 "was converted at commit 332cf3c of its system or earlier, run `megacore permute-qkv` on it first"
             )
         if dropped := [key for key in TRAINING_STATE if key in self._files.documents[0][0]]:
@@ -107,23 +108,23 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         if drifted := self._drifted():
             more = f" and {len(drifted) - 1} more" if len(drifted) > 1 else ""
             notes.append(
-                f"{drifted[0]}{more} should be the same on every tensor parallel rank and are not; rank 0's are taken, "
-                "as the checkpoint's own system does"
+                f"{drifted[0]}{more} should be the same on every tensor parallel rank and are not; rank 0's are used, "
+                "as by the checkpoint's own system"
             )
         if self._files.iteration == "release" and self._saved_defaults():
             notes.append(
                 "layernorm_epsilon and rope_theta are the defaults of the checkpoint's system, whose tool for cutting "
-                "checkpoints writes these whatever the model has: `megacore verify` tells whether they are right"
+                "checkpoints writes the defaults for every model: check them with `megacore verify`"
             )
         return notes
 
     def _saved_defaults(self) -> bool:
-        """Whether all arguments were saved, not only a converter's, and the norm's and the rotary ones are defaults."""
+        """Return whether a training run saved its arguments and those of norm and rotary embedding are defaults."""
         defaults = {"layernorm_epsilon": 1e-5, "rope_theta": 10000.0}
         return "micro_batch_size" in self.config and all(self.config.get(k) in (None, v) for k, v in defaults.items())
 
     def _drifted(self) -> list[str]:
-        """Tensors that every rank has whole, and not the same on each."""
+        """Return the tensors that every rank has whole but that differ between ranks."""
         is_gated = bool(self.config.get("glu_activation"))
         return [
             name
@@ -132,9 +133,9 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         ]
 
     def _named_parts(self) -> dict[str, list[Tensor]]:
-        """The parts of every tensor, one for each tensor-parallel rank."""
+        """Return the parts of every tensor, one for each tensor-parallel rank."""
         stages = [
-            [dict(_spelt(document, path)) for document, path in zip(documents, paths, strict=True)]
+            [dict(_named_tensors(document, path)) for document, path in zip(documents, paths, strict=True)]
             for documents, paths in zip(self._files.documents, self._files.paths, strict=True)
         ]
         num_layers = [
@@ -157,7 +158,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         return parts
 
     def _whole(self, name: str) -> LazyMatrix:
-        parts = [MappedMatrix(part) for part in self._parts[name]]
+        parts = [as_matrix(part) for part in self._parts[name]]
         cut = cut_of(name, is_gated=bool(self.config.get("glu_activation")))
         if len(parts) == 1:
             return parts[0]
@@ -176,12 +177,12 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         whole = self._whole(name)
         return whole.rows, whole.columns
 
-    def _take_tied_head(self) -> None:
-        """The last stage's copy of the embedding must be one; then it is not needed."""
+    def _drop_tied_head(self) -> None:
+        """Check that the last stage's head is a copy of the embedding, and drop it."""
         if TIED_HEAD not in self._parts:
             return
         head, embedding = self._whole(TIED_HEAD), self._whole(EMBEDDING)
-        if (head.rows, head.columns) != (embedding.rows, embedding.columns) or not equal(head, embedding):
+        if (head.rows, head.columns) != (embedding.rows, embedding.columns) or not equal_matrices(head, embedding):
             raise CorruptCheckpointError(
                 f"{self.directory}: the head on the last pipeline stage ({TIED_HEAD}) should be the embedding, and it "
                 "differs from it: the stages are not of the same model, or were saved at different times"
@@ -189,7 +190,7 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         del self._parts[TIED_HEAD]
 
     def _true_vocab_size(self) -> int:
-        """How many rows of the embedding are known to be tokens: all of them, unless the checkpoint says otherwise."""
+        """Return the number of embedding rows that are tokens: all of them, unless the checkpoint says otherwise."""
         recorded = self._files.documents[0][0].get(RECORD, {}).get("true_vocab_size")
         if recorded is not None:
             if not isinstance(recorded, int) or not 1 <= recorded <= self._stored_rows:
@@ -198,8 +199,8 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
                 )
             return recorded
         extra = self.config.get("vocab_extra_ids") or self.config.get("vocab_extra_ids_list")
-        if self.config.get("new_tokens") is False and not extra:  # what --no_new_tokens is saved as
-            return min(self._tokens() or self._stored_rows, self._stored_rows)
+        if self.config.get("new_tokens") is False and not extra:  # the saved form of --no_new_tokens
+            return min(self._num_tokens() or self._stored_rows, self._stored_rows)
         return self._stored_rows
 
     def _vocabulary_notes(self) -> Iterator[str]:
@@ -207,21 +208,21 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         if dropped:
             yield f"the last {dropped} rows of the vocabulary are padding and were dropped"
             return
-        tokens = self._tokens()
+        tokens = self._num_tokens()
         if tokens is None:
             yield (
                 f"all {self._stored_rows} rows of the vocabulary are kept, since the checkpoint does not say whether "
-                "the last are padding; if they are, give the true number with --true-vocab-size"
+                "the last are padding. If they are, give the true number with --true-vocab-size"
             )
         elif tokens < self._stored_rows:
             yield (
                 f"all {self._stored_rows} rows of the vocabulary are kept, although tokenizer.model has {tokens} "
-                "tokens: the others may be new tokens or padding; to drop padding, give the true number with "
+                "tokens: the others may be new tokens or padding. To drop padding, give the true number with "
                 "--true-vocab-size"
             )
 
-    def _tokens(self) -> int | None:
-        """The tokens that ``tokenizer.model`` has, if it is there."""
+    def _num_tokens(self) -> int | None:
+        """Return the number of tokens in ``tokenizer.model``; ``None`` if there is no such file."""
         path = self.directory / "tokenizer.model"
         if not path.is_file():
             return None
@@ -233,18 +234,24 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
             raise CorruptCheckpointError(f"{path} is damaged, or no SentencePiece model") from error
 
 
-def _spelt(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
     tensors = {trained_spelling(name): tensor for name, tensor in flattened(document["model"])}
     check_dtypes(tensors, path)
     yield from tensors.items()
 
 
 def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str, file: Path) -> Tensor:
-    """For ``rows`` rows of tensor ``name``, a QKV projection or some groups of one: which row of halves goes where.
+    """Return the row order that turns rotary halves into interleaved pairs.
+
+    Args:
+        args: The saved arguments of ``file``.
+        rows: Number of rows of the QKV projection, or of some whole groups of it.
+        name: The name of the tensor, for messages.
+        file: The path of the file, for messages.
 
     Raises:
-        ConfigError: when the ``args`` of ``file`` do not say what the heads are.
-        CorruptCheckpointError: when the rows are not whole groups of them.
+        ConfigError: if ``args`` do not describe the heads.
+        CorruptCheckpointError: if the rows are not whole groups.
     """
     queries, head_dim = _heads(args, file)
     groups, rest = divmod(rows, (queries + 2) * head_dim)
@@ -258,17 +265,17 @@ def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str, file:
 
 
 def _heads(args: Mapping[str, Any], file: Path) -> tuple[int, int]:
-    """The query heads of each key-value head, and the rows of a head."""
+    """Return the number of query heads of each key-value head, and the number of rows of a head."""
     heads = _positive(args, "num_attention_heads", file)
     kv_heads = _positive({"num_attention_heads_kv": heads, **_given(args)}, "num_attention_heads_kv", file)
     if heads % kv_heads:
         raise ConfigError(f"{file}: num_attention_heads {heads} is no multiple of num_attention_heads_kv {kv_heads}")
     if args.get("kv_channels") is not None:
-        head_dim, says = _positive(args, "kv_channels", file), "kv_channels"
+        head_dim, setting = _positive(args, "kv_channels", file), "kv_channels"
     else:
-        head_dim, says = _positive(args, "hidden_size", file) // heads, "hidden_size // num_attention_heads"
+        head_dim, setting = _positive(args, "hidden_size", file) // heads, "hidden_size // num_attention_heads"
     if head_dim == 0 or head_dim % 2:
-        raise ConfigError(f"{file}: {says} is {head_dim}, and rotary pairs need an even number")
+        raise ConfigError(f"{file}: {setting} is {head_dim}, and rotary pairs need an even number")
     return heads // kv_heads, head_dim
 
 

@@ -1,4 +1,4 @@
-"""Updating a checkpoint in the format megatron-llm from rotary halves to interleaved pairs, which came later."""
+"""Update of a checkpoint in the format megatron-llm from rotary halves to interleaved pairs, the later layout."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megacore.checkpoint.matrix import RowsOf
+from megacore.atomic_output import require_space, staged_directory
+from megacore.checkpoint.matrix import RowsOf, as_matrix
 from megacore.checkpoint.safetensors_file import OutputTensor
-from megacore.checkpoint.staging import require_space, staged_directory
-from megacore.checkpoint.torch_file import MappedMatrix, output_tensor, write_torch_file
+from megacore.checkpoint.torch_file import output_tensor, write_torch_file
 from megacore.errors import ConfigError, OutputError
-from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
-from megacore.weights.formats.megatron_llm.sharding import (
+from megacore.weights.formats.megatron_llm.rank_files import (
     HALVES,
     INTERLEAVED,
     RECORD,
@@ -25,6 +24,7 @@ from megacore.weights.formats.megatron_llm.sharding import (
     flattened,
     trained_spelling,
 )
+from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
 from megacore.weights.formats.published import TOKENIZER_FILES
 
 
@@ -38,24 +38,24 @@ def permute_qkv(
 ) -> int:
     """Write the checkpoint in directory ``source``, cut in any way, to ``out`` with its rotary pairs interleaved.
 
-    Query and key rows of each head go from halves, pairs ``(i, i + head_dim / 2)``, to pairs ``(2i, 2i + 1)``. The
-    files that are written record that. The state of the training run is left behind, because the optimizer's copies of
+    The rows of each query and key head change from halves, pairs ``(i, i + head_dim / 2)``, to pairs ``(2i, 2i + 1)``,
+    and the new files record the new layout. The state of the training run is omitted, because the optimizer's copies of
     the weights are in the old order too.
 
     Args:
-        source: a checkpoint in the format megatron-llm, made at its system's commit 332cf3c or earlier.
-        out: is created; must not exist.
-        layout: of ``source``: ``"halves"``. Needed unless its files record it, as nothing else tells.
-        report: is told what a person should know of the output, a sentence at a time.
-        advance: is told of every few bytes written.
+        source: A checkpoint in the format megatron-llm, made at its system's commit 332cf3c or earlier.
+        out: The directory to create; it must not exist.
+        layout: The layout of ``source``, ``"halves"``. Required unless its files record it; it cannot be detected.
+        report: Called with each note on the output, one sentence at a time.
+        advance: Called with the number of bytes written, after every few megabytes.
 
     Returns:
-        the number of QKV projections of the whole model.
+        The number of QKV projections of the whole model.
 
     Raises:
-        ConfigError: when the layout is neither given nor recorded, is interleaved already, or contradicts the record;
-            when the saved arguments do not say what the heads are.
-        CheckpointError: when ``source`` is no such checkpoint.
+        ConfigError: if the layout is neither given nor recorded, is interleaved already, or contradicts the record; or
+            if the saved arguments do not describe the heads.
+        CheckpointError: if ``source`` is no such checkpoint.
     """
     source, out = Path(source), Path(out)
     if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
@@ -83,7 +83,7 @@ def permute_qkv(
                 shutil.copyfile(source / name, staging / name)
     if dropped:
         report(
-            f"{', '.join(dropped)} were left behind, being of the old layout: training goes on from the weights "
+            f"{', '.join(dropped)} were omitted, as they have the old layout: resume training from the weights "
             "(--finetune), not from the optimizer's state"
         )
     return num_permuted
@@ -97,8 +97,8 @@ def _require_halves(files: RankFiles, layout: str | None) -> None:
         )
     if layout is None and recorded is None:
         raise ConfigError(
-            f"{files.directory} does not record its rotary layout, and nothing else tells. If it was converted at "
-            f"commit 332cf3c of its system or earlier, say --layout {HALVES}; if later, it needs no update"
+            f"{files.directory} does not record its rotary layout, and it cannot be detected. If it was converted at "
+            f"commit 332cf3c of its system or earlier, give --layout {HALVES}; if later, it needs no update"
         )
     if layout not in (None, HALVES):
         raise ConfigError(f"only the layout {HALVES!r} can be updated, not {layout!r}")
@@ -107,7 +107,7 @@ def _require_halves(files: RankFiles, layout: str | None) -> None:
 def _updated(
     tree: Mapping[str, Any], args: Mapping[str, Any], file: Path, prefix: str = ""
 ) -> tuple[dict[str, Any], int]:
-    """The model of one rank with its tensors to be written anew, and how many QKV projections are in it."""
+    """Return the model of one rank with permuted QKV projections, and their number."""
     updated: dict[str, Any] = {}
     permuted = 0
     for key, value in tree.items():
@@ -117,9 +117,9 @@ def _updated(
             permuted += below
         elif not isinstance(value, Tensor):
             updated[key] = value
-        elif ".query_key_value." in (spelt := trained_spelling(name)):
-            matrix = MappedMatrix(value)
-            order = interleaved_from_halves(args, matrix.rows, spelt, file)
+        elif ".query_key_value." in (trained_name := trained_spelling(name)):
+            matrix = as_matrix(value)
+            order = interleaved_from_halves(args, matrix.rows, trained_name, file)
             updated[key] = OutputTensor(name, tuple(value.shape), value.dtype, RowsOf(matrix, order))
             permuted += 1
         else:

@@ -1,4 +1,4 @@
-"""Recognising, opening and writing the format."""
+"""Writing: the parts of every rank, with a padded vocabulary; and the format itself."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import torch
 
 from megacore.checkpoint.matrix import ConcatenatedRows, RowsOf
 from megacore.checkpoint.safetensors_file import OutputTensor
-from megacore.checkpoint.torch_file import (
-    write_torch_file,
-)
+from megacore.checkpoint.torch_file import write_torch_file
 from megacore.errors import LayoutError
-from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
-from megacore.weights.formats.megatron_llm.sharding import (
+from megacore.weights.formats.megatron_llm.rank_files import (
     EMBEDDING,
     HEAD,
     INTERLEAVED,
@@ -28,14 +25,15 @@ from megacore.weights.formats.megatron_llm.sharding import (
     WEIGHTS,
     cut_of,
 )
+from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
 from megacore.weights.formats.published import CheckpointFormat, Publication
 
 _DIVISIBLE_BY = 128
-"""The vocabulary is padded to a multiple of this times the tensor-parallel size, unless the arguments say other."""
+"""The vocabulary is padded to a multiple of this times the tensor-parallel size, unless the arguments say otherwise."""
 
 
 class MegatronLlmFormat(CheckpointFormat):
-    """A tracker file, a file of ``torch.save`` for each (tensor, pipeline) parallel rank, ``tokenizer.model``."""
+    """A tracker file, one file of ``torch.save`` for each (tensor, pipeline) parallel rank, ``tokenizer.model``."""
 
     name = "megatron-llm"
 
@@ -53,8 +51,8 @@ class MegatronLlmFormat(CheckpointFormat):
         padded = -(-true_vocab_size // multiple) * multiple
         if padded > true_vocab_size:
             publication.report(
-                f"the vocabulary of {true_vocab_size} is padded to {padded} rows, as the format demands at tp "
-                f"{publication.tp}: the new ones repeat the last"
+                f"the vocabulary of {true_vocab_size} is padded to {padded} rows, as the format requires at tp "
+                f"{publication.tp}: the new rows repeat the last one"
             )
         args |= {
             "padded_vocab_size": padded,
@@ -93,10 +91,10 @@ def rank_directory(rank: int, stage: int, pp: int) -> str:
 
 
 def check_divisible(args: Mapping[str, Any], tp: int, pp: int) -> None:
-    """Refuse a cut that the format does not have.
+    """Refuse sizes that the format cannot be cut for.
 
     Raises:
-        LayoutError: names the sizes that work.
+        LayoutError: lists the sizes that work.
     """
     cut = {name: args[name] for name in ("num_attention_heads", "num_attention_heads_kv", "ffn_hidden_size")}
     failing = [f"{name} {size} by tp {tp}" for name, size in cut.items() if size % tp]
@@ -112,7 +110,7 @@ def check_divisible(args: Mapping[str, Any], tp: int, pp: int) -> None:
 
 
 def _with_rows(tensor: OutputTensor, rows: int) -> OutputTensor:
-    """The tensor with its last row repeated up to ``rows``."""
+    """Return the tensor with its last row repeated up to ``rows`` rows."""
     matrix = tensor.matrix
     missing = rows - matrix.rows
     if missing:
@@ -122,7 +120,7 @@ def _with_rows(tensor: OutputTensor, rows: int) -> OutputTensor:
 
 
 def _stage(tensors: Mapping[str, OutputTensor], stage: int, pp: int, layers: int) -> dict[str, OutputTensor]:
-    """The tensors of one pipeline stage, with their names on it: layers are numbered from 0 again."""
+    """Return the tensors of one pipeline stage under their names there: layers are numbered from 0."""
     on_stage = {}
     for name, tensor in tensors.items():
         if match := LAYER.fullmatch(name):
@@ -136,7 +134,7 @@ def _stage(tensors: Mapping[str, OutputTensor], stage: int, pp: int, layers: int
 
 
 def _rank_model(tensors: Mapping[str, OutputTensor], rank: int, tp: int, *, is_gated: bool) -> dict[str, Any]:
-    """One rank's part of ``tensors``, nested as the format has them."""
+    """Return one rank's part of ``tensors``, nested as in the format."""
     language_model: dict[str, Any] = {}
     model: dict[str, Any] = {"language_model": language_model}
     for name, tensor in tensors.items():
