@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.context
+import multiprocessing.forkserver
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ def warm_ranks() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_CONTEXTS, "spawn", warm_processes())
+        multiprocessing.forkserver.ensure_running()  # before a test changes where temporary files go, or blocks signals
         yield
 
 

@@ -1,17 +1,17 @@
-"""How long training stands still for a checkpoint that is written beside it, next to one that is waited for.
+"""The pause of training for an asynchronous checkpoint, compared with a synchronous one.
 
     python benchmarks/checkpoint.py [--rounds N] [--steps N] [--directory DIR]
 
 The model: 4 layers, hidden size 1024, ffn 2816, 16 heads, vocabulary 2048, random weights, float32, in one process;
-with AdamW's state a checkpoint is 0.67 GB. In each round ``--steps`` steps are taken without a checkpoint, then as many
-after one that is waited for, then as many after one that is written beside them, which includes the wait until it is
-whole. The medians over the rounds are told, of
+with AdamW's state a checkpoint is 0.67 GB. Each round takes ``--steps`` steps without a checkpoint, then as many after
+a synchronous one, then as many after an asynchronous one, including the wait until it is complete. The medians over
+the rounds are printed:
 
     pause        the time of the call that saves, in which no step is taken
-    in all       that, and what the steps after it took longer than without a checkpoint
+    total        the pause, and the slowdown of the steps after it
 
-The goal is a pause of at most 20 % of that of a checkpoint that is waited for. What it costs in all depends on how much
-of the machine training leaves to the writing: on a CPU, whose cores compute, hashing and writing slow the steps down.
+The goal is a pause of at most 20 % of that of a synchronous checkpoint. The total depends on the resources that
+training leaves for writing: on a CPU, hashing and writing slow down the steps.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--directory", type=Path, help="where to write; by default the system's temporary directory")
+    parser.add_argument("--directory", type=Path, help="where to write; by default the temporary directory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         directory = Path(name)
@@ -81,9 +81,9 @@ def main() -> None:
         )
         own_batches = batches(run, checkpoint)
         progress = Progress()
-        times: dict[str, list[float]] = {"steps": [], "sync": [], "sync in all": [], "async": [], "async in all": []}
+        times: dict[str, list[float]] = {"steps": [], "sync": [], "sync total": [], "async": [], "async total": []}
         with saved.opened():
-            for number in range(options.rounds + 1):  # the first is to warm up
+            for number in range(options.rounds + 1):  # the first is a warm-up
                 without = seconds_of_steps(engine, own_batches, options.steps)
                 measured = {"steps": without}
                 for kind in ("sync", "async"):
@@ -93,19 +93,19 @@ def main() -> None:
                     measured[kind] = time.perf_counter() - started
                     seconds_of_steps(engine, own_batches, options.steps)
                     saved.wait()
-                    measured[f"{kind} in all"] = time.perf_counter() - started - without
+                    measured[f"{kind} total"] = time.perf_counter() - started - without
                 if number:
                     for key, seconds in measured.items():
                         times[key].append(seconds)
         size = Checkpoint(saved.directory.path / "latest").num_bytes
     median = {key: statistics.median(values) for key, values in times.items()}
     print(f"{size / 1e9:.2f} GB; {options.steps} steps without a checkpoint: {median['steps']:.3f} s")
-    print(f"waited for:     pause {median['sync']:.3f} s, in all {median['sync in all']:.3f} s")
-    print(f"written beside: pause {median['async']:.3f} s, in all {median['async in all']:.3f} s")
-    ratio = statistics.median(one / other for one, other in zip(times["async"], times["sync"], strict=True))
-    in_all = median["async in all"] / median["sync in all"]
+    print(f"synchronous:  pause {median['sync']:.3f} s, total {median['sync total']:.3f} s")
+    print(f"asynchronous: pause {median['async']:.3f} s, total {median['async total']:.3f} s")
+    ratio = statistics.median(own / sync for own, sync in zip(times["async"], times["sync"], strict=True))
+    total_ratio = median["async total"] / median["sync total"]
     verdict = "met" if ratio <= GOAL else "MISSED"
-    print(f"pause {ratio:.1%} of that of one that is waited for (goal {GOAL:.0%}: {verdict}); in all {in_all:.0%}")
+    print(f"pause {ratio:.1%} of a synchronous one (goal {GOAL:.0%}: {verdict}); total {total_ratio:.0%}")
 
 
 if __name__ == "__main__":

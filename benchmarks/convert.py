@@ -1,4 +1,4 @@
-"""How fast conversion is, next to ``cp`` of the same files in the same run, and how much memory it takes.
+"""The speed of conversion, compared with ``cp`` of the same files in the same run, and its memory.
 
     python benchmarks/convert.py [--dir DIR] [--rounds N] [--cold]
 
@@ -7,21 +7,19 @@ directory and removes them again; 5 GB are needed. In each round, in alternating
 
 * ``cp``: the wall time of ``cp`` of the weight files to a new directory. It ends in the page cache;
 * ``cp + sync``: the same, and flushing the copies to the disk;
-* ``convert``: the wall time of ``megacore.convert`` in a process of its own, the start of the process not counted. It
-  hashes what it writes and ends when all is on the disk, which ``cp + sync`` is the fair measure of; the goal is
-  set against ``cp`` alone;
-* ``command``: the wall time of ``python -m megacore convert``, from start to end, importing torch included.
+* ``convert``: the wall time of ``megacore.convert`` in a new process, without the start of the process. It hashes what
+  it writes and flushes it to the disk, so ``cp + sync`` is the fair comparison; the goal is relative to ``cp`` alone;
+* ``command``: the wall time of ``python -m megacore convert``, including the import of torch.
 
-Before each, as much memory as the output takes is touched and freed. A virtual machine may give memory that was free
-for some seconds back to its host and get it again page by page, which would be charged to whatever runs after a pause.
-``--cold`` leaves that out.
+Before each measurement, as much memory as the output needs is touched and freed. A virtual machine may return memory
+that was free for some seconds to its host, and the process that runs after a pause would pay for getting it back.
+``--cold`` omits this.
 
-The memory is the anonymous memory (``RssAnon``) of the process at its highest while ``megacore.convert`` runs, less
-what it was before, with torch and megacore loaded. Mapped files are not anonymous: the system takes them back when it
-likes.
+The memory is the peak of the anonymous memory (``RssAnon``) of the process during ``megacore.convert``, minus its value
+before, with torch and megacore loaded. Mapped files are not anonymous: the system reclaims them when necessary.
 
-For scale, the table ends with the time in which one core hashes as many bytes with SHA-256: no conversion that gives
-every file its digest is faster.
+For scale, the table has the time in which one core hashes as many bytes with SHA-256, a lower bound for any conversion
+that gives every file a digest.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ CONVERT = """if True:
 
 
 def tensor_shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama, by name."""
+    """Return the shapes of the tensors of a Llama model, by name."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     kv_rows = HIDDEN // HEADS * KV_HEADS
     for layer in range(num_layers):
@@ -144,7 +142,7 @@ def flush(directory: Path) -> None:
 
 
 def touch_free_memory(num_bytes: int) -> None:
-    """Make sure that the next ``num_bytes`` of memory that anybody asks for are there."""
+    """Make the next ``num_bytes`` of memory available without page faults in the host."""
     np.ones(num_bytes, dtype=np.uint8)
 
 
@@ -171,14 +169,14 @@ def measure_convert(source: Path, out: Path, prepare: Callable[[], None]) -> dic
 
 
 def anonymous_bytes(pid: int) -> int:
-    """The anonymous memory of a process; 0 once it has ended."""
+    """Return the anonymous memory of a process, 0 once it has ended."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
     return int(found.group(1)) * 1024 if found else 0
 
 
 def sha256_seconds(num_bytes: int) -> float:
-    """How long one core hashes ``num_bytes``."""
+    """Return the time in which one core hashes ``num_bytes``."""
     block = bytes(CHUNK_BYTES)
     digest = hashlib.sha256()
 
@@ -207,7 +205,7 @@ def measure_command(source: Path, out: Path, prepare: Callable[[], None]) -> dic
 
 
 def rounds(directory: Path, num_layers: int, num_rounds: int, *, cold: bool) -> Iterator[dict[str, float]]:
-    """Measure everything ``num_rounds`` times, each time in another order, with nothing waiting to be written."""
+    """Measure everything ``num_rounds`` times, each time in another order, after flushing all dirty pages."""
     source = directory / "published"
     files = write_checkpoint(source, num_layers)
     out = directory / "out"
@@ -234,9 +232,9 @@ def rounds(directory: Path, num_layers: int, num_rounds: int, *, cold: bool) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, help="Where to make the checkpoints.  [default: the temporary directory]")
+    parser.add_argument("--dir", type=Path, help="Where to write the checkpoints.  [default: the temporary directory]")
     parser.add_argument("--rounds", type=int, default=5, help="Number of rounds.  [default: 5]")
-    parser.add_argument("--cold", action="store_true", help="Do not touch free memory beforehand.")
+    parser.add_argument("--cold", action="store_true", help="Do not touch free memory before a measurement.")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores; medians of {options.rounds} rounds\n")
     print("         cp [s]  cp + sync  convert  command  SHA-256    ÷ cp  ÷ (cp + sync)  memory [MB]")

@@ -1,13 +1,13 @@
-"""How fast tokens are generated, next to transformers' ``generate`` with its cache, in the same run.
+"""The speed of generation, compared with transformers' ``generate`` and its cache in the same run.
 
     python benchmarks/generating.py [--rounds N] [--tokens N] [--prompt-tokens N] [--batch N]
 
 The model: 30 layers, hidden size 576, ffn 1536, 9 query heads on 3 key-value heads, vocabulary 49152, tied
-embeddings, as SmolLM2-135M has them, random weights, float32, greedy decoding, as many threads as there are cores. Both
-go on from the same random prompts, all of one length, for the same number of tokens, none of which ends a text; the
-time is that of the whole call, the prompts included, the loading not. They take turns, ``--rounds`` times; the ratio is
-of tokens a second, ours over theirs, the median over the rounds. Nearly all of the time goes to products with the
-weights, which are torch's own on both sides: the goal is to lose no more than 5 % to anything else.
+embeddings, like SmolLM2-135M, random weights, float32, greedy decoding, as many threads as there are cores. Both
+continue the same random prompts of one length by the same number of tokens, none of which ends a text; the time is that
+of the whole call, including the prompts and without loading. They alternate, ``--rounds`` times; the ratio is that of
+tokens/s, ours over theirs, as the median over the rounds. Nearly all of the time is spent in products with the weights,
+which are torch's on both sides: the goal is to lose no more than 5 % to anything else.
 """
 
 from __future__ import annotations
@@ -80,13 +80,15 @@ def main() -> None:
             )
             return whole[:, options.prompt_tokens :].tolist()
 
-        assert generate() == generate_theirs(), "they generate other tokens"  # and both are warm
+        assert generate() == generate_theirs(), "they generate different tokens"  # also a warm-up
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
         for number in range(options.rounds):
             ways = [("ours", generate), ("theirs", generate_theirs)]
             for name, way in ways if number % 2 == 0 else reversed(ways):
                 times[name].append(seconds(way))
-        ratio = statistics.median(other / own for own, other in zip(times["ours"], times["theirs"], strict=True))
+        ratio = statistics.median(
+            reference / own for own, reference in zip(times["ours"], times["theirs"], strict=True)
+        )
         rates = [batch * options.tokens / statistics.median(measured) for measured in times.values()]
         verdict = "met" if ratio >= GOAL else "MISSED"
         print(f"{batch:>5}{rates[0]:>10.1f}{rates[1]:>24.1f}{ratio:>7.2f}  {GOAL:>4.2f} {verdict}")

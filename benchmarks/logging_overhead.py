@@ -1,8 +1,8 @@
-"""What it costs to be told of a step: by the run's directory, by TensorBoard, by a line, by the panel.
+"""The time to log one step: to the run directory, to TensorBoard, as a line, on the live panel.
 
     python benchmarks/logging_overhead.py
 
-The last column is a share of a step of 100 milliseconds; few are shorter.
+The last column is relative to a step of 100 milliseconds; few steps are shorter.
 """
 
 from __future__ import annotations
@@ -56,29 +56,32 @@ def a_run(place: Path, **logging: object) -> RunConfig:
 
 
 def seconds_a_step(
-    tell: Callable[[Step], None], *, wait: Callable[[], None] = lambda: None, at_once: int = 100
+    log: Callable[[Step], None], *, wait: Callable[[], None] = lambda: None, group_size: int = 100
 ) -> float:
-    """Of the fastest hundred steps: a machine that has other work to do is slower now and then.
+    """Return the seconds to log a step, from the fastest group of steps, so that other work on the machine counts less.
 
-    ``wait`` waits until a thread has done what it was given.
+    Args:
+        log: The function to measure.
+        wait: Waits until a background thread has processed all steps.
+        group_size: Number of steps that are timed together.
     """
-    taken = []
-    for first in range(1, NUM_STEPS, at_once):
-        steps = [a_step(iteration) for iteration in range(first, first + at_once)]
+    times = []
+    for first in range(1, NUM_STEPS, group_size):
+        steps = [a_step(iteration) for iteration in range(first, first + group_size)]
         started = time.perf_counter()
         for step in steps:
-            tell(step)
+            log(step)
         wait()
-        taken.append(time.perf_counter() - started)
-    return min(taken) / at_once
+        times.append(time.perf_counter() - started)
+    return min(times) / group_size
 
 
-def row(what: str, seconds: float) -> None:
-    print(f"{what:<34}{seconds * 1e6:>9.1f} µs a step{seconds / STEP:>9.3%} of a step of {STEP * 1e3:.0f} ms")
+def print_row(target: str, seconds: float) -> None:
+    print(f"{target:<34}{seconds * 1e6:>9.1f} µs per step{seconds / STEP:>9.3%} of a step of {STEP * 1e3:.0f} ms")
 
 
 def panel_seconds(place: Path) -> float:
-    """The time of this thread and of the one that draws, of each 100 milliseconds."""
+    """Return the CPU time of this thread and of the one that draws, per step of 100 milliseconds."""
     with (place / "screen").open("w") as screen:
         console = Console()
         console._live = Live(
@@ -99,14 +102,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as opened:
         place = Path(directory)
         alone = ParallelContext.single()
-        row("the run's directory", seconds_a_step(opened.enter_context(open_run_log(a_run(place / "one"), alone)).step))
+        print_row("run directory", seconds_a_step(opened.enter_context(open_run_log(a_run(place / "one"), alone)).step))
         log = opened.enter_context(open_run_log(a_run(place / "two", loggers=["tensorboard"]), alone))
-        # In a thread of its own, which takes its time from the one that trains all the same.
-        row("the run's directory, TensorBoard", seconds_a_step(log.step, wait=log.loggers[0].waiting.join))
+        # The thread that writes for TensorBoard shares the interpreter with the thread that trains, so its time counts.
+        print_row("run directory and TensorBoard", seconds_a_step(log.step, wait=log.loggers[0].waiting.join))
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), Console() as console:
             seconds = seconds_a_step(console)
-        row("a line", seconds)
-        row("the panel, four times a second", panel_seconds(place))
+        print_row("line", seconds)
+        print_row("panel, four times a second", panel_seconds(place))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the loss and the layers' activations take, next to the bounds that they should keep to.
+"""The memory of the loss and of the layers' activations, compared with their bounds.
 
     python benchmarks/memory.py
 
-The loss: the highest anonymous memory of the process (``VmHWM``) during forward and backward, less what was there
-before, less the two gradients that come out (of the hidden states and of the head). Without chunks the logits alone
-would be ``batch * sequence * vocabulary * 4`` bytes, and their gradient as much again.
+The loss: the peak memory of the process (``VmHWM``) during forward and backward, minus the memory before, minus the two
+resulting gradients (of the hidden states and of the head). Without chunks the logits alone would be
+``batch * sequence * vocabulary * 4`` bytes, and their gradient as much again.
 
-The activations: what the process has more after the forward pass of 8 layers and the final norm than before it. With
-full recomputation each block of layers keeps its input and nothing else, and the norm its input and its output:
+The activations: the additional memory of the process after the forward pass of 8 layers and the final norm. With full
+recomputation each block of layers keeps only its input, and the norm its input and its output:
 ``(layers / recompute_layers + 2) * batch * sequence * hidden * 4`` bytes.
 
 The shapes are SmolLM2-135M's, in float32, at micro-batch 2 and 512 tokens.
@@ -27,19 +27,19 @@ MODES = {"none": ("none", 1), "selective": ("selective", 1), "full": ("full", 1)
 
 
 def status(field: str) -> int:
-    """Bytes of memory of this process, by the name that ``/proc/self/status`` has for them."""
+    """Return a field of ``/proc/self/status`` in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def memory_in_use() -> int:
-    """Bytes of anonymous memory, once what was freed is given back to the system."""
+    """Return the bytes of anonymous memory, after freed memory is returned to the system."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return status("RssAnon")
 
 
 def measure_loss() -> float:
-    """Bytes beyond the hidden states and the gradients."""
+    """Return the peak bytes beyond the hidden states and the gradients."""
     import torch
 
     from megacore.parallel import ParallelContext, linear_cross_entropy
@@ -60,15 +60,15 @@ def measure_loss() -> float:
         ).backward()
         hidden.grad = weight.grad = None
 
-    forward_and_backward(1)  # what libraries allocate once
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    forward_and_backward(1)  # buffers that libraries allocate once
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = status("VmRSS")
     forward_and_backward(SEQUENCE)
     return status("VmHWM") - before - (hidden.nbytes + weight.nbytes)
 
 
 def measure_activations(mode: str) -> float:
-    """Bytes that 8 layers keep for the backward pass."""
+    """Return the bytes that 8 layers keep for the backward pass."""
     import torch
 
     from megacore import ModelConfig, get_family
@@ -94,7 +94,7 @@ def measure_activations(mode: str) -> float:
     apply_options(model, ComputeOptions(recompute=granularity, recompute_layers=recompute_layers))
     positions = Positions.for_sequences(config, SEQUENCE, single, device=single.device, dtype=torch.float32)
     hidden = torch.randn(BATCH, SEQUENCE, HIDDEN, requires_grad=True)
-    model.decoder(hidden, positions)  # what libraries allocate once
+    model.decoder(hidden, positions)  # buffers that libraries allocate once
     before = memory_in_use()
     output = model.decoder(hidden, positions)
     after = memory_in_use()
@@ -103,18 +103,18 @@ def measure_activations(mode: str) -> float:
 
 
 def bytes_by_formula(mode: str) -> int:
-    """What layers that are recomputed in full keep."""
+    """Return the bytes that layers with full recomputation keep."""
     _, recompute_layers = MODES[mode]
     return (LAYERS // recompute_layers + 2) * BATCH * SEQUENCE * HIDDEN * 4
 
 
-def in_a_process_of_its_own(*arguments: str) -> float:
+def measure_in_new_process(*arguments: str) -> float:
     result = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return json.loads(result.stdout)
 
 
 def main() -> None:
-    beyond = in_a_process_of_its_own("loss")
+    beyond = measure_in_new_process("loss")
     logits = BATCH * SEQUENCE * VOCAB * 4
     print(f"the loss, vocabulary {VOCAB}, {BATCH} × {SEQUENCE} tokens, hidden size {HIDDEN}:")
     print(f"  beyond hidden states and gradients: {beyond / MB:.0f} MB; the logits as a whole: {logits / MB:.0f} MB")
@@ -122,7 +122,7 @@ def main() -> None:
     print(f"\nactivations of {LAYERS} layers:")
     print("  recompute           kept [MB]  formula [MB]")
     for mode in MODES:
-        kept = in_a_process_of_its_own("activations", mode)
+        kept = measure_in_new_process("activations", mode)
         formula = f"{bytes_by_formula(mode) / MB:.1f}" if MODES[mode][0] == "full" else "-"
         print(f"  {mode:<20}{kept / MB:>9.1f}  {formula:>12}")
 

@@ -1,9 +1,9 @@
-"""What packing conversations into rows costs, and how full the rows are.
+"""The time and memory of packing conversations into rows, and the fill of the rows.
 
     python benchmarks/packing.py [CONVERSATIONS]
 
-Lengths are log-normal with a median of 403 tokens, as chat data has them; 10 million conversations by default. Peak
-memory is numpy's, beyond the lengths themselves.
+Lengths are log-normal with a median of 403 tokens, like those of chat data; 10 million conversations by default. The
+peak memory is that of numpy, without the lengths themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(num_conversations: int) -> None:
         print(
             f"seq_length {seq_length}: {num_conversations:,} conversations in {len(rows):,} rows, "
             f"{sizes.sum(dtype=np.int64) / (capacity * len(rows)):.2%} full, in {seconds:.1f} s, "
-            f"{kept / 1e6:.0f} MB kept, {peak / 1e6:.0f} MB at most"
+            f"{kept / 1e6:.0f} MB kept, {peak / 1e6:.0f} MB at the peak"
         )
 
 

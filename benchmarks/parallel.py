@@ -1,14 +1,14 @@
-"""How fast two processes of one thread train, next to one process of two threads in the same run.
+"""The training speed of two processes with one thread each, compared with one process with two threads in the same run.
 
     python benchmarks/parallel.py [--rounds N] [--steps N] [layout ...]
 
 The model: 4 layers, hidden size 1024, ffn 2816, 16 heads, vocabulary 2048, random weights, float32; a step is 8 samples
 of 256 tokens in micro-batches of one, with AdamW. Each layout starts its processes, takes two steps to warm up and
-then times ``--steps`` more, of which the median counts; the layouts take turns, ``--rounds`` times. The efficiency is
-the single process's time over that of the layout, the median over the rounds.
+then times ``--steps`` more, of which the median counts; the layouts alternate, ``--rounds`` times. The efficiency is
+the time of the single process over that of the layout, as the median over the rounds.
 
-``pp 2`` cannot be faster than its bubble allows: with ``m`` micro-batches on ``p`` stages, ``m / (m + p - 1)`` of the
-time for a schedule in which each waits for the others at the beginning and at the end.
+The efficiency of ``pp 2`` is bounded by its bubble: ``m / (m + p - 1)`` for ``m`` micro-batches on ``p`` stages, in a
+schedule in which stages wait for each other at the beginning and at the end.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ GOALS = {"tp 2": 0.90, "pp 2, 1F1B": 0.85 * BUBBLE, "dp 2": 0.90}
 
 
 def write_inputs(directory: Path, num_steps: int) -> None:
-    """A checkpoint of random weights, and a dataset of as many random tokens as are needed."""
+    """Write a checkpoint of random weights, and a dataset of random tokens for ``num_steps`` steps."""
     generator = torch.Generator().manual_seed(0)
     parameters = {}
     for name, spec in model_specs(CONFIG, get_family(CONFIG.family).build_layer).items():
@@ -93,7 +93,7 @@ def run_of(directory: Path, num_steps: int, parallel: dict[str, object]) -> RunC
 
 
 def step_seconds(parallel: ParallelContext, run: RunConfig) -> float:
-    """The median time of a step, after two to warm up."""
+    """Return the median time of a step, after two steps to warm up."""
     torch.set_num_threads(2 if parallel.mesh is None else 1)
     checkpoint = Checkpoint(run.model.checkpoint)
     engine = Engine(resolve_run(run), parallel)
@@ -120,7 +120,7 @@ def measure(directory: Path, num_steps: int, layout: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layouts", nargs="*", metavar="layout", help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("layouts", nargs="*", metavar="layout", help=f"one of {', '.join(LAYOUTS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
@@ -132,14 +132,14 @@ def main() -> None:
         for number in range(options.rounds):
             for layout in layouts[number % len(layouts) :] + layouts[: number % len(layouts)]:
                 times[layout].append(measure(Path(directory), num_steps, layout))
-    print(f"{'':<26}seconds a step  efficiency  goal")
+    print(f"{'':<26}seconds / step  efficiency  goal")
     for layout, measured in times.items():
         ratios = [alone / seconds for alone, seconds in zip(times["one process"], measured, strict=True)]
         goal = f"{GOALS[layout]:.2f}" if layout in GOALS else "-"
         efficiency = statistics.median(ratios)
         verdict = "" if layout not in GOALS else " met" if efficiency >= GOALS[layout] else " MISSED"
         print(f"{layout:<26}{statistics.median(measured):>14.2f}{efficiency:>12.2f}  {goal:>4}{verdict}")
-    print(f"pp 2 with {NUM_MICRO_BATCHES} micro-batches: its bubble allows {BUBBLE:.2f}, the goal is 0.85 of that")
+    print(f"pp 2 with {NUM_MICRO_BATCHES} micro-batches: the bubble allows {BUBBLE:.2f}, the goal is 0.85 of that")
 
 
 if __name__ == "__main__":

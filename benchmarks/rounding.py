@@ -1,9 +1,9 @@
-"""How far 16-bit logits are from 32-bit ones: ours, and the reference's own, next to each other.
+"""The rounding error of 16-bit logits, ours and the reference's, relative to 32-bit logits.
 
     python benchmarks/rounding.py CKPT REFERENCE DATA [--iters 3] [--seq-length 256]
 
-`make demo` leaves what it takes: demo/checkpoint demo/smollm2 demo/language-reference. Prints for each sample the mean
-absolute logit error of three comparisons and, for scale, the standard deviation of the float32 logits.
+`make demo` writes suitable arguments: demo/checkpoint demo/smollm2 demo/language-reference. For each sample, the mean
+absolute logit error of three comparisons is printed and, for scale, the standard deviation of the float32 logits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Time and memory until the samples of a dataset can be had, next to megatron-core's on the same files.
+"""The time and memory to open the samples of a dataset, compared with megatron-core on the same files.
 
     python benchmarks/sampling.py
 
-Each measurement is a process of its own; the memory is what it has more (``VmHWM``) than before it opened the dataset.
-The datasets are of synthetic lengths: their index is real, their tokens are a sparse file of zeros, and next to
-nothing is read of them. megatron-core's index grows with the number of samples, so that it is measured at smaller ones.
-megatron-core is a wheel with compiled helpers; its own Python twin of them is used, and said, where they are missing.
+Each measurement is a new process; its memory is the increase of its peak (``VmHWM``) while it opens the dataset. The
+datasets are synthetic: their index is real, their tokens are a sparse file of zeros, of which almost nothing is read.
+megatron-core's index grows with the number of samples, so it is measured at smaller numbers only. If the compiled
+helpers of megatron-core are missing, its own Python version of them is used, and the output says so.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MB = 1e6
 
 
 def status(field: str) -> int:
-    """Bytes of memory of this process, by the name that ``/proc/self/status`` has for them."""
+    """Return a field of ``/proc/self/status`` in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def write_synthetic(prefix: Path, num_samples: int) -> None:
-    """A dataset of that many samples, of which only the index takes room."""
+    """Write a dataset of that many samples, of which only the index needs space."""
     num_documents = -(-(num_samples * LENGTH + 1) // DOCUMENT)
     sizes = np.full(num_documents, DOCUMENT, "<i4")
     with Path(f"{prefix}.idx").open("wb") as file:
@@ -67,9 +67,9 @@ def theirs(prefix: str, num_samples: int) -> dict[str, object]:
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
 
-        how = "index, by its compiled helpers"
+        how = "index, with its compiled helpers"
     except ImportError:
-        how = "index, by the Python twin of its helpers, which are not compiled here"
+        how = "index, with the Python version of its helpers, which are not compiled here"
 
     class Tokenizer:
         def __init__(self) -> None:
@@ -95,11 +95,11 @@ def theirs(prefix: str, num_samples: int) -> dict[str, object]:
     return {"seconds": time.perf_counter() - started, "bytes": status("VmHWM") - before, "how": how}
 
 
-def measured(which: str, prefix: Path, num_samples: int) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", __file__, which, str(prefix), str(num_samples)]
+def measure(system: str, prefix: Path, num_samples: int) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", __file__, system, str(prefix), str(num_samples)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{which} failed at {num_samples} samples:\n{done.stderr}")
+        sys.exit(f"{system} failed at {num_samples} samples:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -109,27 +109,27 @@ def main() -> None:
             prefix = Path(directory) / f"d{num_samples}"
             write_synthetic(prefix, num_samples)
             index = Path(f"{prefix}.idx").stat().st_size
-            mine = measured("ours", prefix, num_samples)
+            own = measure("ours", prefix, num_samples)
             print(f"{num_samples:>13,} samples (a .idx of {index / MB:.0f} MB, mapped)")
-            print(f"  megacore       {mine['seconds']:8.3f} s {mine['bytes'] / MB:8.0f} MB  {mine['how']}")
+            print(f"  megacore       {own['seconds']:8.3f} s {own['bytes'] / MB:8.0f} MB  {own['how']}")
             if num_samples <= LARGEST_THEIRS:
-                other = measured("theirs", prefix, num_samples)
-                print(f"  megatron-core  {other['seconds']:8.3f} s {other['bytes'] / MB:8.0f} MB  {other['how']}")
-                times, sizes = (other[key] / mine[key] for key in ("seconds", "bytes"))
+                peer = measure("theirs", prefix, num_samples)
+                print(f"  megatron-core  {peer['seconds']:8.3f} s {peer['bytes'] / MB:8.0f} MB  {peer['how']}")
+                times, sizes = (peer[key] / own[key] for key in ("seconds", "bytes"))
                 print(f"  ratio          {times:8.1f}   {sizes:8.1f}")
-    beyond = mine["bytes"] - index
+    beyond = own["bytes"] - index
     print(
         f"goals at {SIZES[-1]:,} samples: below {GOAL_SECONDS:g} s and {GOAL_BYTES / MB:.0f} MB beyond the lengths: ",
         end="",
     )
-    reached = mine["seconds"] < GOAL_SECONDS and beyond < GOAL_BYTES
-    print(f"{'reached' if reached else 'missed'} ({mine['seconds']:.3f} s, {max(0, beyond) / MB:.0f} MB)")
+    reached = own["seconds"] < GOAL_SECONDS and beyond < GOAL_BYTES
+    print(f"{'reached' if reached else 'missed'} ({own['seconds']:.3f} s, {max(0, beyond) / MB:.0f} MB)")
     sys.exit(not reached)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        measure = {"ours": ours, "theirs": theirs}[sys.argv[1]]
-        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
+        system = {"ours": ours, "theirs": theirs}[sys.argv[1]]
+        print(json.dumps(system(sys.argv[2], int(sys.argv[3]))))
     else:
         main()

@@ -1,10 +1,10 @@
-"""What attention costs in a row of many segments, next to the same row as one segment, in the same run.
+"""The cost of attention in a row of many segments, compared with one segment of the same length in the same run.
 
     python benchmarks/segments.py [--rounds N] [--sequence N]
 
-Forward and backward pass of the attention of one layer, without its projections: one row, 16 query heads of 64 on 4
-key-value heads, float32, one thread. Lengths of segments are drawn around their mean (exponential distribution). Next
-to each, the same attention by a mask over the whole row. The ways take turns, ``--rounds`` times; the median counts.
+The forward and backward pass of the attention of one layer is timed, without projections: one row, 16 query heads of 64
+on 4 key-value heads, float32, one thread. The lengths of segments have an exponential distribution. Each is compared
+with the same attention with a mask over the whole row. The variants alternate, ``--rounds`` times; the median counts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MEANS = (512, 128, 32, 8, 2)
 
 
 def segment_numbers(sequence: int, mean: int) -> Tensor:
-    """The number of each token's segment, ``[1, sequence]``."""
+    """Return the number of each token's segment, ``[1, sequence]``."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.empty(sequence).exponential_(1 / mean, generator=generator).ceil().long()
     return torch.arange(sequence).repeat_interleave(lengths)[:sequence].unsqueeze(0)
 
 
-def by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -54,7 +54,7 @@ def main() -> None:
     for tensor in inputs:
         tensor.requires_grad_()
     kernel = attention_kernel()
-    ways: dict[str, Callable[..., Tensor]] = {"one segment": lambda q, k, v: kernel(q, k, v, None, 0.0)}
+    variants: dict[str, Callable[..., Tensor]] = {"one segment": lambda q, k, v: kernel(q, k, v, None, 0.0)}
     counts = {}
     for mean in MEANS:
         numbers = segment_numbers(options.sequence, mean)
@@ -62,20 +62,20 @@ def main() -> None:
         assert segments is not None, "the row is one segment: ask for a longer sequence"
         mask = (numbers[0].unsqueeze(-1) == numbers[0]).tril()
         counts[mean] = len(segments.lengths)
-        ways[f"segments of {mean}"] = lambda q, k, v, own=segments: kernel(q, k, v, None, 0.0, own)
-        ways[f"segments of {mean}, by mask"] = lambda q, k, v, own=mask: by_mask(q, k, v, own)
-    times: dict[str, list[float]] = {way: [] for way in ways}
+        variants[f"segments of {mean}"] = lambda q, k, v, own=segments: kernel(q, k, v, None, 0.0, own)
+        variants[f"segments of {mean}, masked"] = lambda q, k, v, own=mask: masked_attention(q, k, v, own)
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(options.rounds):
-        for way, attend in ways.items():
-            times[way].append(seconds(attend, inputs))
+        for variant, attend in variants.items():
+            times[variant].append(seconds(attend, inputs))
     ratios = {
-        way: statistics.median(own / whole for own, whole in zip(measured, times["one segment"], strict=True))
-        for way, measured in times.items()
+        variant: statistics.median(own / whole for own, whole in zip(measured, times["one segment"], strict=True))
+        for variant, measured in times.items()
     }
     print(f"a row of {options.sequence} tokens as one segment: {statistics.median(times['one segment']):.3f} s")
-    print("mean length  segments  time over that of one segment  by a mask")
+    print("mean length  segments  time over that of one segment     masked")
     for mean in MEANS:
-        own, masked = ratios[f"segments of {mean}"], ratios[f"segments of {mean}, by mask"]
+        own, masked = ratios[f"segments of {mean}"], ratios[f"segments of {mean}, masked"]
         print(f"{mean:>11}{counts[mean]:>10}{own:>31.2f}{masked:>11.2f}")
 
 

@@ -1,13 +1,13 @@
-"""`megacore tokenize` from JSON lines to a dataset, against the libraries that define the ids, in the same run.
+"""The speed of `megacore tokenize`, compared with the libraries that define the ids in the same run.
 
     python benchmarks/tokenizing.py [--megabytes 160]
 
-`tokenizers.encode_batch_fast` and sentencepiece get the texts in memory, on all cores, and nothing is written; megacore
-is the whole command, from the start of its process to a dataset that is synced to disk. Beside the time, the peak
-memory of its processes, added up, for four and for sixteen times the text; before that it rises to what the libraries
-keep of words that they have seen.
+`tokenizers.encode_batch_fast` and sentencepiece get the texts in memory, on all cores, and write nothing; megacore is
+the whole command, from JSON Lines and the start of its process to a dataset that is synced to disk. The last columns
+are the total peak memory of its processes for four and for sixteen times the text, which must be about the same: the
+libraries' caches of words are full by then.
 
-The name is not `tokenize.py`, which would hide Python's own module of that name from every script beside it.
+The module is not called `tokenize.py`, which would shadow Python's own module in all scripts beside it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main() -> None:
 
 
 def median_seconds(tokenizer: Path, source: Path, texts: list[str]) -> tuple[float, float]:
-    """The library's seconds and megacore's, interleaved, since other work on the machine slows either down.
+    """Return the median seconds of the library and of megacore, which alternate, so that other work slows both down.
 
-    The library leaves gigabytes behind that the kernel clears page by page: the first command after it was measured to
-    take up to 2.3 s, the next ones 1.5 s. So that one does not count.
+    The library leaves gigabytes behind that the kernel clears page by page: the first command after it took up to
+    2.3 s, the next ones 1.5 s. The first one is not counted.
     """
     theirs, ours = [], []
     for _ in range(3):
@@ -63,7 +63,7 @@ def median_seconds(tokenizer: Path, source: Path, texts: list[str]) -> tuple[flo
 
 
 def source_texts(num_bytes: int) -> list[str]:
-    """Python's and the installed packages' own source code and notes, one document a file."""
+    """Return the source code and documentation of Python and the installed packages, one document per file."""
     texts: list[str] = []
     roots = [Path(os.__file__).parent, Path(find_spec("numpy").origin).parent.parent]
     kinds = ("*.py", "*.md", "*.rst")
@@ -80,7 +80,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     with path.open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         file.flush()
-        os.fsync(file.fileno())  # else the first command would wait for it, when it syncs its dataset
+        os.fsync(file.fileno())  # otherwise the first command would wait for it when it syncs its dataset
 
 
 def json_tokenizer(directory: Path) -> Path:
@@ -114,7 +114,7 @@ def library_seconds(tokenizer: Path, texts: list[str]) -> float:
 
 
 def megacore(tokenizer: Path, source: Path, *, times: int = 1) -> tuple[float, float]:
-    """Seconds and peak MiB of the command: of each of its processes the most that it had, added up."""
+    """Return the seconds of the command, and the sum of the peak memory of its processes in MiB."""
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
         command = [sys.executable, "-m", "megacore", "tokenize", "--no-new-tokens", "--append-eod", "--input"]
         command += [source] * times

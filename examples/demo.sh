@@ -4,14 +4,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 examples=$PWD/examples
 
-# What a former run made is made again, but for the unpacked model.
+# The outputs of an earlier run are removed; the unpacked model is kept.
 mkdir -p demo
 cd demo
 rm -rf language-reference.* checkpoint checkpoint-tp2 run trained exported
 
 names=() seconds=() results=()
 
-# step RESULT NAME COMMAND...: show the command, run it, note how long it took and where the result lies.
+# step RESULT NAME COMMAND...: print the command, run it, record its time and the path of its result.
 step() {
     local result=$1 name=$2 start=$SECONDS
     shift 2
@@ -21,7 +21,7 @@ step() {
 }
 
 if [ -f smollm2/config.json ]; then
-    echo "(the model is unpacked already: demo/smollm2)"
+    echo "(demo/smollm2 exists: the model is unpacked)"
 else
     step demo/smollm2 "unpack the model" python "$examples/smollm2_to_hf.py" smollm2
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tune a model that `megacore convert` has converted, on one node or on several, with the recipe of finetune.toml.
-# On two nodes of 8 GPUs, with tp 4 and so dp 4; checkpoint, data and output are on a file system that both share:
+# Fine-tune a converted model on one or several nodes, with the recipe of finetune.toml. For example, on two nodes of 8 GPUs
+# with tp 4 and so dp 4, where checkpoint, data and output are on a shared file system:
 #
 #   bash examples/finetune.sh llama2 --rank 0 --tp 4 --pp 1 --nodes 2 --addr node1 --size 7     # on node1
 #   bash examples/finetune.sh llama2 --rank 1 --tp 4 --pp 1 --nodes 2 --addr node1 --size 7     # on node2
@@ -10,36 +10,36 @@ usage() {
     cat <<EOF
 Usage: bash $0 MODEL --size N [OPTION VALUE]...
 
-A training checkpoint is saved every 800 iterations and at the end. With --resume the same command goes on from the
-newest; with more --iters, too, where the run had ended. \`megacore report\` makes a page of its curves.
+A training checkpoint is saved every 800 iterations and at the end. With --resume the same command resumes from the
+newest; with more --iters it extends a run that has ended. \`megacore report\` writes a page with its curves.
 
 MODEL is one that \`megacore plugins\` lists: falcon, llama, llama2, codellama, ...
 
-  --size N           billions of parameters: names the checkpoint and chooses the learning rate
-  --tp N, --pp N     tensor- and pipeline-parallel size; what is left of the processes is data-parallel  [1]
-  --gpus N           processes of a node  [its GPUs; without any, as many as the model is cut over]
-  --nodes N          nodes, on each of which this is started  [1]
-  --rank R           which of them this one is, from 0  [0]
+  --size N           billions of parameters; selects the checkpoint and the learning rate
+  --tp N, --pp N     tensor- and pipeline-parallel size; the remaining processes are data-parallel  [1]
+  --gpus N           processes per node  [its number of GPUs; without GPUs, tp × pp]
+  --nodes N          number of nodes; start this script on each of them  [1]
+  --rank R           rank of this node, from 0  [0]
   --addr HOST        address of node 0
-  --port P           port at which node 0 listens for the others  [29500]
-  --micro-batch N    samples computed at once  [1]
-  --global-batch N   samples of an optimizer step  [12]
-  --iters N          optimizer steps  [1000]
-  --seq-len N        tokens of a sample  [2048; llama2 4096; codellama 16384]
-  --lr LR [MINLR]    learning rate, from its peak to its lowest, by default a tenth
+  --port P           port on which node 0 listens  [29500]
+  --micro-batch N    micro-batch size  [1]
+  --global-batch N   global batch size  [12]
+  --iters N          number of optimizer steps  [1000]
+  --seq-len N        sequence length in tokens  [2048; llama2 4096; codellama 16384]
+  --lr LR [MINLR]    peak and minimum learning rate; the minimum is a tenth of the peak by default
                      [3e-4; llama2 above 13: 1.5e-4; with --instruct 2e-5]
   --dtype DTYPE      bf16, fp16, fp32 or fp64  [bf16]
-  --checkpoint DIR   to start from  [checkpoints/MODEL-SIZE]
+  --checkpoint DIR   native checkpoint to start from  [checkpoints/MODEL-SIZE]
   --data PREFIX      dataset of \`megacore tokenize\`, or of \`megacore tokenize-chat\` with --instruct  [data/text]
-  --val-path PREFIX  another one, which is evaluated every 200 iterations
-  --instruct         train on conversations, of which the assistant's words are learned
-  --loss-mask X      what the others' words count for in the loss, with --instruct  [0]
-  --out DIR          checkpoint to create  [checkpoints/MODEL-SIZE-finetuned]
-  --run DIR          directory of the run: its metrics and training checkpoints  [runs/, with the last name of --out]
-  --resume           go on from the newest training checkpoint of the run, if there is one
-  --wandb            tell Weights & Biases too, as the key of \`wandb login\` or WANDB_API_KEY says
-  --wandb-project P  what it files the run under  [megacore]
-  --wandb-name NAME  what it calls the run  [the name of the run's directory]
+  --val-path PREFIX  validation dataset, evaluated every 200 iterations
+  --instruct         train on conversations, with a loss on the assistant's tokens
+  --loss-mask X      loss weight of all other tokens, with --instruct  [0]
+  --out DIR          native checkpoint to create  [checkpoints/MODEL-SIZE-finetuned]
+  --run DIR          run directory for metrics and training checkpoints  [runs/ and the last part of --out]
+  --resume           resume from the newest training checkpoint of the run, if there is one
+  --wandb            log to Weights & Biases, with the key of \`wandb login\` or WANDB_API_KEY
+  --wandb-project P  project in Weights & Biases  [megacore]
+  --wandb-name NAME  name of the run  [the name of the run directory]
 EOF
 }
 
@@ -120,29 +120,29 @@ else lr=${lr:-3e-4}; fi
 min_lr=${min_lr:-$(awk "BEGIN { print $lr / 10 }")}
 sequence_parallel=$([ "$tp" -gt 1 ] && echo true || echo false)
 
-about_data=(--set data.prefix="$data" --set data.seq_length="$seq_len")
-if [ -n "$instruct" ]; then about_data+=(--set data.kind=instruction --set data.scalar_loss_mask="${loss_mask:-0}"); fi
+data_options=(--set data.prefix="$data" --set data.seq_length="$seq_len")
+if [ -n "$instruct" ]; then data_options+=(--set data.kind=instruction --set data.scalar_loss_mask="${loss_mask:-0}"); fi
 if [ -n "$val_path" ]; then
-    about_data+=(--set data.valid_prefix="$val_path" --set evaluation.interval=200 --set evaluation.iters=10)
+    data_options+=(--set data.valid_prefix="$val_path" --set evaluation.interval=200 --set evaluation.iters=10)
 fi
 
 out=${out:-checkpoints/$model-$size-finetuned}
-told=()
+logger_options=()
 if [ -n "$wandb" ]; then
-    told=(--set 'logging.loggers=["wandb"]' ${wandb_project:+--set logging.project="$wandb_project"})
-    told+=(${wandb_name:+--set logging.name="$wandb_name"})
+    logger_options=(--set 'logging.loggers=["wandb"]' ${wandb_project:+--set logging.project="$wandb_project"})
+    logger_options+=(${wandb_name:+--set logging.name="$wandb_name"})
 fi
 
-several_nodes=()
+node_options=()
 if [ "$nodes" -gt 1 ]; then
-    several_nodes=(--nodes "$nodes" --node-rank "$rank" --port "$port" ${addr:+--addr "$addr"})
+    node_options=(--nodes "$nodes" --node-rank "$rank" --port "$port" ${addr:+--addr "$addr"})
 fi
 
 megacore train "$(dirname "$0")/finetune.toml" ${resume:+--resume "$resume"} \
-    --tp "$tp" --pp "$pp" ${gpus:+--nproc-per-node "$gpus"} "${several_nodes[@]}" \
+    --tp "$tp" --pp "$pp" ${gpus:+--nproc-per-node "$gpus"} "${node_options[@]}" \
     --set parallel.sequence_parallel="$sequence_parallel" \
     --set model.checkpoint="$checkpoint" --set model.dtype="$dtype" \
-    "${about_data[@]}" "${told[@]}" \
+    "${data_options[@]}" "${logger_options[@]}" \
     --set optimizer.lr="$lr" --set optimizer.min_lr="$min_lr" \
     --set training.train_iters="$iters" \
     --set training.micro_batch_size="$micro_batch" --set training.global_batch_size="$global_batch" \

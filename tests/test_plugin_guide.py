@@ -100,7 +100,7 @@ def test_a_new_plugin_is_named_throughout_as_it_was_asked(name, package, title):
     assert project["name"] == f"megacore-{package.replace('_', '-')}"
     assert project["entry-points"]["megacore"] == {name: f"megacore_{package}"}
     assert f"class {title}Layer" in files[f"megacore_{package}/layer.py"]
-    assert not any("qwen2" in re.sub('"model_type": "qwen2"', "", text) for text in files.values())
+    assert not any("qwen2" in re.sub('model_type="qwen2"', "", text) for text in files.values())
     for path, text in files.items():
         if path.endswith(".py"):
             compile(text, path, "exec")

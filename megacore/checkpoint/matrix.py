@@ -163,7 +163,7 @@ def compose_rows(chosen: Rows, rows: Rows) -> Rows:
         return selected
     if isinstance(rows, slice):
         return slice(chosen.start + rows.start, chosen.start + rows.stop)
-    return rows + chosen.start
+    return rows.add(chosen.start)
 
 
 def block_of(matrix: LazyMatrix, rows: Rows, columns: slice) -> LazyMatrix:

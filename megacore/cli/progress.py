@@ -8,30 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_WEIGHTS = {"hf": "*.safetensors", "meta": "consolidated.*.pth", "megatron-llm": "mp_rank_*/*.pt"}
-"""The weight files of each published format."""
-
 
 def published_bytes(directory: Path, source: str | None = None) -> int:
-    """The size of the weight files of the published checkpoint in ``directory``, of format ``source``.
+    """Return the size of the weight files of the published checkpoint in ``directory``.
+
+    Args:
+        directory: The checkpoint.
+        source: Its format. By default it is detected.
 
     Raises:
-        CheckpointError: when there is no checkpoint, or in no format that is known.
+        CheckpointError: There is no checkpoint, or none in a known format.
     """
-    from megacore.weights import recognise
+    from megacore.weights.formats import FORMATS, recognise
 
-    source = source or recognise(directory)
-    if source not in _WEIGHTS:
-        return 0
-    weights = _tracked(directory) if source == "megatron-llm" else directory
-    return sum(path.stat().st_size for path in weights.glob(_WEIGHTS[source]))
-
-
-def _tracked(directory: Path) -> Path:
-    """Where the iteration is that the tracker of a Megatron-LLM checkpoint names; it is checked when it is read."""
-    tracker = directory / "latest_checkpointed_iteration.txt"
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
-    return directory / (f"iter_{said:0>7}" if said.isdecimal() else "release")
+    format = FORMATS.get(source or recognise(directory))
+    return 0 if format is None else sum(path.stat().st_size for path in format.weight_files(directory))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""Data: tokenizing text, the indexed dataset that holds the ids, and the samples that training takes from it.
+"""Data: from text files to the samples that training takes.
 
-The names are imported on first use: the processes that tokenize need no torch.
+Text becomes token ids in ``preprocess`` (with ``tokenizers``), which writes ``datasets``; ``sampling`` reads them.
+Start with ``preprocess.text`` or ``sampling.samples``. Names are imported on first use: tokenizing needs no torch.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class DecoderModel(nn.Module):
                     f"a sequence of {sequence_length} tokens cannot be cut into {parallel.tp_size} equal slices, "
                     "which sequence parallelism requires"
                 )
-            hidden = self.embedding(inputs, sample_ids)
+            hidden: Tensor = self.embedding(inputs, sample_ids)
         else:
             hidden = inputs
             sequence_length *= parallel.tp_size if parallel.sequence_parallel else 1

@@ -1,11 +1,11 @@
 """The directory of a run.
 
-    DIR/run.toml          the resolved run file, every key in it; `megacore train` can be given it
-    DIR/versions.json     what ran, and on what: one entry a start
-    DIR/metrics.jsonl     what was measured; see megacore.runs.metrics_file
+    DIR/run.toml          the resolved run file with all keys, which `megacore train` accepts
+    DIR/versions.json     software versions, devices and layout of each start
+    DIR/metrics.jsonl     the metrics; see megacore.runs.metrics_file
 
-When a run goes on with other settings, the file that held until then is kept as ``run-until-ITERATION.toml``. Nothing
-of the environment is written, so no secret is.
+When a run resumes with other settings, the earlier run file is kept as ``run-until-ITERATION.toml``. Environment
+variables are not written, so no secret is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megacore.atomic_output import output_errors, write_file
 from megacore.errors import DataError, OutputError
 
 Tables = Mapping[str, Mapping[str, Any]]
-"""A run file: keys and values, by section."""
+"""A run file: keys and values by section."""
 
 
 class RunDirectory:
@@ -36,42 +36,42 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
 
     def check(self, tables: Tables, *, resumed_run_id: str | None = None) -> None:
-        """Refuse a directory that is another run's: nothing is overwritten, and two runs do not make one curve.
+        """Refuse the directory of another run: nothing is overwritten, and curves of two runs are not joined.
 
-        The same run may start in it again. One that goes on from a training checkpoint, where its settings were looked
-        at, may have other ones: it must be of the run that is there.
+        The same run may start in it again. A run that resumes from a training checkpoint, which checks its settings,
+        may have other settings, but its ID must be that of the run in the directory.
 
         Raises:
-            OutputError: says how the settings differ, or that another run's checkpoint is resumed.
+            OutputError: The settings differ, or another run is resumed.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"output.directory: {self.path} exists, and is not a directory")
         if not self.run_file.is_file():
             return
         if resumed_run_id is not None:
-            of_starts = {start["run_id"] for start in self.starts() if "run_id" in start}
-            if of_starts and resumed_run_id not in of_starts:
+            run_ids = {start["run_id"] for start in self.starts() if "run_id" in start}
+            if run_ids and resumed_run_id not in run_ids:
                 raise OutputError(
-                    f"output.directory: {self.path} holds another run than the one that goes on: give this one its own "
+                    f"output.directory: {self.path} holds another run than the resumed one: give this run its own "
                     "directory"
                 )
             return
-        told = [
-            f"{key} ({_told(before)} there, {_told(now)} here)"
+        changes = [
+            f"{key} ({_format_setting(before)} there, {_format_setting(now)} here)"
             for key, (before, now) in differences([self.settings(), tables]).items()
             if not key.startswith("logging.")
         ]
-        if told:
+        if changes:
             raise OutputError(
-                f"output.directory: {self.path} holds another run, which differs in {', '.join(told)}: give this one "
-                "another directory, or remove that one"
+                f"output.directory: {self.path} holds another run, which differs in {', '.join(changes)}: give this "
+                "run another directory, or remove that one"
             )
 
     def create(self, tables: Tables, versions: Mapping[str, Any], *, iteration: int) -> None:
         """Write the run file and the versions of a run that starts after ``iteration``.
 
         Raises:
-            OutputError: when they cannot be written.
+            OutputError: They cannot be written.
         """
         with output_errors(self.run_file):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -83,33 +83,33 @@ class RunDirectory:
             write_file(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The run file.
+        """Read the run file.
 
         Raises:
-            DataError: when there is none, or it is none.
+            DataError: There is none, or it is damaged.
         """
         try:
             tables = tomllib.loads(self.run_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError(
-                f"{self.path} is not the directory of a run, which has a run.toml: give the one that output.directory "
-                "names in the run file"
+                f"{self.path} is not the directory of a run, which has a run.toml: give the directory that "
+                "output.directory names in the run file"
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{self.run_file} cannot be read: {error}") from error
         for section, table in tables.items():
             if not isinstance(table, dict):
-                raise self._damaged_run_file(f"{section} is no section")
+                raise self._damaged_run_file(f"{section} is not a section")
             for key, value in table.items():
                 if not _is_json(value):
-                    raise self._damaged_run_file(f"{section}.{key} is {value}, which no setting can be")
+                    raise self._damaged_run_file(f"{section}.{key} is {value}, which is not a possible setting")
         return tables
 
     def starts(self) -> list[dict[str, Any]]:
-        """What ran, at each start; nothing where that was never written.
+        """Read the versions, devices and layout of each start; there may be none.
 
         Raises:
-            DataError: when it cannot be read, or says something else.
+            DataError: The file cannot be read, or is damaged.
         """
         try:
             versions = json.loads(self.versions_file.read_text(encoding="utf-8"))
@@ -120,13 +120,13 @@ class RunDirectory:
         starts = versions.get("starts") if isinstance(versions, dict) else None
         if not isinstance(starts, list) or not all(_is_start(start) for start in starts):
             raise DataError(
-                f'{self.versions_file} is damaged: "starts" is to be a list of JSON objects, one a start. Put back the '
-                "file that the run has written, or remove it; then nothing is known of what ran"
+                f'{self.versions_file} is damaged: "starts" must be a list of JSON objects, one per start. Restore the '
+                "file that the run has written, or remove it; then the report has no environment"
             )
         return starts
 
-    def _damaged_run_file(self, what: str) -> DataError:
-        return DataError(f"{self.run_file} is damaged: {what}. Put back the run file that the run has written")
+    def _damaged_run_file(self, problem: str) -> DataError:
+        return DataError(f"{self.run_file} is damaged: {problem}. Restore the run file that the run has written")
 
 
 def _is_start(start: Any) -> bool:
@@ -134,7 +134,7 @@ def _is_start(start: Any) -> bool:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON can say a value of TOML, which has dates and times too."""
+    """Return whether JSON can represent a value of TOML, which has dates and times too."""
     try:
         json.dumps(value)
     except TypeError:
@@ -143,7 +143,7 @@ def _is_json(value: Any) -> bool:
 
 
 def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
-    """The keys in which run files differ, as ``section.key``, and what each says; ``None`` where it does not."""
+    """Return the keys in which run files differ, as ``section.key``, with the value in each or ``None``."""
     keys = dict.fromkeys(f"{section}.{key}" for tables in run_files for section in tables for key in tables[section])
     found = {}
     for name in keys:
@@ -154,5 +154,5 @@ def differences(run_files: list[Tables]) -> dict[str, list[Any]]:
     return found
 
 
-def _told(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)

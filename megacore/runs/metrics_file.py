@@ -1,13 +1,12 @@
-"""``metrics.jsonl``: one JSON object a line, of each start, each step and each evaluation of a run.
+"""``metrics.jsonl``: one JSON object per line for each start, step and evaluation of a run.
 
     {"time": 1764000000.0, "start": 0}
     {"time": …, "iteration": 1, "loss": 2.77, "lr": 6.7e-05, "grad_norm": 3.32, "tokens": 2048, "seconds": 0.9, …}
     {"time": …, "iteration": 100, "split": "valid", "values": {"loss": 2.5}}
 
-A run that starts again from an earlier iteration goes on in the same file: a start supersedes what was written before
-it of later iterations, and of two lines on the same iteration the last holds. A process that is killed may leave half a
-line, which the next start removes and a reader leaves out. Numbers that are not finite are ``null``, since JSON has
-none.
+A run that resumes from an earlier iteration continues the same file: a start supersedes earlier lines of later
+iterations, and the last of several lines of one iteration is valid. A process that is killed may leave a partial line,
+which the next start removes and readers skip. Numbers that are not finite are ``null``, since JSON has none.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from megacore.atomic_output import lock_output, output_errors
 from megacore.errors import DataError
 
 _YEAR_10000 = 253_402_300_799
-"""In seconds since 1970, less one: dates end there."""
+"""The last second, counted from 1970, that ``datetime`` can represent."""
 
 
 class MetricsFile:
-    """Appends to a metrics file, which one process at a time may do. Each line is handed to the system at once.
+    """Appends to a metrics file, one process at a time. Each line is passed to the system at once.
 
     Raises:
-        OutputError: when another process has the file, or it cannot be written.
+        OutputError: Another process writes the file, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,37 +48,37 @@ class MetricsFile:
             stack.callback(os.close, self._descriptor)
             _truncate_partial_line(self._descriptor)
             self._stack = stack.pop_all()
-        self._is_cut = False
+        self._is_partial = False
 
     def start(self, iteration: int) -> None:
-        """Note that the run starts after ``iteration``, which supersedes what is there of later ones."""
+        """Write a start of the run after ``iteration``, which supersedes lines of later iterations."""
         self._append({"start": iteration})
 
     def step(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Write what is known of a step."""
+        """Write the metrics of a step."""
         self._append({"iteration": iteration} | dict(values))
 
     def evaluation(self, iteration: int, split: str, values: Mapping[str, float]) -> None:
-        """Write what came of an evaluation after ``iteration``."""
+        """Write the metrics of an evaluation after ``iteration``."""
         self._append({"iteration": iteration, "split": split, "values": dict(values)})
 
     def close(self) -> None:
-        """Wait until all is on the disk, and let others write the file."""
+        """Wait until everything is on the disk, and release the lock."""
         with self._stack:
             os.fsync(self._descriptor)
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = orjson.dumps({"time": time.time()} | entry) + b"\n"
-        if self._is_cut:
+        if self._is_partial:
             line = b"\n" + line
         written = os.write(self._descriptor, line)
-        self._is_cut = written < len(line)
-        if self._is_cut:  # what is left of the line cannot be written: the disk is full
+        self._is_partial = written < len(line)
+        if self._is_partial:  # the rest of the line cannot be written: the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def _truncate_partial_line(descriptor: int) -> None:
-    """Cut off what a killed process has left behind the last end of a line."""
+    """Remove a partial line at the end, which a killed process has left."""
     size = end = os.fstat(descriptor).st_size
     while end > 0:
         first = max(0, end - 65536)
@@ -94,7 +93,7 @@ def _truncate_partial_line(descriptor: int) -> None:
 
 @dataclass
 class Series:
-    """Values over iterations, which rise; a value that is not known or not finite is NaN."""
+    """Values by ascending iteration; a value that is unknown or not finite is NaN."""
 
     iterations: array[int] = field(default_factory=lambda: array("q"))
     values: dict[str, array[float]] = field(default_factory=dict)
@@ -103,7 +102,7 @@ class Series:
         return len(self.iterations)
 
     def add(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """Add the values at ``iteration``, in the place of what is there of it and of later ones."""
+        """Add the values of ``iteration``, which replace those of this and later iterations."""
         if self.iterations and iteration <= self.iterations[-1]:
             self.forget_after(iteration - 1)
         for name in values.keys() - self.values.keys():
@@ -114,7 +113,7 @@ class Series:
         self.iterations.append(iteration)
 
     def forget_after(self, iteration: int) -> None:
-        """Drop what is there of later iterations."""
+        """Drop the values of later iterations."""
         kept = bisect_left(self.iterations, iteration + 1)
         del self.iterations[kept:]
         for column in self.values.values():
@@ -122,14 +121,14 @@ class Series:
 
 
 @dataclass
-class Metrics:
-    """What a metrics file says, without what was superseded.
+class RunMetrics:
+    """The content of a metrics file, without superseded values.
 
     Attributes:
-        steps: ``loss``, ``lr``, ``grad_norm`` and so on, over iterations.
-        evaluations: likewise, by the name of the split.
-        starts: after which iteration the run was started, each time; of the first it is 0.
-        num_damaged: lines that are no JSON object, or of no iteration or time that can be; they were left out.
+        steps: ``loss``, ``lr``, ``grad_norm`` and so on by iteration.
+        evaluations: Metrics by iteration, for each split.
+        starts: The iteration after which the run was started, for each start; 0 for the first one.
+        num_damaged: Number of skipped lines that are not a JSON object with a possible iteration and time.
     """
 
     steps: Series = field(default_factory=Series)
@@ -138,13 +137,13 @@ class Metrics:
     num_damaged: int = 0
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: Path) -> RunMetrics:
     """Read a metrics file, of a run that may still be going on.
 
     Raises:
-        DataError: when it cannot be read.
+        DataError: The file cannot be read.
     """
-    metrics = Metrics()
+    metrics = RunMetrics()
     try:
         with path.open("rb") as file:
             for entry in _entries(file, metrics):
@@ -154,10 +153,10 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
-def _entries(lines: Iterator[bytes], metrics: Metrics) -> Iterator[dict[str, Any]]:
+def _entries(lines: Iterator[bytes], metrics: RunMetrics) -> Iterator[dict[str, Any]]:
     for line in lines:
         if not line.endswith(b"\n"):
-            return  # that a process is writing, or was when it was killed
+            return  # a process is writing this line, or was killed while it did
         if not line.strip():
             continue
         try:
@@ -171,7 +170,7 @@ def _entries(lines: Iterator[bytes], metrics: Metrics) -> Iterator[dict[str, Any
 
 
 def _is_possible(entry: dict[str, Any]) -> bool:
-    """Whether a line is of an iteration and, if it says one, of a time that a run can have."""
+    """Return whether the iteration of a line, and its time if it has one, are in the possible range."""
     iteration, written = entry.get("start", entry.get("iteration")), entry.get("time", 0)
     return (
         isinstance(iteration, int)
@@ -181,7 +180,7 @@ def _is_possible(entry: dict[str, Any]) -> bool:
     )
 
 
-def _take(entry: dict[str, Any], metrics: Metrics) -> None:
+def _take(entry: dict[str, Any], metrics: RunMetrics) -> None:
     if "start" in entry:
         metrics.starts.append(entry["start"])
         for series in (metrics.steps, *metrics.evaluations.values()):

@@ -1,4 +1,4 @@
-"""The HTML around a report: one page that needs nothing else, asks for nothing else, and escapes what it is told."""
+"""The HTML around a report: a self-contained page without external requests, in which all text is escaped."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 MARK = "<!-- megacore report -->"
-"""In the first line of each page, so that a file that is no report is not replaced by one."""
+"""A mark in the first line of each report, so that no other file is replaced by a report."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""No request leaves the page, whatever is in it."""
+"""Content security policy under which no request leaves the page."""
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -50,13 +50,13 @@ for (const svg of document.querySelectorAll('svg[data-place]')) {
     const x = Math.min(right, Math.max(left, (event.clientX - place.left) / place.width * svg.viewBox.baseVal.width));
     line.setAttribute('x1', x); line.setAttribute('x2', x); svg.append(line);
     const iteration = xLow + (x - left) / (right - left) * (xHigh - xLow);
-    const told = ['iteration ' + Math.round(iteration)];
+    const lines = ['iteration ' + Math.round(iteration)];
     for (const [run, points] of Object.entries(curves)) {
       const near = points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
       const value = yLow + (bottom - near[1]) / (bottom - top) * (yHigh - yLow);
-      told.push(document.querySelector('label.' + run).textContent.trim() + ': ' + value.toPrecision(4));
+      lines.push(document.querySelector('label.' + run).textContent.trim() + ': ' + value.toPrecision(4));
     }
-    tip.replaceChildren(...told.map(text => Object.assign(document.createElement('div'), { textContent: text })));
+    tip.replaceChildren(...lines.map(text => Object.assign(document.createElement('div'), { textContent: text })));
     svg.after(tip);
   });
   svg.addEventListener('pointerleave', () => { line.remove(); tip.remove(); });
@@ -65,7 +65,7 @@ for (const svg of document.querySelectorAll('svg[data-place]')) {
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole page of the parts ``body``, which are HTML."""
+    """Return a page with the HTML parts ``body``."""
     return (
         f'<!DOCTYPE html>{MARK}\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -77,7 +77,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text, whose first column names the rows."""
+    """Return a table of text whose first column names the rows."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for name, *row in rows

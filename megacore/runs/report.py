@@ -1,4 +1,4 @@
-"""The report on one or several runs: their curves, how they differ, and what ran."""
+"""The report on one or several runs: their curves, differing settings and environments."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from typing import Any
 
 from megacore.atomic_output import write_file
 from megacore.errors import DataError, OutputError
-from megacore.runs.chart import COLOURS, Curve, chart, told
+from megacore.runs.chart import COLOURS, Curve, chart, format_number, thin_curve
 from megacore.runs.directory import RunDirectory, differences
-from megacore.runs.metrics_file import Metrics, Series, read_metrics
+from megacore.runs.metrics_file import RunMetrics, Series, read_metrics
 from megacore.runs.page import MARK, page, table
-from megacore.runs.thinning import thinned
 
 _CHARTS = {
-    "loss": ("loss", "nats a token"),
+    "loss": ("loss", "nats per token"),
     "lr": ("learning rate", ""),
     "grad_norm": ("gradient norm", "before clipping"),
     "tokens_per_second": ("speed", "tokens/s"),
-    "flops_per_second": ("achieved", "FLOP/s of the model"),
-    "share_of_peak": ("achieved", "share of the measured peak"),
+    "flops_per_second": ("model FLOP/s", ""),
+    "share_of_peak": ("utilization", "share of the measured peak FLOP/s"),
     "loss_scale": ("loss scale", ""),
 }
-"""Heading and unit of the values of steps that have a chart, in the order of the charts."""
+"""Heading and unit of the step metrics that have a chart, in the order of the charts."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,19 @@ class _Run:
     name: str
     settings: dict[str, dict[str, Any]]
     starts: list[dict[str, Any]]
-    metrics: Metrics
+    metrics: RunMetrics
 
 
 def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Write one self-contained HTML page on ``runs``, and return where.
+    """Write a self-contained HTML page on ``runs``, and return its path.
 
     Args:
-        runs: the directories that ``output.directory`` named; they may still be written to.
-        out: by default ``report.html`` in the directory of a single run. An earlier report is replaced.
+        runs: The directories that ``output.directory`` named; the runs may still be going on.
+        out: The page, by default ``report.html`` in the directory of a single run. An earlier report is replaced.
 
     Raises:
-        DataError: a run's directory is none, or cannot be read.
-        OutputError: ``out`` is something else than a report, or cannot be written.
+        DataError: A path is not the directory of a run, or cannot be read.
+        OutputError: ``out`` is something other than a report, or cannot be written.
     """
     paths = [Path(run) for run in ([runs] if isinstance(runs, Path | str) else runs)]
     if not paths:
@@ -69,7 +68,7 @@ def _require_replaceable(out: Path) -> None:
     if out.is_dir():
         raise OutputError(f"{out} is a directory: give the report the name of a file")
     if out.exists() and MARK.encode() not in out.open("rb").readline():
-        raise OutputError(f"{out} exists and is no report, so it is not replaced: give the report another name")
+        raise OutputError(f"{out} exists and is not a report, so it is not replaced: give the report another name")
 
 
 def _opened(path: Path, name: str) -> _Run:
@@ -78,13 +77,13 @@ def _opened(path: Path, name: str) -> _Run:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths that tell them apart."""
+    """Return the shortest ends of the paths that are all different."""
     parts = [path.absolute().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(of_one[-length:]) for of_one in parts]
+        names = ["/".join(path_parts[-length:]) for path_parts in parts]
         if len(set(names)) == len(names):
             return names
-    raise DataError(f"{', '.join(map(str, paths))}: a run is named twice")
+    raise DataError(f"{', '.join(map(str, paths))}: a run is given twice")
 
 
 def _body(runs: Sequence[_Run]) -> Iterator[str]:
@@ -105,44 +104,47 @@ def _body(runs: Sequence[_Run]) -> Iterator[str]:
         yield chart(f"{split}: {key.replace('_', ' ')}", "", curves)
     yield "</div>"
     if len(runs) > 1:
-        yield "<h2>Where their run files differ</h2>"
+        yield "<h2>Differing settings</h2>"
         differing = differences([run.settings for run in runs])
         yield table(["", *(run.name for run in runs)], [(key, *map(_value, row)) for key, row in differing.items()])
-    yield "<h2>What ran</h2>"
-    ran = [_flat(run.starts[-1]) if run.starts else {} for run in runs]
-    keys = dict.fromkeys(key for one in ran for key in one)
-    yield table(["", *(run.name for run in runs)], [(key, *(one.get(key, "") for one in ran)) for key in keys])
+    yield "<h2>Environment</h2>"
+    environments = [_flat(run.starts[-1]) if run.starts else {} for run in runs]
+    keys = dict.fromkeys(key for environment in environments for key in environment)
+    yield table(
+        ["", *(run.name for run in runs)],
+        [(key, *(environment.get(key, "") for environment in environments)) for key in keys],
+    )
     for run in runs:
         rows = [(f"{s}.{key}", _value(value)) for s, entries in run.settings.items() for key, value in entries.items()]
-        yield f"<details><summary>The run file of {escape(run.name)}</summary>{table(['', ''], rows)}</details>"
+        yield f"<details><summary>Run file of {escape(run.name)}</summary>{table(['', ''], rows)}</details>"
 
 
 def _curve(number: int, series: Series, key: str) -> Curve:
     values = series.values.get(key)
-    return Curve(number, [] if values is None else thinned(series.iterations, values))
+    return Curve(number, [] if values is None else thin_curve(series.iterations, values))
 
 
 def _summary(runs: Sequence[_Run]) -> Iterator[tuple[str, ...]]:
-    yield ("iterations", *(_iterations(run) for run in runs))
-    yield ("loss at the end", *(_last(run.metrics.steps, "loss") for run in runs))
+    yield ("Iterations", *(_iterations(run) for run in runs))
+    yield ("Final loss", *(_last(run.metrics.steps, "loss") for run in runs))
     for split, key in dict.fromkeys(
         (split, key) for run in runs for split, series in run.metrics.evaluations.items() for key in series.values
     ):
-        ends = [_last(run.metrics.evaluations.get(split, Series()), key) for run in runs]
-        yield (f"{split}: {key.replace('_', ' ')} at the end", *ends)
-    yield ("tokens", *(_total(run.metrics.steps, "tokens") for run in runs))
-    yield ("seconds in steps", *(_total(run.metrics.steps, "seconds") for run in runs))
-    yield ("last written", *(_when(run.metrics.steps) for run in runs))
+        final = [_last(run.metrics.evaluations.get(split, Series()), key) for run in runs]
+        yield (f"Final {split} {key.replace('_', ' ')}", *final)
+    yield ("Tokens", *(_total(run.metrics.steps, "tokens") for run in runs))
+    yield ("Training time (s)", *(_total(run.metrics.steps, "seconds") for run in runs))
+    yield ("Last update", *(_when(run.metrics.steps) for run in runs))
     if any(len(run.metrics.starts) > 1 for run in runs):
-        yield ("started after iteration", *(", ".join(map(str, run.metrics.starts)) for run in runs))
+        yield ("Starts after iteration", *(", ".join(map(str, run.metrics.starts)) for run in runs))
     if any(run.metrics.num_damaged for run in runs):
-        yield ("damaged lines, left out", *(str(run.metrics.num_damaged) for run in runs))
+        yield ("Skipped damaged lines", *(str(run.metrics.num_damaged) for run in runs))
 
 
 def _iterations(run: _Run) -> str:
     done = run.metrics.steps.iterations[-1] if len(run.metrics.steps) else 0
     train_iters = run.settings.get("training", {}).get("train_iters")
-    return str(done) if train_iters is None else f"{done} of {train_iters}"  # a run may be of samples or epochs
+    return str(done) if train_iters is None else f"{done} of {train_iters}"  # a run may be limited by samples or epochs
 
 
 def _last(series: Series, key: str) -> str:
@@ -151,12 +153,12 @@ def _last(series: Series, key: str) -> str:
 
 
 def _total(series: Series, key: str) -> str:
-    return told(sum(value for value in series.values.get(key, ()) if math.isfinite(value)))
+    return format_number(sum(value for value in series.values.get(key, ()) if math.isfinite(value)))
 
 
 def _when(series: Series) -> str:
     times = series.values.get("time")
-    known = times and math.isfinite(times[-1])  # a line may lack it
+    known = times and math.isfinite(times[-1])  # a line may have no time
     return datetime.fromtimestamp(times[-1], UTC).isoformat(" ", "seconds") if times and known else "–"
 
 
@@ -165,9 +167,11 @@ def _value(value: Any) -> str:
 
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, str]:
-    """A start, tables within it as one line each."""
-    told_of = {key: value for key, value in entry.items() if key != "iteration"}
+    """Return the entries of a start as text, with tables in a line each."""
+    values = {key: value for key, value in entry.items() if key != "iteration"}
     return {
-        key: ", ".join(f"{name} {what}" for name, what in value.items()) if isinstance(value, dict) else str(value)
-        for key, value in told_of.items()
+        key: ", ".join(f"{name} {version}" for name, version in value.items())
+        if isinstance(value, dict)
+        else str(value)
+        for key, value in values.items()
     }

@@ -1,4 +1,6 @@
-"""What a plugin is tested with: the conformance kit. Needs pytest, which ``pip install megacore[test]`` brings.
+"""The conformance kit, with which plugins are tested. It needs pytest: ``pip install megacore[test]``.
+
+Start with ``conformance.py``, the class to subclass; ``checks/`` has its checks, by subject.
 
 >>> from megacore.testing import ModelFamilyTests  # doctest: +SKIP
 >>> class TestMpt(ModelFamilyTests):  # doctest: +SKIP
@@ -10,7 +12,8 @@
 
 import pytest
 
-pytest.register_assert_rewrite("megacore.testing.conformance")  # before it is imported: its assertions are for people
+# Before they are imported, so that pytest explains their failed assertions.
+pytest.register_assert_rewrite("megacore.testing.conformance", "megacore.testing.checks")
 
 from megacore.testing.conformance import ModelFamilyTests  # noqa: E402
 from megacore.testing.publishing import randomize  # noqa: E402

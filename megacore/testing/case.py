@@ -1,4 +1,4 @@
-"""One tiny model in one published format: its files, both implementations of it, and what they compute."""
+"""One tiny model in one published format: its files, its two implementations, and their results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megacore.checkpoint import Checkpoint
-from megacore.checkpoint.matrix import StoredMatrix
+from megacore.checkpoint.matrix import as_matrix
 from megacore.config import ModelConfig
+from megacore.errors import LayoutError
 from megacore.hookspecs import ReferenceModel
 from megacore.model import load_model, read_config
-from megacore.parallel import ParallelContext
+from megacore.parallel import ParallelContext, check_tensor_parallel
 from megacore.plugins import Family, get_family
 from megacore.testing.numerics import logits_and_gradients, logits_with
 from megacore.weights import convert, export
@@ -25,11 +26,11 @@ from megacore.weights.formats import PublishedCheckpoint, format_for
 from megacore.weights.rules import QKVOrder
 
 _BATCH = 2
-_LONGEST = 24
+_MAX_LENGTH = 24
 
 
 class FamilyUnderTest(Protocol):
-    """What the author of a plugin has told the kit; see :class:`~megacore.testing.ModelFamilyTests`."""
+    """The methods that the author of a plugin provides; see :class:`~megacore.testing.ModelFamilyTests`."""
 
     @property
     def family(self) -> str: ...
@@ -42,7 +43,7 @@ class FamilyUnderTest(Protocol):
 
 
 class Case:
-    """Everything that checks of one configuration and one source share. Each thing is made when first asked for."""
+    """The data that all checks of one configuration and one source share, computed on first use."""
 
     def __init__(self, tests: FamilyUnderTest, config: ModelConfig, source: str, directory: Path) -> None:
         self.tests = tests
@@ -50,7 +51,7 @@ class Case:
         self.source = source
         self._directory = directory
         self._checkpoints: dict[tuple[int, int], Path] = {}
-        length = min(_LONGEST, config.max_position_embeddings - 1) // 2 * 2  # even, for sequence parallelism at tp 2
+        length = min(_MAX_LENGTH, config.max_position_embeddings - 1) // 2 * 2  # even, for sequence parallelism at tp 2
         tokens = torch.randint(0, config.vocab_size, (_BATCH, length + 1), generator=torch.Generator().manual_seed(1))
         self.input_ids, self.targets = tokens[:, :-1], tokens[:, 1:]
 
@@ -62,7 +63,7 @@ class Case:
 
     @cached_property
     def published(self) -> PublishedCheckpoint:
-        """A checkpoint of random weights, written by the author's ``publish``."""
+        """The checkpoint of random weights, written by the author's ``publish``."""
         directory = self._directory / "published"
         directory.mkdir()
         self.tests.publish(self.config, directory, self.source)
@@ -72,7 +73,7 @@ class Case:
         return format_for(self.family.family, self.source).open(directory)
 
     def read(self, published: PublishedCheckpoint) -> dict[str, Tensor]:
-        """The tensors that the model needs. Raises WeightMapError when some are missing or unknown."""
+        """Return the tensors that the model needs. Raise WeightMapError if some are missing or unknown."""
         shapes = self.bound.source_shapes()
         self.bound.check_sources(published.shapes(shapes), str(published.directory))
         matrices = {name: published.matrix(name, shape) for name, shape in shapes.items()}
@@ -112,8 +113,19 @@ class Case:
     def bound(self) -> BoundMap:
         return bind(self.family, self.config, self.source)
 
+    @cached_property
+    def max_tp(self) -> int:
+        """The tensor-parallel size to test: 2, or 1 if an odd number of query heads share a single key-value head."""
+        try:
+            check_tensor_parallel(self.bound.specs, 2)
+        except LayoutError:
+            if self.config.num_kv_heads > 1:
+                raise
+            return 1
+        return 2
+
     def checkpoint(self, *, tp: int = 1, pp: int = 1) -> Path:
-        """The published checkpoint converted, cut over ``tp`` × ``pp`` ranks."""
+        """Return the converted checkpoint, cut over ``tp`` × ``pp`` ranks."""
         if (tp, pp) not in self._checkpoints:
             out = self._directory / f"tp{tp}-pp{pp}"
             convert(self.family, self.published.directory, out, source=self.source, tp=tp, pp=pp)
@@ -121,12 +133,12 @@ class Case:
         return self._checkpoints[tp, pp]
 
     def load(self, *, tp: int = 1, pp: int = 1) -> dict[str, Tensor]:
-        """The parameters of our model in a single process, from a checkpoint that is cut like this."""
+        """Return the parameters of our model in a single process, from a checkpoint cut over ``tp`` × ``pp``."""
         model = load_model(Checkpoint(self.checkpoint(tp=tp, pp=pp)), ParallelContext.single(), dtype=torch.float32)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def export(self, *, tp: int = 1, pp: int = 1) -> PublishedCheckpoint:
-        """The converted checkpoint exported to the format that it came from."""
+        """Return the converted checkpoint, exported to its original format."""
         out = self._directory / f"exported-from-tp{tp}-pp{pp}"
         if not out.exists():
             export(self.checkpoint(tp=tp, pp=pp), out, format=self.source)
@@ -134,17 +146,17 @@ class Case:
 
     @cached_property
     def converted_config(self) -> ModelConfig:
-        """The configuration that the published file gave; :attr:`config`, if the plugin reads it right."""
+        """The configuration read from the published file; :attr:`config`, if the plugin is correct."""
         return read_config(self.family, Checkpoint(self.checkpoint()))
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
-        """Our model's parameters, as converting the published checkpoint gave them."""
+        """The parameters of our model, converted from the published checkpoint."""
         return self.load()
 
     @cached_property
     def logits(self) -> Tensor:
-        """What our model computes in a single process."""
+        """The logits of our model in a single process."""
         return logits_with(self.family, self.converted_config, self.parameters, self.input_ids)
 
     @cached_property
@@ -153,27 +165,22 @@ class Case:
         return logits_and_gradients(ParallelContext.single(), self.checkpoint(), self.input_ids, self.targets)[1]
 
     def to_native(self, tensors: Mapping[str, Tensor], *, order: QKVOrder | None = None) -> dict[str, Tensor]:
-        """Published ``tensors`` put through the weight map; ``order`` takes the place of the plugin's own."""
+        """Return published ``tensors`` as native ones, by the weight map; ``order`` replaces the plugin's own."""
         natives = {}
         for name, rule in self.bound.rules.items():
             spec = self.bound.specs[name]
-            parts = [_matrix(tensors[part]) for part in rule.sources]
+            parts = [as_matrix(tensors[part]) for part in rule.sources]
             native = rule.to_native(parts, order or self.bound.order)
             natives[name] = native.read(slice(0, native.rows), slice(0, native.columns)).reshape(spec.shape)
         return natives
 
     def to_source(self, natives: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Native tensors, or their gradients, put through the weight map backwards: by published name."""
+        """Return native tensors, or their gradients, as published ones, by the inverse weight map."""
         shapes = self.bound.source_shapes()
         sources = {}
         for name, rule in self.bound.rules.items():
             rows, columns = self.bound.specs[name].matrix_shape
-            native = _matrix(natives[name].reshape(rows, columns))
+            native = as_matrix(natives[name].reshape(rows, columns))
             for part, matrix in zip(rule.sources, rule.to_source(native, self.bound.order), strict=True):
                 sources[part] = matrix.read(slice(0, matrix.rows), slice(0, columns)).reshape(shapes[part])
         return sources
-
-
-def _matrix(tensor: Tensor) -> StoredMatrix:
-    rows, columns = tensor.shape if tensor.dim() == 2 else (len(tensor), 1)
-    return StoredMatrix(rows, columns, tensor.dtype, lambda: tensor)

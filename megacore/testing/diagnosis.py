@@ -1,4 +1,4 @@
-"""Saying why logits differ: trying the usual mistakes backwards until the logits agree."""
+"""Finding out why logits differ: undoing each of the usual mistakes until the logits agree."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from megacore.weights.rules import QKVOrder
 
 
 def explain(case: Case) -> str:
-    """What is wrong with our logits, which differ from the reference's."""
+    """Return why our logits differ from the reference's."""
     ours, theirs = case.logits, case.reference_logits
     if ours.shape != theirs.shape:
         return f"our logits are {list(ours.shape)}, the reference's {list(theirs.shape)}"
-    apart = (
+    difference = (
         f"the logits differ from the reference's by up to {largest_difference(ours, theirs):.2g} "
         f"(allowed: {ATOL:g} + {RTOL:g} of the value)"
     )
-    cures = [repair.what for repair in _repairs(case) if _cures(repair, case)]
-    if cures:
-        return f"{apart}. They agree once\n" + "\n".join(f"  - {cure}" for cure in cures)
-    hints = [*_without_influence(case), _position_hint(ours, theirs)]
-    return f"{apart}. No single change to the weights or settings mends that.\n" + "\n".join(
+    repairs = [repair.description for repair in _candidates(case) if _repairs(repair, case)]
+    if repairs:
+        return f"{difference}. They agree once\n" + "\n".join(f"  - {repair}" for repair in repairs)
+    hints = [*_unused_parameters(case), _position_hint(ours, theirs)]
+    return f"{difference}. No single change to the weights or settings fixes that.\n" + "\n".join(
         f"  - {hint}" for hint in hints
     )
 
 
-def _repairs(case: Case) -> Iterator[Fault]:
+def _candidates(case: Case) -> Iterator[Fault]:
     yield from faults.transposed_weights(case)
-    for of in ("", "weight", "bias"):
-        yield from faults.swapped_keys_and_values(case, of=of)
+    for kind in ("", "weight", "bias"):
+        yield from faults.swapped_keys_and_values(case, kind=kind)
     yield from faults.wrong_rotary_layout(case)
     yield from faults.swapped_gate_and_up(case)
     for step in (1, -1):
@@ -49,20 +49,21 @@ def _repairs(case: Case) -> Iterator[Fault]:
 
 
 def _exchanged_parameters(case: Case) -> Iterator[Fault]:
-    """Every two kinds of parameters of one shape that have changed places."""
+    """Yield every exchange of two kinds of parameters of the same shape."""
     kinds = faults.by_kind(case.parameters)
-    for (one, names), (other, others) in combinations(kinds.items(), 2):
-        if [case.parameters[name].shape for name in names] == [case.parameters[name].shape for name in others]:
-            pairs = [*zip(names, others, strict=True), *zip(others, names, strict=True)]
+    for (first, names), (second, partners) in combinations(kinds.items(), 2):
+        if [case.parameters[name].shape for name in names] == [case.parameters[name].shape for name in partners]:
+            pairs = [*zip(names, partners, strict=True), *zip(partners, names, strict=True)]
             exchanged = {name: case.parameters[partner] for name, partner in pairs}
-            yield Fault(f"{one} and {other} change places", {**case.parameters, **exchanged}, case.converted_config)
+            yield Fault(f"{first} and {second} change places", {**case.parameters, **exchanged}, case.converted_config)
 
 
 def _other_orders(case: Case) -> Iterator[Fault]:
     grouped = grouped_qkv_rows(case.config)
-    for what, rows in (("grouped_qkv_rows(config)", grouped), (f"range({len(grouped)})", range(len(grouped)))):
+    for returned, rows in (("grouped_qkv_rows(config)", grouped), (f"range({len(grouped)})", range(len(grouped)))):
         order = QKVOrder.from_permutation(case.config, rows)
-        yield Fault(f"qkv_permutation returns {what}", case.to_native(case.tensors, order=order), case.converted_config)
+        natives = case.to_native(case.tensors, order=order)
+        yield Fault(f"qkv_permutation returns {returned}", natives, case.converted_config)
 
 
 def _other_settings(case: Case) -> Iterator[Fault]:
@@ -82,14 +83,14 @@ def _setting(case: Case, name: str, value: object, *, layers_only: bool) -> Faul
     return Fault(f"{where} {value}", case.parameters, case.converted_config if layers_only else changed, changed)
 
 
-def _cures(repair: Fault, case: Case) -> bool:
+def _repairs(repair: Fault, case: Case) -> bool:
     try:
         return agree(repair.logits(case), case.reference_logits)
-    except Exception:  # the layer refuses what is tried: that is not it
+    except Exception:  # the layer refuses this change, so it is not the repair
         return False
 
 
-def _without_influence(case: Case) -> Iterator[str]:
+def _unused_parameters(case: Case) -> Iterator[str]:
     for kind, names in faults.by_kind(case.parameters).items():
         doubled = {name: 2 * case.parameters[name] for name in names}
         logits = Fault(kind, {**case.parameters, **doubled}, case.converted_config).logits(case)
@@ -98,7 +99,7 @@ def _without_influence(case: Case) -> Iterator[str]:
 
 
 def _position_hint(ours: Tensor, theirs: Tensor) -> str:
-    """What the first position says: there is nothing to attend to but itself, whatever the positions are."""
+    """Return a hint from the first position, which attends to itself only, independent of position embeddings."""
     if agree(ours[:, 0], theirs[:, 0]):
         return (
             "at the first position the logits agree: look at what depends on other positions, the rotary embedding "

@@ -1,4 +1,4 @@
-"""Faults that the kit plants in a working model, to see that the logits would betray them."""
+"""Faults that the kit plants in a working model, to check that they change the logits."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Fault:
     """A change to a model.
 
     Attributes:
-        what: was done, as a clause.
-        parameters: all of the model's, changed.
-        config: of the model, changed or not.
-        layer_config: what the layers are told, where that is not ``config``.
+        description: Description of the change, a clause.
+        parameters: All parameters of the model, with the change.
+        config: Configuration of the model, with the change.
+        layer_config: Configuration that the layers are built from, if it is not ``config``.
     """
 
-    what: str
+    description: str
     parameters: Mapping[str, Tensor]
     config: ModelConfig
     layer_config: ModelConfig | None = None
 
     def logits(self, case: Case) -> Tensor:
-        """What our model computes with the fault in it."""
+        """Return the logits of our model with the fault."""
         return logits_with(case.family, self.config, self.parameters, case.input_ids, layer_config=self.layer_config)
 
 
 def transposed_weights(case: Case) -> Iterator[Fault]:
-    """Each square tensor of the source, transposed in every layer. One that is not square would not even load."""
+    """Transpose each square tensor of the source, in every layer. Others would not load if they were transposed."""
     for kind in dict.fromkeys(map(_kind, case.tensors)):
         chosen = [name for name in case.tensors if _kind(name) == kind]
         shape = case.tensors[chosen[0]].shape
@@ -49,21 +49,21 @@ def transposed_weights(case: Case) -> Iterator[Fault]:
             yield _fault(case, f"{kind} is transposed", case.to_native({**case.tensors, **changed}))
 
 
-def swapped_keys_and_values(case: Case, *, of: str = "") -> Iterator[Fault]:
-    """Keys and values, exchanged in every layer; ``of`` weights and biases, unless it says which."""
+def swapped_keys_and_values(case: Case, *, kind: str = "") -> Iterator[Fault]:
+    """Swap keys and values in every layer: of weights and biases, or only of ``kind``."""
 
     def swap(heads: Tensor) -> Tensor:
         return torch.cat((heads[:, :-2], heads[:, -1:], heads[:, -2:-1]), dim=1)
 
-    yield from _qkv_fault(case, f"the rows of keys and values{of and f' ({of})'} are swapped", swap, of)
+    yield from _qkv_fault(case, f"the rows of keys and values{kind and f' ({kind})'} are swapped", swap, kind)
 
 
 def wrong_rotary_layout(case: Case) -> Iterator[Fault]:
-    """The rows of each query and key head, in the order of interleaved pairs instead of halves; and the reverse."""
+    """Reorder the rows of each query and key head from halves to interleaved pairs, and in reverse."""
     if case.config.position_embedding != "rotary":
         return
     halves = torch.arange(case.config.head_dim).view(2, -1)
-    for what, order in (
+    for description, order in (
         ("the rows of each query and key head go from rotary halves to interleaved pairs", halves.T.flatten()),
         (
             "the rows of each query and key head go from interleaved rotary pairs to halves",
@@ -74,11 +74,11 @@ def wrong_rotary_layout(case: Case) -> Iterator[Fault]:
         def reorder(heads: Tensor, order: Tensor = order) -> Tensor:
             return torch.cat((heads[:, :-1, order], heads[:, -1:]), dim=1)
 
-        yield from _qkv_fault(case, what, reorder)
+        yield from _qkv_fault(case, description, reorder)
 
 
 def skipped_biases(case: Case) -> Iterator[Fault]:
-    """Each kind of bias, zero in every layer."""
+    """Set each kind of bias to zero, in every layer."""
     for kind, names in by_kind(case.parameters).items():
         if kind.endswith(".bias"):
             zeros = {name: torch.zeros_like(case.parameters[name]) for name in names}
@@ -86,13 +86,13 @@ def skipped_biases(case: Case) -> Iterator[Fault]:
 
 
 def wrong_eps(case: Case) -> Iterator[Fault]:
-    """The layers' norms with twice the eps."""
+    """Double the eps of the layers' norms."""
     config = replace(case.converted_config, norm_eps=2 * case.converted_config.norm_eps)
     yield Fault(f"norm_eps of the layers is {config.norm_eps:g}", case.parameters, case.converted_config, config)
 
 
 def layers_off_by_one(case: Case, *, step: int = 1) -> Iterator[Fault]:
-    """Each kind of parameter, taken from the next layer; from the one before with ``step`` -1."""
+    """Take each kind of parameter from the next layer, or with ``step`` -1 from the previous one."""
     for kind, names in by_kind(case.parameters).items():
         if len(names) > 1:
             neighbours = names[step:] + names[:step]
@@ -104,7 +104,7 @@ def layers_off_by_one(case: Case, *, step: int = 1) -> Iterator[Fault]:
 
 
 def swapped_gate_and_up(case: Case) -> Iterator[Fault]:
-    """The two parts of each gated projection, exchanged in every layer."""
+    """Swap the two parts of each gated projection, in every layer."""
     gated = {name: type(rule).__name__ for name, rule in case.bound.rules.items() if _makes_two_parts(rule)}
     if gated:
         flipped = {name: torch.cat(case.parameters[name].chunk(2)[::-1]) for name in gated}
@@ -116,29 +116,29 @@ def _makes_two_parts(rule: Rule) -> bool:
     return isinstance(rule, SwappedHalves) or (isinstance(rule, Stacked) and len(rule.sources) == 2)
 
 
-def _qkv_fault(case: Case, what: str, change: Callable[[Tensor], Tensor], of: str = "") -> Iterator[Fault]:
-    """``change`` applied to the ``[groups, heads, head_dim, columns]`` of every QKV projection, weight and bias."""
+def _qkv_fault(case: Case, description: str, change: Callable[[Tensor], Tensor], kind: str = "") -> Iterator[Fault]:
+    """Apply ``change`` to the ``[groups, heads, head_dim, columns]`` of every QKV projection, weight and bias."""
     heads, head_dim = case.config.queries_per_kv + 2, case.config.head_dim
     changed = {
         name: change(value.reshape(value.shape[0], heads, head_dim, -1)).reshape(value.shape)
         for name, value in case.parameters.items()
-        if f"linear_qkv.{of}" in name and value.shape[:2] == (case.config.num_kv_heads, heads * head_dim)
+        if f"linear_qkv.{kind}" in name and value.shape[:2] == (case.config.num_kv_heads, heads * head_dim)
     }
     if changed:
-        yield _fault(case, what, changed)
+        yield _fault(case, description, changed)
 
 
-def _fault(case: Case, what: str, changed: Mapping[str, Tensor]) -> Fault:
-    return Fault(what, {**case.parameters, **changed}, case.converted_config)
+def _fault(case: Case, description: str, changed: Mapping[str, Tensor]) -> Fault:
+    return Fault(description, {**case.parameters, **changed}, case.converted_config)
 
 
 def _kind(name: str) -> str:
-    """A name with ``*`` for the number of its layer, however the format counts them."""
+    """Return a published name with ``*`` for the number of its layer."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def by_kind(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Native names, in the order of the layers, by the name without the layer's number."""
+    """Return the native names, in the order of the layers, by the name without the layer's number."""
     kinds: dict[str, list[str]] = {}
     for name in parameters:
         kinds.setdefault(_LAYER.sub(".layers.*.", name), []).append(name)

@@ -1,4 +1,4 @@
-"""Making a published checkpoint of random weights that hide nothing."""
+"""Published checkpoints of random weights, in which every parameter has an effect."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megacore.hookspecs import ReferenceModel
 
 
 def randomize(module: nn.Module, *, seed: int = 0) -> None:
-    """Give every parameter of ``module`` random values that make logits of order 1.
+    """Set every parameter of ``module`` to random values that make logits of order 1.
 
-    Biases are not zero and the weights of norms are not one, as freshly initialised ones are: those would agree with a
+    Biases are not zero and the weights of norms are not one, unlike freshly initialised ones, which would agree with a
     model that leaves them out.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -30,10 +30,10 @@ def randomize(module: nn.Module, *, seed: int = 0) -> None:
 
 
 def save_random(reference: ReferenceModel, directory: Path) -> None:
-    """Randomize the transformers model that ``reference`` wraps and let it write its own files into ``directory``.
+    """Randomize the transformers model that ``reference`` wraps, and save it with its own method into ``directory``.
 
     Raises:
-        NotImplementedError: when it wraps none.
+        NotImplementedError: when ``reference`` does not wrap a transformers model.
     """
     model: Any = getattr(reference, "model", None)
     if not hasattr(model, "save_pretrained"):

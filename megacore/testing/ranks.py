@@ -1,10 +1,11 @@
-"""Processes that join in gloo groups, for tests to run functions on.
+"""A pool of processes that form gloo groups, on which tests run functions.
 
-There is one :class:`RankPool` for the whole session, which starts as many processes as a run needs and keeps them. They
-are forked from one that has imported torch and megacore, which takes seconds, so that a new one takes milliseconds. The
-fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``.
+One :class:`RankPool` serves the whole session; it starts as many processes as a run needs and keeps them. They are
+forked from a process that has imported torch and megacore, which takes seconds, so that starting one takes
+milliseconds. The fixture ``ranks`` is that pool; a test gets it by importing :func:`ranks` into a ``conftest.py``.
 Functions are pickled by reference, and pytest's import mode ``importlib`` gives a test module a name that no other
-process knows: functions for ranks live in an installed package, or in a module on ``sys.path`` that is not a test.
+process can import: functions for ranks must be in an installed package, or in a module on ``sys.path`` that is not a
+test. torch's own multi-process tests start new processes for each test.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ TIMEOUT = 60.0
 """Seconds that a function may take; a deadlock lasts that long."""
 
 GRACE = 2.0
-"""Seconds that the other ranks have to end once one has failed; then they are taken to wait for it in a collective."""
+"""Seconds that the other ranks have to end once one has failed; after that they probably wait in a collective."""
 
 TWO_RANKS = ParallelSizes(tp=2)
 
 
 class RankError(Exception):
-    """A function failed on a rank. The message has the traceback of what it raised there."""
+    """A function failed on a rank. The message has the traceback from that rank."""
 
 
 class RankTimeoutError(RankError):
-    """A function took too long. The message has the stack of each rank that gave no answer."""
+    """A function took too long. The message has the stack of each rank that did not answer."""
 
 
 class RankPool:
-    """Processes that wait for functions to run. When one dies or hangs, the next run starts them anew."""
+    """Processes that wait for functions to run. After one has died or hung, the next run starts new ones."""
 
     def __init__(self) -> None:
         self._processes: list[ForkServerProcess] = []
@@ -62,10 +63,10 @@ class RankPool:
         sizes: ParallelSizes = TWO_RANKS,
         timeout: float = TIMEOUT,
     ) -> list[Any]:
-        """Call ``function(parallel, *arguments)`` on ``sizes.world`` ranks; return what each returned, in their order.
+        """Call ``function(parallel, *arguments)`` on ``sizes.world`` ranks; return the results in the order of ranks.
 
         Raises:
-            RankError: when it raises on one of them.
+            RankError: when the function raises on a rank.
             RankTimeoutError: when it takes longer than ``timeout`` seconds.
         """
         directory = self._start(sizes.world)
@@ -81,9 +82,9 @@ class RankPool:
             if not ready:
                 break
             for rank in (rank for rank in pending if connections[rank] in ready):
-                succeeded, answer = self._receive(rank)
-                (results if succeeded else failures)[rank] = answer
-                if not succeeded:
+                has_succeeded, answer = self._receive(rank)
+                (results if has_succeeded else failures)[rank] = answer
+                if not has_succeeded:
                     deadline = min(deadline, time.monotonic() + GRACE)
         stacks = [f"rank {rank} gave no answer in {timeout:g} s:\n{self._stack(rank)}" for rank in pending]
         if failures or pending or not all(process.is_alive() for process in self._processes):
@@ -106,7 +107,7 @@ class RankPool:
         self._processes, self._connections, self._directory = [], [], None
 
     def _start(self, size: int) -> str:
-        """Start what is missing of ``size`` processes; return the directory that they share."""
+        """Start processes until there are ``size``; return the directory that they share."""
         warm = warm_processes()
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="rank-pool-")
@@ -121,7 +122,8 @@ class RankPool:
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
-            return self._connections[rank].recv()
+            answer: tuple[bool, Any] = self._connections[rank].recv()
+            return answer
         except EOFError:
             self._processes[rank].join()
             return False, f"the process ended with exit code {self._processes[rank].exitcode}"
@@ -131,14 +133,14 @@ class RankPool:
         file = _stack_file(self._directory.name, rank)
         pid = self._processes[rank].pid
         if pid is None or not file.exists():
-            return "not even started"
+            return "not started"
         os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
         return file.read_text()
 
 
 _IMPORTED = ("torch", "torch.distributed.tensor", "megacore.parallel", "megacore.training.trainer")
-"""What a process of the pool has imported before it is forked. Importing these starts no thread."""
+"""Modules that a process of the pool has imported before it is forked. Importing these starts no thread."""
 
 
 @cache
@@ -151,37 +153,36 @@ def warm_processes() -> ForkServerContext:
 
 @cache
 def shared_pool() -> RankPool:
-    """The pool of this session."""
+    """Return the pool of this session."""
     return RankPool()
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    """Ranks to run functions on, two unless asked for more."""
+    """Yield the pool of ranks."""
     yield shared_pool()
     shared_pool().close()
 
 
 def _serve(connection: Connection, rank: int, directory: str) -> None:
-    """What a process of the pool does until it is killed."""
+    """Run functions in a process of the pool until it is killed."""
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
 
     from megacore.parallel import ParallelContext
 
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported need not be looked at again and again
+    gc.freeze()  # the collector need not traverse imported modules again and again
     with _stack_file(directory, rank).open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         while True:
             try:
                 function, arguments, sizes, store = connection.recv()
-                if dist.is_initialized():  # only now is it sure that all are done with the last run
+                if dist.is_initialized():  # only now have all ranks finished the last run
                     dist.destroy_process_group()
-                    _let_go_of_groups()
-                dist.init_process_group(
-                    "gloo", store=dist.FileStore(store, sizes.world), rank=rank, world_size=sizes.world
-                )
+                    _free_groups()
+                dist.init_process_group("gloo", store=FileStore(store, sizes.world), rank=rank, world_size=sizes.world)
                 answer = True, function(ParallelContext.of_world(sizes, device=torch.device("cpu")), *arguments)
             except EOFError:  # the session is over
                 return
@@ -196,15 +197,15 @@ _CACHES = (
     "torch.distributed.tensor._redistribute:_gen_transform_infos.cache_clear",
     "torch.distributed.tensor._collective_utils:MeshTopoInfo.build_from_mesh.cache_clear",
 )
-"""What clears those of DTensor that hold a mesh, and with it its groups; private to torch 2.13, so maybe not there."""
+"""Functions that clear DTensor's caches of meshes and their groups. They are private to torch and may be absent."""
 
 
-def _let_go_of_groups() -> None:
-    """Free the groups of an earlier run, each of which gloo wakes 100 times a second for."""
+def _free_groups() -> None:
+    """Free the groups of an earlier run, for each of which gloo wakes up 100 times a second."""
     for clear in _CACHES:
-        with suppress(ImportError, AttributeError):  # then tests are slow, no more
+        with suppress(ImportError, AttributeError):  # without them tests are only slower
             pkgutil.resolve_name(clear)()
-    gc.collect()  # others are in cycles
+    gc.collect()  # some groups are in reference cycles
 
 
 def _stack_file(directory: str, rank: int) -> Path:

@@ -31,7 +31,7 @@ from megacore.parallel import (
 from megacore.training.batches import Batch
 from megacore.training.config import RunConfig
 from megacore.training.loss_scale import LossScale
-from megacore.training.optimizer import build_optimizer, frozen_names, set_rates
+from megacore.training.optimizer import build_optimizer, set_rates
 from megacore.training.resolved import ResolvedRun
 
 
@@ -80,7 +80,7 @@ class Engine:
         self.parallel = parallel
         self.param_dtype, self.compute_dtype = run.model.param_dtype, run.model.compute_dtype
         narrower = self.compute_dtype if self.compute_dtype != self.param_dtype else None
-        frozen = frozen_names(run.training.freeze, resolved.specs) if trains else set(resolved.specs)
+        frozen = resolved.frozen if trains else resolved.specs.keys()
         self.all_stages = resolved.stages
         own_stages = (
             local_stages(run.parallel.pipeline_schedule, self.all_stages, parallel)

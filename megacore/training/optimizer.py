@@ -1,15 +1,13 @@
-"""The optimizer over a model's parameters, and which of them are not trained."""
+"""The optimizer over a model's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from megacore.errors import ConfigError
 from megacore.parallel import ParameterSpec, local_tensor
 from megacore.training.config import OptimizerSection
 
@@ -22,31 +20,6 @@ class Optimizer(Protocol):
     def step(self) -> Any: ...
 
     def zero_grad(self) -> None: ...
-
-
-def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
-    """Return the ``names`` that match any of the ``patterns``, by the rules of the shell for file names.
-
-    Args:
-        patterns: The patterns of ``training.freeze``.
-        names: All parameters of the whole model.
-
-    Raises:
-        ConfigError: when a pattern matches none, or all are matched.
-    """
-    names = list(names)
-    frozen: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise ConfigError(
-                f"training.freeze: {pattern!r} matches no parameter of the model, which has {names[0]}, … {names[-1]} "
-                "(megacore.json of the checkpoint has all names)"
-            )
-        frozen |= matched
-    if frozen and len(frozen) == len(names):
-        raise ConfigError("training.freeze matches all parameters, so that there would be nothing to train")
-    return frozen
 
 
 def build_optimizer(

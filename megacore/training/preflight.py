@@ -39,11 +39,9 @@ from megacore.parallel import (
     local_device,
 )
 from megacore.training.batches import SplitSamples, num_evaluation_samples
-from megacore.training.checkpointing.final_model import is_result_of, kept_as
 from megacore.training.config import DataSection, RunConfig
 from megacore.training.evaluation.metrics import resolve_metrics
 from megacore.training.loggers.dispatch import check_run_log
-from megacore.training.optimizer import frozen_names
 from megacore.training.starting_point import StartingPoint, changed_settings
 
 _VERBS: dict[Split, str] = {"train": "train", "valid": "validate", "test": "test"}
@@ -72,7 +70,7 @@ def check_compute(run: RunConfig, config: ModelConfig, specs: Mapping[str, Param
 
     Raises:
         LayoutError: when batch sizes do not fit the layout of the processes.
-        ConfigError: when a kernel cannot be used here, or a parameter or a metric is unknown.
+        ConfigError: when a kernel cannot be used here, or a metric is unknown.
     """
     if run.optimizer.kind != "adamw" and run.kernels.optimizer == "apex":
         raise ConfigError(
@@ -88,7 +86,6 @@ def check_compute(run: RunConfig, config: ModelConfig, specs: Mapping[str, Param
     )
     if run.kernels.compile:
         _check_compilation(run)
-    frozen_names(run.training.freeze, specs)
     resolve_metrics(run.evaluation.metrics, conversations=run.data.kind == "instruction")
     for size in run.training.batch_sizes.sizes:
         _check_batch_size(run, size, dp_size=dp_size)
@@ -141,8 +138,8 @@ def check_outputs(run: RunConfig, start: StartingPoint, nodes: Nodes) -> None:
     """
     if is_first_process(nodes):
         check_run_log(run, resumed_run_id=None if start.record is None else start.record.run_id)
-    out = run.output.checkpoint
-    require_absent(kept_as(out) if start.is_resumed and is_result_of(out, start.checkpoint) else out)
+    if not start.is_resumed:  # a resumed run renames its earlier result
+        require_absent(run.output.checkpoint)
 
 
 def check_resume(

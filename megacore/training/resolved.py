@@ -6,8 +6,9 @@ Processes that the command starts receive it from the one that resolved it, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class ResolvedRun:
         start: The checkpoint that the run starts from, with the model configuration that the run file asks for.
         config: The configuration of the model.
         specs: The parameters of the whole model, by name.
+        frozen: The names of the parameters that are not trained.
         sizes: The sizes of the kinds of parallelism.
         stages: The pipeline stages of the whole model.
         samples: The samples of each split.
@@ -69,6 +71,7 @@ class ResolvedRun:
     start: StartingPoint
     config: ModelConfig
     specs: Mapping[str, ParameterSpec]
+    frozen: frozenset[str]
     sizes: ParallelSizes
     stages: list[Stage]
     samples: SplitSamples
@@ -130,6 +133,7 @@ def resolve_run(
         start=start,
         config=config,
         specs=specs,
+        frozen=frozen_names(run.training.freeze, specs),
         sizes=sizes,
         stages=stages,
         samples=samples,
@@ -170,6 +174,7 @@ def resolve_evaluation(run: RunConfig, *, load: Path | None = None, nodes: Nodes
         start=start,
         config=config,
         specs=specs,
+        frozen=frozen_names(run.training.freeze, specs),
         sizes=sizes,
         stages=stages,
         samples=samples,
@@ -248,6 +253,31 @@ def pipeline_stages(parallel: ParallelSection, config: ModelConfig, specs: Mappi
     head = config.vocab_size * config.hidden_size / layer
     # An embedding takes as much memory as the head, but hardly any time.
     return balanced_stages(config.num_layers, parallel.num_stages, embedding=head / 2, head=head)
+
+
+def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:
+    """Return the ``names`` that match any of the ``patterns``, by the rules of the shell for file names.
+
+    Args:
+        patterns: The patterns of ``training.freeze``.
+        names: All parameters of the whole model.
+
+    Raises:
+        ConfigError: when a pattern matches none, or all are matched.
+    """
+    names = list(names)
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ConfigError(
+                f"training.freeze: {pattern!r} matches no parameter of the model, which has {names[0]}, … {names[-1]} "
+                "(megacore.json of the checkpoint has all names)"
+            )
+        frozen |= matched
+    if frozen and len(frozen) == len(names):
+        raise ConfigError("training.freeze matches all parameters, so that there would be nothing to train")
+    return frozenset(frozen)
 
 
 def _describe_layout(parallel: ParallelSection, sizes: ParallelSizes, stages: list[Stage]) -> list[str]:

@@ -1,4 +1,8 @@
-"""Proving a conversion right: our model against an independent implementation."""
+"""Verification of a conversion: our model against an independent implementation.
+
+Start with ``comparison.py``, the public call ``verify``. The references are what plugins return from
+``load_reference``.
+"""
 
 from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
 from megacore.verification.meta_reference import MetaReference

@@ -1,9 +1,9 @@
-"""Comparing our model with an independent implementation, on the same token ids and the same targets."""
+"""``verify``: compares our model with an independent implementation, on the same token ids and targets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ from megacore.plugins import get_family
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far logits may be apart: the largest absolute error of any, and the mean absolute error of all."""
+    """The allowed difference of logits: the maximum and the mean absolute error."""
 
     max_error: float
     mean_error: float
 
     @classmethod
     def for_dtype(cls, dtype: torch.dtype, override: float | None = None) -> Tolerance:
-        """The tolerance of a comparison in ``dtype``.
+        """Return the tolerance of a comparison in ``dtype``.
 
-        In 32 and 64 bit the largest error decides, at most 1e-3 (``override`` replaces it), and the mean must be ten
-        times smaller. In 16 bit single logits are coarse: only the mean decides, at most 0.1 (or ``override``).
+        In 32 and 64 bit the maximum error may be at most 1e-3 (or ``override``), and the mean a tenth of that. In 16
+        bit single logits are coarse, so only the mean counts, which may be at most 0.1 (or ``override``).
         """
         if dtype.itemsize < 4:
             return cls(max_error=math.inf, mean_error=0.1 if override is None else override)
@@ -42,15 +42,15 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One comparison, of one sequence of tokens.
+    """The comparison of one sequence of tokens.
 
     Attributes:
-        index: from 0.
-        max_error: the largest absolute difference of two logits.
-        mean_error: the mean absolute difference.
-        our_loss: the mean negative log-likelihood of the targets, in nats a token.
-        their_loss: the reference's, of the same targets.
-        agreement: the share of positions at which both hold the same token for the most likely.
+        index: Number of the sequence, from 0.
+        max_error: Maximum absolute difference of two logits.
+        mean_error: Mean absolute difference of the logits.
+        our_loss: Mean negative log-likelihood of the targets in nats per token.
+        their_loss: Mean negative log-likelihood of the same targets by the reference.
+        agreement: Share of positions at which both have the same most likely token.
     """
 
     index: int
@@ -65,13 +65,13 @@ class Iteration:
         return abs(self.our_loss - self.their_loss)
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether the errors are within ``tolerance``; not-a-number never is."""
+        """Return whether the errors are within ``tolerance``; NaN never is."""
         return self.max_error <= tolerance.max_error and self.mean_error <= tolerance.mean_error
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """All iterations of a comparison, and what was allowed."""
+    """All iterations of a comparison, and its tolerance."""
 
     iterations: tuple[Iteration, ...]
     tolerance: Tolerance
@@ -92,7 +92,7 @@ class VerificationReport:
 
     @property
     def verdict(self) -> str:
-        """One line for a person."""
+        """The result in one line."""
         agreement = sum(iteration.agreement for iteration in self.iterations) / len(self.iterations)
         loss_error = _worst(iteration.loss_error for iteration in self.iterations)
         counted = "1 iteration" if len(self.iterations) == 1 else f"{len(self.iterations)} iterations"
@@ -105,7 +105,7 @@ class VerificationReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as plain JSON values; what is not a number, which JSON cannot say, is ``None``."""
+        """Return the figures as plain JSON values; infinities and NaN, which JSON lacks, become ``None``."""
         figures = [asdict(iteration) | {"loss_error": iteration.loss_error} for iteration in self.iterations]
         return {
             "passed": self.passed,
@@ -135,16 +135,16 @@ def verify(
     """Compare the model of ``checkpoint`` with the independent implementation that its family names.
 
     Args:
-        checkpoint: a native checkpoint, cut in any way.
-        reference: the published checkpoint to compare with.
-        samples: token ids, ``[iterations, sequence + 1]``; the last of each row is only a target.
-        dtype: our model computes in; the reference computes in float32, or in float64 when ``dtype`` is that.
-        tp: tensor-parallel size to compare at, by default the checkpoint's own; processes are started for it.
-        tolerance: instead of that of the dtype; see :meth:`Tolerance.for_dtype`.
-        on_iteration: is told of each iteration as it is done; a function of a module, since another process calls it.
+        checkpoint: Native checkpoint of any layout.
+        reference: Published checkpoint to compare with.
+        samples: Token ids, ``[iterations, sequence + 1]``; the last of each row is only a target.
+        dtype: Dtype that our model computes in; the reference computes in float32, or in float64 if ``dtype`` is that.
+        tp: Tensor-parallel size to compare at, by default the checkpoint's own; processes are started for it.
+        tolerance: Tolerance that replaces that of the dtype; see :meth:`Tolerance.for_dtype`.
+        on_iteration: Called after each iteration. A function of a module, since another process calls it.
 
     Raises:
-        MegacoreError: when the comparison cannot be made. A comparison that fails is reported, not raised.
+        MegacoreError: when the comparison cannot be made. A failed comparison is reported, not raised.
     """
     opened = Checkpoint(checkpoint)
     reference = Path(reference)
@@ -195,15 +195,15 @@ def _compare_on_rank(
 
 
 def gather_logits(logits: Tensor, vocab_size: int, parallel: ParallelContext) -> Tensor:
-    """Join the ranks' parts of the vocabulary into ``[batch, sequence, vocab_size]``."""
+    """Gather the ranks' parts of the vocabulary into ``[batch, sequence, vocab_size]``, on every rank."""
     if parallel.tp_mesh is None:
         return logits
     shape = torch.Size((*logits.shape[:-1], vocab_size))
     stride = torch.empty(shape, device="meta").stride()
-    cut = DTensor.from_local(
+    distributed = DTensor.from_local(
         logits, parallel.tp_mesh, [Shard(logits.dim() - 1)], run_check=False, shape=shape, stride=stride
     )
-    return cut.full_tensor()
+    return distributed.full_tensor()
 
 
 def _compare(index: int, ours: Tensor, theirs: Tensor, targets: Tensor) -> Iteration:
@@ -219,6 +219,6 @@ def _compare(index: int, ours: Tensor, theirs: Tensor, targets: Tensor) -> Itera
     )
 
 
-def _worst(errors: Any) -> float:
-    """The largest; not-a-number counts as larger than any."""
+def _worst(errors: Iterable[float]) -> float:
+    """Return the largest error; NaN counts as infinite."""
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)

@@ -1,7 +1,7 @@
 """The reference of checkpoints in Meta's own format: Meta's implementation, which is built on fairscale.
 
-Which package that is, the plugin says. The files are read here on their own terms, by the names of their tensors and
-not by megacore's reader, so that a fault of that one does not hide on both sides.
+The plugin names its package. The files are read here independently of megacore's reader, by the names of their tensors,
+so that a fault in the reader cannot affect both sides.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from megacore.checkpoint.input_files import read_json_object
 from megacore.errors import CheckpointError, PluginError
 
-_SIDE_BY_SIDE = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
-"""The dimension along which the ranks' parts of a layer's weight lie beside one another; norms are whole in each."""
+_CONCATENATED_DIMS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+"""Dimension along which the ranks' parts of a weight are concatenated; every rank has the whole norms."""
 
 _ROPE_THETA = 10000.0
-"""What a file means that does not say it: the constant of the implementations that these files were written for."""
+"""Value for files without it: the constant of the implementations that these files were written for."""
 
 
 class MetaReference:
@@ -35,13 +36,14 @@ class MetaReference:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Whole sequences, so that the model's key-value cache, as long as they are, only passes them through."""
+        """Compute the logits of whole sequences, for which the model's key-value cache gets exactly their length."""
         for layer in self.model.layers:
             attention = layer.attention
             shape = (*input_ids.shape, attention.n_local_kv_heads, attention.head_dim)
             attention.cache_k, attention.cache_v = (torch.zeros(shape, device=self.device) for _ in range(2))
         with _model_parallel_group_of_this_rank():
-            return self.model(input_ids, 0)
+            logits: Tensor = self.model(input_ids, 0)
+        return logits
 
     @classmethod
     def load(
@@ -57,12 +59,12 @@ class MetaReference:
         """Load the checkpoint in ``path``, of any number of model-parallel ranks, into one model.
 
         Args:
-            path: a directory in Meta's format.
-            implementation: the package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``).
-            extra: what to ``pip install`` to have it.
-            max_seq_len: the longest sequence that is to be compared.
-            dtype: to load into.
-            device: to load onto.
+            path: Directory in Meta's format.
+            implementation: Package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``).
+            extra: Argument of ``pip install`` that installs the package.
+            max_seq_len: Maximum length of a compared sequence.
+            dtype: Dtype of the weights.
+            device: Device of the weights.
 
         Raises:
             PluginError: when the implementation is not installed.
@@ -73,9 +75,9 @@ class MetaReference:
             transformer_class = import_module(f"{implementation}.model").Transformer
         except ImportError as error:
             raise PluginError(
-                f"the reference {path} is in Meta's format and is to be computed by Meta's own implementation, which "
-                f"is not installed ({error}): pip install '{extra}'. Or name the same model in the Hugging Face format "
-                "as the reference"
+                f"the reference {path} is in Meta's format, which needs Meta's own implementation, but that is not "
+                f"installed ({error}): pip install '{extra}'. Or give the same model in the Hugging Face format as the "
+                "reference"
             ) from error
         params = read_json_object(path / "params.json")
         if "dim" not in params:
@@ -86,9 +88,9 @@ class MetaReference:
         params |= {"vocab_size": len(state["output.weight"]), "max_seq_len": max_seq_len, "max_batch_size": 1}
         with _model_parallel_group_of_this_rank():
             model = transformer_class(arguments_class(**{"rope_theta": _ROPE_THETA, **params}))
-        for layer in model.layers:  # a call makes its own; these are of the longest sequence there may be
+        for layer in model.layers:  # each call creates smaller ones; these have the maximum length
             layer.attention.cache_k = layer.attention.cache_v = None
-        weights = {name: state.pop(name).to(device, dtype) for name in list(state)}  # never two models
+        weights = {name: state.pop(name).to(device, dtype) for name in list(state)}  # frees each source tensor
         try:
             missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
         except RuntimeError as error:
@@ -99,21 +101,21 @@ class MetaReference:
 
 
 def _merged_state(path: Path, dim: int) -> dict[str, Tensor]:
-    """The tensors of all ranks' files, merged."""
+    """Return the merged tensors of all ranks' files."""
     files = sorted(path.glob("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"the reference {path} has no consolidated.*.pth")
     try:
         shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
         return {name: _merged(name, [shard[name] for shard in shards], dim) for name in shards[0]}
-    except Exception as error:  # whatever torch says of a file that it cannot read
+    except Exception as error:  # torch raises many kinds for a file that it cannot read
         raise CheckpointError(f"the reference {path} cannot be read: {error}") from error
 
 
 def _merged(name: str, parts: list[Tensor], dim: int) -> Tensor:
     module = name.removesuffix(".weight").rpartition(".")[2]
-    if len(parts) > 1 and module in _SIDE_BY_SIDE:
-        return torch.cat(parts, dim=_SIDE_BY_SIDE[module])
+    if len(parts) > 1 and module in _CONCATENATED_DIMS:
+        return torch.cat(parts, dim=_CONCATENATED_DIMS[module])
     if len(parts) > 1 and module == "tok_embeddings":
         return torch.cat(parts, dim=1 if parts[0].shape[1] < dim else 0)
     return parts[0]
@@ -121,23 +123,22 @@ def _merged(name: str, parts: list[Tensor], dim: int) -> Tensor:
 
 @contextmanager
 def _model_parallel_group_of_this_rank() -> Iterator[None]:
-    """Let fairscale's layers find a model-parallel group in which this rank is alone, within the block.
+    """Give fairscale's layers a model-parallel group with this rank alone, within the block.
 
-    Not by its ``initialize_model_parallel``: all ranks of the default process group would have to call it, and it is
-    the first rank alone that has a reference. Whatever groups there were, in torch and in fairscale, are there again
-    afterwards.
+    fairscale's ``initialize_model_parallel`` must be called on all ranks of the default process group, but only the
+    first rank has a reference. The earlier groups of torch and fairscale are restored afterwards.
     """
     initialize: Any = import_module("fairscale.nn.model_parallel.initialize")
-    before = initialize._MODEL_PARALLEL_GROUP
-    is_joined = dist.is_initialized()
-    if is_joined:
+    previous = initialize._MODEL_PARALLEL_GROUP
+    is_initialized = dist.is_initialized()
+    if is_initialized:
         group = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         group = dist.group.WORLD
     initialize._MODEL_PARALLEL_GROUP = group
     try:
         yield
     finally:
-        initialize._MODEL_PARALLEL_GROUP = before
-        dist.destroy_process_group(group if is_joined else None)
+        initialize._MODEL_PARALLEL_GROUP = previous
+        dist.destroy_process_group(group if is_initialized else None)

@@ -1,4 +1,4 @@
-"""The token ids that a verification runs on: from a dataset, from text, or random."""
+"""Token ids for a verification: from a dataset, from text, or random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megacore.errors import DataError
 
 
 def dataset_samples(prefix: Path, checkpoint: Checkpoint, *, iterations: int, seq_length: int) -> Tensor:
-    """The first ``iterations`` samples of a dataset, ``[iterations, seq_length + 1]``.
+    """Return the first ``iterations`` samples of a dataset, ``[iterations, seq_length + 1]``.
 
     Raises:
         DataError: when the dataset is too short, or has ids beyond the checkpoint's vocabulary.
@@ -21,7 +21,7 @@ def dataset_samples(prefix: Path, checkpoint: Checkpoint, *, iterations: int, se
     windows = TokenWindows(IndexedDataset(prefix), seq_length)
     if len(windows) < iterations:
         raise DataError(
-            f"{prefix} holds {len(windows)} samples of {seq_length} tokens, not {iterations}: "
+            f"{prefix} has {len(windows)} samples of {seq_length} tokens, not {iterations}: "
             "choose a smaller --iters or --seq-length"
         )
     samples = torch.stack([torch.from_numpy(windows[index]) for index in range(iterations)])
@@ -29,13 +29,13 @@ def dataset_samples(prefix: Path, checkpoint: Checkpoint, *, iterations: int, se
 
 
 def text_samples(file: Path, checkpoint: Checkpoint, *, iterations: int, seq_length: int) -> Tensor:
-    """The first tokens of a text file, in the checkpoint's own tokenizer, ``[iterations, seq_length + 1]``.
+    """Return the first tokens of a text file by the checkpoint's tokenizer, ``[iterations, seq_length + 1]``.
 
     Raises:
         DataError: when the text is too short, or the checkpoint has no tokenizer.
     """
     if checkpoint.tokenizer_directory is None:
-        raise DataError(f"{checkpoint.path} came without a tokenizer: tokenize {file} yourself and give --data")
+        raise DataError(f"{checkpoint.path} has no tokenizer: tokenize {file} yourself and give --data")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -43,7 +43,7 @@ def text_samples(file: Path, checkpoint: Checkpoint, *, iterations: int, seq_len
     ids = torch.tensor(load_tokenizer(checkpoint.tokenizer_directory).encode(text), dtype=torch.int64)
     if len(ids) < iterations * seq_length + 1:
         raise DataError(
-            f"{file} is {len(ids)} tokens, and {iterations} iterations of {seq_length} need "
+            f"{file} has {len(ids)} tokens, but {iterations} iterations of {seq_length} need "
             f"{iterations * seq_length + 1}: choose a smaller --iters or --seq-length"
         )
     samples = ids.unfold(0, seq_length + 1, seq_length)[:iterations]
@@ -51,7 +51,7 @@ def text_samples(file: Path, checkpoint: Checkpoint, *, iterations: int, seq_len
 
 
 def random_samples(checkpoint: Checkpoint, *, iterations: int, seq_length: int, seed: int = 0) -> Tensor:
-    """Random token ids, ``[iterations, seq_length + 1]``, the same for the same ``seed``."""
+    """Return random token ids, ``[iterations, seq_length + 1]``, the same for the same ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size = checkpoint.manifest.config["vocab_size"]
     return torch.randint(0, vocab_size, (iterations, seq_length + 1), generator=generator)

@@ -1,4 +1,4 @@
-"""The reference of families that transformers implements; the model class comes from the plugin, not from here."""
+"""The reference of families that transformers implements; the plugin provides the model class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class TransformersReference:
         self.model = model
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
 
     @classmethod
     def load(
@@ -33,19 +34,19 @@ class TransformersReference:
         device: torch.device,
         attention: str,
     ) -> TransformersReference:
-        """Load the checkpoint in ``path`` or, when that is ``None``, make a model of random weights.
+        """Load the checkpoint in ``path`` or, if that is ``None``, make a model of random weights.
 
         Args:
-            model_class: of transformers, for example ``MptForCausalLM``.
-            published_config: what ``config.json`` says, for random weights.
-            path: a local directory in the Hugging Face format.
-            dtype: to load into.
-            device: to load onto.
-            attention: ``"eager"``, attention written out in matrix products, so that a fault in a fused kernel does not
-                hide on both sides; or another of transformers' implementations where that one is not to be trusted.
+            model_class: Class of transformers, for example ``MptForCausalLM``.
+            published_config: Contents of ``config.json``, for random weights.
+            path: Local directory in the Hugging Face format.
+            dtype: Dtype of the weights.
+            device: Device of the weights.
+            attention: Attention implementation of transformers: ``"eager"``, plain matrix products, so that a fault in
+                a fused kernel cannot affect both sides; another one only if the eager one is known to be wrong.
 
         Raises:
-            CheckpointError: when transformers cannot load ``path``, or would invent weights that it lacks.
+            CheckpointError: when transformers cannot load ``path``, or would initialize missing weights.
         """
         # transformers draws its bar into files and logs too. It is imported already, as model_class is one of its own.
         import_module("transformers.utils.logging").disable_progress_bar()
@@ -64,6 +65,6 @@ class TransformersReference:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"transformers cannot load the reference {path}: {error}") from error
-        if loading["missing_keys"]:  # transformers would have filled them with random numbers
+        if loading["missing_keys"]:  # transformers has filled them with random numbers
             raise CheckpointError(f"the reference {path} lacks {', '.join(sorted(loading['missing_keys'])[:8])}")
         return cls(model.to(device).eval())

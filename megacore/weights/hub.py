@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megacore.checkpoint.manifest import TOKENIZER_FILES
 from megacore.checkpoint.safetensors_file import SafetensorsFile
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, DiskFullError, FetchError
 from megacore.plugins import Family
 from megacore.weights.formats.hf import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, indexed_file_names
-from megacore.weights.formats.published import TOKENIZER_FILES
 
 DESCRIBING_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
 """The files that are fetched first: they are small and name the weight files."""
@@ -138,7 +138,7 @@ def _downloader(repository: str, cache_dir: Path | str | None) -> Callable[[Sequ
 @contextmanager
 def _progress_on_terminals_only() -> Iterator[None]:
     """Disable the library's progress bars unless stderr is a terminal; some are drawn into files too."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield

@@ -314,7 +314,7 @@ def test_a_disagreement_in_the_middle_is_told_with_its_place_and_all_is_done_aga
     [note] = notes
     file, line, _ = note.split(":", 2)
     assert (file, int(line) > 1000) == (str(source), True)
-    assert "different ids; all is tokenized again with" in note
+    assert "differently; everything is tokenized again with" in note
     assert summary.engine == load_tokenizer(tokenizer).library
     assert sum(advanced) == source.stat().st_size
     assert sum(documents) == len(texts)
@@ -350,7 +350,7 @@ def test_a_fast_engine_that_is_wrong_about_difficult_texts_is_not_used_at_all(sm
     assert summary.engine.startswith("tokenizers")
     [note] = notes
     assert re.fullmatch(
-        r"tokenizers \S+ encodes alone: fastokens \S+ gives other ids for difficult text, '.+' for one", note
+        r"tokenizers \S+ is used alone: fastokens \S+ gives other ids for difficult text, '.+' for one", note
     )
 
 
@@ -365,9 +365,9 @@ def test_a_tokenizer_json_that_the_fast_engine_does_not_take_is_left_to_the_defi
     assert documents_of(tmp_path / "out") == json_ids(tmp_path, PIECES[:5])
     assert summary.engine.startswith("tokenizers")
     [note] = notes
-    assert note.startswith(f"tokenizers {tokenizers.__version__} encodes alone: fastokens ")
+    assert note.startswith(f"tokenizers {tokenizers.__version__} is used alone: fastokens ")
     assert note.endswith(
-        f" does not take {tmp_path}/tokenizer.json: pre-tokenizer error: unsupported pre-tokenizer type: Metaspace"
+        f" refuses {tmp_path}/tokenizer.json: pre-tokenizer error: unsupported pre-tokenizer type: Metaspace"
     )
 
 
@@ -380,7 +380,7 @@ def test_kitoken_is_not_used_for_a_model_that_rewrites_text(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     engine = Engine(tokenizer, use_fast=True)
     assert engine.name == tokenizer.library
-    assert engine.left_out is not None and "kitoken is not used with a model that rewrites" in engine.left_out.reason
+    assert engine.unused is not None and "kitoken is not used with a model that normalizes" in engine.unused.reason
 
 
 def test_without_the_fast_libraries_the_defining_ones_do_the_work(mistral, tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_that_a_fast_library_is_not_installed_is_told_once_for_input_of_a_mebiby
     monkeypatch.syspath_prepend(tmp_path / "modules")  # other processes have it too
     monkeypatch.delitem(sys.modules, "kitoken", raising=False)
     reason = "kitoken, which is faster, is not installed: pip install 'megacore[fast]'"
-    note = f"sentencepiece {sentencepiece.__version__} encodes alone: {reason}"
+    note = f"sentencepiece {sentencepiece.__version__} is used alone: {reason}"
     for num_texts, expected in ((1, []), (3000, [note])):
         source = write_jsonl(tmp_path / "in.jsonl", ["abc " * 250] * num_texts)
         notes: list[str] = []
@@ -438,17 +438,17 @@ def test_sentencepiece_has_one_thread_in_each_of_several_processes_and_all_cores
     assert set((tmp_path / "log").read_text().split()) == {num_threads}
 
 
-def test_the_passages_that_are_compared_do_not_depend_on_chance():
+def test_the_excerpts_that_are_compared_do_not_depend_on_chance():
     texts = ["x" * 5000, "y" * 10, "z" * 9000]
     for batch_number in (1, 2, 77):
-        assert fast_engines._passages(texts, batch_number) == fast_engines._passages(texts, batch_number)
-    assert [index for index, _ in fast_engines._passages(texts, 0)] == [0, 1, 2]
+        assert fast_engines._excerpts(texts, batch_number) == fast_engines._excerpts(texts, batch_number)
+    assert [index for index, _ in fast_engines._excerpts(texts, 0)] == [0, 1, 2]
 
 
-def test_the_passages_that_are_compared_are_of_every_mebibyte():
+def test_the_excerpts_that_are_compared_are_of_every_mebibyte():
     numbered = "".join(f"{number:08}" for number in range(1 << 20))
     for batch_number in (0, 3):
-        passages = [text for index, text in fast_engines._passages(["", "x", numbered, ""], batch_number) if index == 2]
-        assert [numbered.index(passage) >> 20 for passage in passages][-14:] == sorted([*range(1, 8)] * 2)
-        assert len(passages) == (15 if batch_number == 0 else 16)
-    assert fast_engines._passages(["", ""], 3) == []
+        excerpts = [text for index, text in fast_engines._excerpts(["", "x", numbered, ""], batch_number) if index == 2]
+        assert [numbered.index(excerpt) >> 20 for excerpt in excerpts][-14:] == sorted([*range(1, 8)] * 2)
+        assert len(excerpts) == (15 if batch_number == 0 else 16)
+    assert fast_engines._excerpts(["", ""], 3) == []

@@ -451,7 +451,7 @@ def test_a_damaged_or_foreign_index_is_refused(prefix, index, message):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_an_index_is_checked_a_part_at_a_time(example, monkeypatch, at_once):
-    monkeypatch.setattr(indexed, "_CHECKED_AT_ONCE", at_once)
+    monkeypatch.setattr(indexed, "_CHECK_BLOCK", at_once)
     assert IndexedDataset(example).num_tokens == 9
     for name in ("negative size", "wrong size", "wrong pointer", "boundaries not from 0", "boundaries descend"):
         index, message = FOREIGN_INDEXES[name]

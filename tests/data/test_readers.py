@@ -148,7 +148,7 @@ def test_a_window_as_large_as_zstd_long_writes_is_taken(lengths, tmp_path):
 @pytest.mark.parametrize("compress, name", [(gzip.compress, "in.jsonl.gz"), (zstandard.compress, "in.jsonl.zst")])
 def test_a_compressed_file_that_ends_too_early_is_refused_and_nothing_is_left(lengths, tmp_path, compress, name):
     (tmp_path / name).write_bytes(compress(jsonl([f"{number}" for number in range(9999)]))[:-9])
-    with pytest.raises(DataError, match=rf"{name}: ends in the middle"):
+    with pytest.raises(DataError, match=rf"{name}: is truncated"):
         lengths(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -367,7 +367,7 @@ def test_a_process_that_dies_ends_the_command_with_what_to_do(tokenizer, tmp_pat
     while not (staged := tmp_path / ".out.incomplete/out.bin").exists() or staged.stat().st_size == 0:
         time.sleep(0.02)
     for child in children.read_text().split():
-        if b"workers import work" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"worker_pool import work" in Path(f"/proc/{child}/cmdline").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1

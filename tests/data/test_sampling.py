@@ -183,7 +183,7 @@ def test_datasets_of_the_same_length_have_orders_of_their_own(tmp_path):
     samples = open_samples(run_of(tmp_path, f"prefix = [{entries}]"), CHECKPOINT)
     orders: list[list[int]] = [[], []]
     for position in range(100):
-        source, sample = samples.place(position)
+        source, sample = samples.location(position)
         orders[source].append(sample)
     assert orders[0] != orders[1]
 
@@ -194,7 +194,7 @@ def test_every_sample_of_each_dataset_comes_once_an_epoch_in_an_order_that_chang
     assert lengths == [10, 15, 9]
     orders: list[list[int]] = [[], [], []]
     for position in range(300):
-        source, sample = samples.place(position)
+        source, sample = samples.location(position)
         orders[source].append(sample)
     for order, length in zip(orders, lengths, strict=True):
         epochs = [order[start : start + length] for start in range(0, len(order) - length, length)]

@@ -425,7 +425,10 @@ def test_a_damaged_or_newer_description_is_refused(tokenizer_json, tmp_path):
     for changed, message in (
         (content[:-20], "is damaged"),
         (content.replace('"vocab_size"', '"vocabulary"'), "is damaged: vocab_size missing"),
-        (re.sub(r'"vocab_size": (\d+)', r'"vocab_size": "\1"', content), "is damaged: its numbers are none"),
+        (
+            re.sub(r'"vocab_size": (\d+)', r'"vocab_size": "\1"', content),
+            "is damaged: it has a field that is not an integer",
+        ),
         (content.replace('"version": 1', '"version": 2'), "version 2 of the description; this megacore reads 1"),
     ):
         path.write_text(changed)

@@ -350,7 +350,7 @@ def test_such_a_template_works_when_it_marks_the_assistants_text(tmp_path, conve
 def test_a_template_cannot_leave_its_sandbox(tmp_path, conversations, attack):
     write_tokenizer(tmp_path / "tokenizer", None)
     (tmp_path / "attack.jinja").write_text(attack)
-    with pytest.raises(DataError, match=r"does not take the conversation|is not a chat template"):
+    with pytest.raises(DataError, match=r"refuses the conversation|is not a chat template"):
         tokenize_chat(
             conversations,
             tokenizer=tmp_path / "tokenizer",
@@ -481,7 +481,7 @@ BAD = {
     '{"messages": ["x"]}': 'message 1 is "x"; a message is',
     '{"messages": [{"role": "user", "content": 3}]}': "the content of message 1 is 3, not a string",
     '{"messages": [{"role": "user", "content": "x"}]}': "no message is the assistant's",
-    '{"messages": [{"role": "assistant"}]}': "chat template .* does not take the conversation: .*has no attribute",
+    '{"messages": [{"role": "assistant"}]}': "chat template .* refuses the conversation: .*has no attribute",
     '{"messages": [{"role": "assistant", "content": "\\ud800"}]}': "half of a surrogate pair",
     '{"messages": [{"role": "assistant", "content": "x"}], "tools": 1}': "the value of 'tools' is 1, not a list",
 }
@@ -555,7 +555,7 @@ def test_existing_output_is_refused_and_nothing_is_written(tmp_path, conversatio
 def test_an_output_without_a_name_is_refused(tmp_path, conversations, monkeypatch, added):
     write_tokenizer(tmp_path / "tokenizer", CHATML)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match=r"^\.: is a directory"):
+    with pytest.raises(OutputError, match=r"^\. is a directory"):
         tokenize_chat(conversations, tokenizer=tmp_path / "tokenizer", out=".", vocab_extra_ids_list=added)
 
 

@@ -19,8 +19,7 @@ from megacore.model.attention import AttentionOptions
 from megacore.model.dropout import Dropout
 from megacore.parallel import ParallelContext, ParallelSizes
 from megacore.training import RunConfig
-from megacore.training.resolved import parallel_sizes
-from recorded_steps import steps_on_rank, train_steps
+from recorded_steps import train_steps
 
 CPU = torch.device("cpu")
 
@@ -121,29 +120,6 @@ def test_recomputing_drops_the_same(place, tmp_path, granularity):
     found = losses(place, tmp_path, *settings, f"recompute.granularity={granularity}")
 
     assert found == expected
-
-
-LAYOUTS = {
-    "tp 2": ["parallel.tensor_parallel=2"],
-    "tp 2, sequence parallel": ["parallel.tensor_parallel=2", "parallel.sequence_parallel=true"],
-    "pp 2, zero bubble": ["parallel.pipeline_parallel=2", "parallel.pipeline_schedule=InterleavedZeroBubble"],
-    "dp 2": ["parallel.nproc_per_node=2"],
-    "dp 2, sharded, 2 at once": [
-        "parallel.nproc_per_node=2", "parallel.data_parallel=sharded", "training.micro_batch_size=2",
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("lima", ["false", "true"], ids=["everywhere", "LIMA"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_hidden_dropout_is_the_same_in_every_layout(place, ranks, tmp_path, layout, lima):
-    settings = ("dropout.hidden=0.3", f"dropout.lima={lima}")
-    expected = losses(place, tmp_path, *settings)
-    run = run_of(place, tmp_path / "out", *settings, *LAYOUTS[layout])
-
-    steps = ranks.run(steps_on_rank, run, sizes=parallel_sizes(run.parallel))[0]
-
-    assert [step.loss for step in steps] == pytest.approx(expected, rel=1e-12)
 
 
 # --- attention, whose heads lie on several ranks

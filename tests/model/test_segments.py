@@ -215,16 +215,16 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-OF_EVERY_MODEL = [
-    "one process", "tp 2, sequence parallel, selective, 2 at once", "pp 2, zero bubble, full",
-    "dp 2, sharded, 2 at once, selective",
-]  # fmt: skip
+ORDINARY = {(name, "one process") for name in MODELS} | {
+    (LLAMA, layout) for layout in ("math, 8 at once", "flash", "tp 2, sequence parallel × pp 2, zero bubble")
+}
+"""The other layouts are compared with a single process, with segments of each model, in test_layouts.py."""
 
 
 @pytest.mark.parametrize(
     ("layout", "name"),
     [
-        pytest.param(layout, name, marks=() if name == LLAMA or layout in OF_EVERY_MODEL else pytest.mark.soak)
+        pytest.param(layout, name, marks=() if (name, layout) in ORDINARY else pytest.mark.soak)
         for layout in LAYOUTS
         for name in MODELS
     ],

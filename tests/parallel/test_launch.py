@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -32,7 +31,7 @@ from megacore.cli import cli
 from megacore.errors import DataError, WorkerError
 from megacore.parallel import ParallelSizes, run_on_ranks
 from tiny_llama import VOCAB, published_model, write_dataset
-from warm_commands import Command, run
+from warm_commands import Command, run, script_environment
 
 BOUND = 45
 """Seconds within which everything here must be over; it takes a fifth of that on an idle machine."""
@@ -171,15 +170,12 @@ def run_file(place: Path, out: Path, data: str = "data") -> Path:
     return file
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
-
-
-def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def torchrun(num_processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run ``megacore`` under torchrun; both it and its processes are warm."""
     # OMP_NUM_THREADS is what torchrun would otherwise set, with a warning.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment, timeout=BOUND
-    )
+    environment = script_environment() | {"OMP_NUM_THREADS": "1"}
+    words = ("--standalone", "--nproc-per-node", str(num_processes), "-m", "megacore", *arguments)
+    return run(*words, module="torch.distributed.run", environment=environment, timeout=BOUND)
 
 
 def test_the_command_tells_a_mistake_that_a_rank_found_in_one_line_and_exits_with_2(place, tmp_path):
@@ -194,7 +190,7 @@ def test_the_command_tells_a_mistake_that_a_rank_found_in_one_line_and_exits_wit
 
 
 def test_under_torchrun_the_command_joins_instead_of_starting_more_and_speaks_once(place, tmp_path):
-    completed = python(*TORCHRUN, "2", "-m", "megacore", "train", run_file(place, tmp_path / "out"))
+    completed = torchrun(2, "train", run_file(place, tmp_path / "out"))
 
     assert completed.returncode == 0, completed.stderr
     lines = completed.stdout.splitlines()
@@ -205,9 +201,9 @@ def test_under_torchrun_the_command_joins_instead_of_starting_more_and_speaks_on
 
 
 def test_verify_under_torchrun_joins_too_and_gives_its_verdict_once(place):
-    verify = ("megacore", "verify", place / "checkpoint", "--reference", place / "published", "--tp", "2")
+    verify = ("verify", place / "checkpoint", "--reference", place / "published", "--tp", "2")
 
-    completed = python(*TORCHRUN, "2", "-m", *verify, "--random-ids", "--iters", "2", "--seq-length", "8")
+    completed = torchrun(2, *verify, "--random-ids", "--iters", "2", "--seq-length", "8")
 
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.count("Iteration ") == 2
@@ -220,7 +216,7 @@ def test_a_world_of_another_size_than_the_run_file_asks_for_is_refused_once(plac
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
-    completed = python(*TORCHRUN, "3", "-m", "megacore", "train", run_file(place, tmp_path / "out"))
+    completed = torchrun(3, "train", run_file(place, tmp_path / "out"))
 
     assert completed.returncode == 1  # torchrun's own
     assert re.findall("^Error.*", completed.stderr, re.MULTILINE) == [

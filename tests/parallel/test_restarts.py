@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
@@ -19,8 +15,8 @@ from megacore.errors import WorkerError
 from megacore.parallel import was_restarted
 from megacore.parallel.launch import restarts
 from megacore.parallel.launch.restarts import exchange
+from warm_commands import Command
 
-SUPPORT = Path(__file__).parents[1] / "support"
 MOMENT = timedelta(seconds=1)
 
 
@@ -108,15 +104,7 @@ def test_a_restart_is_known_by_the_processes_before_or_by_the_count_of_torchrun(
 
 def test_processes_form_a_group_and_know_of_the_restart_though_their_nodes_count_differently(store, round_of):
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "launched", "anew"],
-            cwd=SUPPORT,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1"}
-            | round_of(store.port, rank=rank, world_size=2, restarts=restarts),
-        )
+        Command("anew", module="launched", environment=round_of(store.port, rank=rank, world_size=2, restarts=restarts))
         for rank, restarts in enumerate((0, 1))
     ]
 
@@ -137,19 +125,13 @@ megacore.cli.cli = wait
 megacore.cli.main()
 """
     place = round_of(store.port, rank=1, world_size=2, restarts=0)
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | place,
-    )
+    waiting = Command(script, module="-c", environment=place)
     assert waiting.stdout is not None and waiting.stdout.readline() == "waiting\n"
     while not store.check(["megacore/run/join/1"]):
         time.sleep(0.05)
     time.sleep(1)
 
-    waiting.terminate()
+    waiting.send_signal(signal.SIGTERM)
 
     _, errors = waiting.communicate(timeout=20)
     assert (waiting.returncode, errors) == (128 + signal.SIGTERM, "")

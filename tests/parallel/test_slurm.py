@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from free_port import free_port
 from megacore.parallel.launch.slurm import expand_counts, first_host, srun_variables
-
-SUPPORT = Path(__file__).parents[1] / "support"
+from warm_commands import Command
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -84,13 +78,7 @@ def test_two_tasks_of_a_step_join_and_sum(tmp_path):
     step |= {"SLURM_STEP_NODELIST": "localhost,elsewhere", "MASTER_PORT": str(free_port())}
 
     tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "launched", "sum"],
-            cwd=SUPPORT,
-            env=os.environ | step | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        Command("sum", module="launched", environment=step | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)})
         for rank in (0, 1)
     ]
 

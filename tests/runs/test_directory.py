@@ -154,7 +154,7 @@ def test_a_resumed_run_does_not_go_on_in_the_directory_of_another(place, trained
     longer = (f"output.directory={directory}", "training.train_iters=6", f"checkpoints.directory={checkpoints}")
     run = run_of(place, tmp_path / "out", *longer)
 
-    with pytest.raises(OutputError, match="holds another run than the one that goes on"):
+    with pytest.raises(OutputError, match="holds another run than the resumed one"):
         megacore.train(run, resume=True)
 
     own = run_of(place, tmp_path / "out", f"output.directory={tmp_path / 'run'}", "training.train_iters=6")

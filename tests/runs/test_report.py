@@ -18,8 +18,7 @@ import megacore
 from megacore.cli import cli
 from megacore.errors import DataError, OutputError
 from megacore.runs import MetricsFile, RunDirectory
-from megacore.runs.chart import Curve, chart, ticks
-from megacore.runs.thinning import thinned
+from megacore.runs.chart import Curve, chart, thin_curve, ticks
 
 
 def make_run(path: Path, *, lr: float = 0.1, losses=(3.0, 2.0, 1.0), versions=None, **settings) -> Path:
@@ -116,9 +115,9 @@ def test_several_runs_are_overlaid_and_their_differences_listed(tmp_path):
     assert ["optimizer.lr", "0.1", "0.2"] in page.rows
     assert ["data.seed", "–", "7"] in page.rows
     assert not [row for row in page.rows if row[0] == "data.prefix" and len(row) == 3]  # equal in both
-    assert page.row("iterations") == ["3 of 9", "5 of 9"]
-    assert page.row("loss at the end") == ["1", "2"]
-    assert page.row("tokens") == ["300", "500"]
+    assert page.row("Iterations") == ["3 of 9", "5 of 9"]
+    assert page.row("Final loss") == ["1", "2"]
+    assert page.row("Tokens") == ["300", "500"]
     assert page.row("torch") == ["2.13.0", "2.13.0"]
 
 
@@ -165,20 +164,20 @@ def test_a_run_that_goes_on_and_has_damaged_lines_is_reported_and_they_are_count
 
     page = Page(megacore.report(run))
 
-    assert page.row("damaged lines, left out") == ["1"]
-    assert page.row("iterations") == ["3 of 9"]
+    assert page.row("Skipped damaged lines") == ["1"]
+    assert page.row("Iterations") == ["3 of 9"]
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("versions.json", '{"starts": [3]}', r'is damaged: "starts" is to be a list of JSON objects.* or remove it'),
+        ("versions.json", '{"starts": [3]}', r'is damaged: "starts" must be a list of JSON objects.* or remove it'),
         ("versions.json", '{"starts": {"torch": 2}}', "is damaged"),
         ("versions.json", '{"starts": [{"run_id": []}]}', "is damaged"),
         ("versions.json", "[]", "is damaged"),
         ("versions.json", '{"starts": [', "cannot be read: Expecting value"),
-        ("run.toml", "training = 3", "is damaged: training is no section. Put back the run file"),
-        ("run.toml", "[training]\nseed = 1979-05-27", r"training\.seed is 1979-05-27, which no setting can be"),
+        ("run.toml", "training = 3", "is damaged: training is not a section. Restore the run file"),
+        ("run.toml", "[training]\nseed = 1979-05-27", r"training\.seed is 1979-05-27, which is not a possible setting"),
         ("run.toml", "[a]\nb = [{c = 07:32:00}]", r"a\.b is "),
         ("run.toml", "training", "cannot be read"),
     ],
@@ -214,8 +213,8 @@ def test_a_line_of_no_iteration_or_time_that_can_be_is_damaged(tmp_path, line):
 
     page = Page(megacore.report(run))
 
-    assert page.row("damaged lines, left out") == ["1"]
-    assert page.row("iterations") == ["3 of 9"] and page.row("loss at the end") == ["1"]
+    assert page.row("Skipped damaged lines") == ["1"]
+    assert page.row("Iterations") == ["3 of 9"] and page.row("Final loss") == ["1"]
 
 
 def test_numbers_too_large_to_be_added_and_a_line_without_a_time_are_reported(tmp_path):
@@ -225,13 +224,13 @@ def test_numbers_too_large_to_be_added_and_a_line_without_a_time_are_reported(tm
 
     page = Page(megacore.report(run))
 
-    assert page.row("iterations") == ["5 of 9"]
-    assert page.row("last written") == ["–"]
+    assert page.row("Iterations") == ["5 of 9"]
+    assert page.row("Last update") == ["–"]
 
 
 def test_a_run_without_a_step_is_reported(tmp_path):
     page = Page(megacore.report(make_run(tmp_path / "one", losses=())))
-    assert page.row("iterations") == ["0 of 9"] and page.row("loss at the end") == ["–"]
+    assert page.row("Iterations") == ["0 of 9"] and page.row("Final loss") == ["–"]
 
 
 def test_a_report_is_replaced_by_the_next_and_nothing_else_is(tmp_path):
@@ -240,7 +239,7 @@ def test_a_report_is_replaced_by_the_next_and_nothing_else_is(tmp_path):
     assert megacore.report(run).read_text() == first
     (tmp_path / "thesis.html").write_text("<!DOCTYPE html>\nyears of work")
 
-    with pytest.raises(OutputError, match=r"thesis\.html exists and is no report, so it is not replaced"):
+    with pytest.raises(OutputError, match=r"thesis\.html exists and is not a report, so it is not replaced"):
         megacore.report(run, tmp_path / "thesis.html")
     with pytest.raises(OutputError, match="is a directory"):
         megacore.report(run, tmp_path / "one")
@@ -279,7 +278,7 @@ def test_the_command_writes_a_report_and_refuses_what_is_no_run(tmp_path):
 
 def test_a_run_that_is_named_twice_is_refused(tmp_path):
     run = make_run(tmp_path / "one")
-    with pytest.raises(DataError, match="a run is named twice"):
+    with pytest.raises(DataError, match="a run is given twice"):
         megacore.report([run, run], tmp_path / "r.html")
 
 
@@ -289,7 +288,7 @@ def test_a_run_that_is_named_twice_is_refused(tmp_path):
 def test_a_long_curve_keeps_its_peaks_its_dips_and_its_ends_and_is_small():
     values = np.sin(np.arange(1_000_000) / 1e5) + 3
     values[123_456], values[654_321] = 50.0, -50.0
-    [piece] = thinned(range(1, 1_000_001), values)
+    [piece] = thin_curve(range(1, 1_000_001), values)
     assert (123_457, 50.0) in piece and (654_322, -50.0) in piece
     assert piece[0] == (1, 3.0) and piece[-1] == (1_000_000, values[-1])
     assert len(piece) <= 1600
@@ -298,15 +297,15 @@ def test_a_long_curve_keeps_its_peaks_its_dips_and_its_ends_and_is_small():
 
 
 def test_a_short_curve_keeps_every_point():
-    assert thinned([1, 2, 5], [3.0, 1.0, 2.0]) == [[(1, 3.0), (2, 1.0), (5, 2.0)]]
+    assert thin_curve([1, 2, 5], [3.0, 1.0, 2.0]) == [[(1, 3.0), (2, 1.0), (5, 2.0)]]
 
 
 def test_values_that_are_not_finite_break_a_curve_and_one_of_nothing_else_is_empty():
     nan = math.nan
-    assert thinned([1, 2, 3, 4, 5], [1.0, nan, math.inf, 2.0, 3.0]) == [[(1, 1.0)], [(4, 2.0), (5, 3.0)]]
-    assert thinned([1, 2, 3, 4, 5], [1.0, 1e308, -1e308, 2.0, 3.0]) == [[(1, 1.0)], [(4, 2.0), (5, 3.0)]]
-    assert thinned([1, 2], [nan, nan]) == []
-    assert thinned([], []) == []
+    assert thin_curve([1, 2, 3, 4, 5], [1.0, nan, math.inf, 2.0, 3.0]) == [[(1, 1.0)], [(4, 2.0), (5, 3.0)]]
+    assert thin_curve([1, 2, 3, 4, 5], [1.0, 1e308, -1e308, 2.0, 3.0]) == [[(1, 1.0)], [(4, 2.0), (5, 3.0)]]
+    assert thin_curve([1, 2], [nan, nan]) == []
+    assert thin_curve([], []) == []
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (2.31, 4.98), (1, 1_000_000), (-3e-9, 2e-9), (1e14, 9.7e15)])

@@ -34,7 +34,7 @@ from typing import IO, Any
 from megacore.testing.ranks import warm_processes
 
 BIN = Path(__file__).parent / "bin"
-"""Has a program ``megacore`` that runs as a warm command, for scripts that call it; see :func:`script_environment`."""
+"""Has programs ``megacore`` and ``warm-python``, which run as warm commands; see :func:`script_environment`."""
 
 _LENGTH = struct.Struct("!I")
 _ADDRESS = "MEGACORE_WARM_COMMANDS"
@@ -88,6 +88,7 @@ class Command:
             "session": start_new_session,
             "network": network,
             "imports": imports,
+            "dies_with_client": False,
         }
         with Path(os.devnull).open() as nothing:
             self._connection = request(words, [nothing.fileno(), out, err], _server())
@@ -151,8 +152,13 @@ def run(*arguments: str | Path, timeout: float = 120, **how: Any) -> subprocess.
 
 
 def script_environment() -> dict[str, str]:
-    """Return the variables with which a shell script's ``megacore`` is a warm command."""
-    return {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", _ADDRESS: _server(), "MEGACORE_PYTHON": sys.executable}
+    """Return the variables with which a shell script's ``megacore`` is a warm command, and torchrun's processes are."""
+    return {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON_EXEC": str(BIN / "warm-python"),
+        "MEGACORE_PYTHON": sys.executable,
+        _ADDRESS: _server(),
+    }
 
 
 # --- the protocol
@@ -201,6 +207,7 @@ def _serve(listener: socket.socket) -> None:
     """Fork commands until the process that asks for them is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever asked for the first process may have blocked some
     woken, wakes = socket.socketpair()
     for one in (woken, wakes):
         one.setblocking(False)
@@ -214,9 +221,12 @@ def _serve(listener: socket.socket) -> None:
             ready = [key.fileobj for key, _ in selector.select()]
             if parent.sentinel in ready:
                 return
+            for pid in [pid for pid, connection in running.items() if connection in ready]:
+                selector.unregister(running[pid])
+                os.kill(pid, signal.SIGKILL)  # as the program is that stands for it
             if woken in ready:
                 woken.recv(1000)
-                _report_ended(running)
+                _report_ended(running, selector)
             if listener in ready:
                 connection, _ = listener.accept()
                 header, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
@@ -230,16 +240,20 @@ def _serve(listener: socket.socket) -> None:
                     selector.close()
                     _become(words, descriptors)
                 running[pid] = connection
+                if words["dies_with_client"]:
+                    selector.register(connection, selectors.EVENT_READ)
                 for descriptor in descriptors:
                     os.close(descriptor)
                 connection.sendall(_LENGTH.pack(pid))
 
 
-def _report_ended(running: dict[int, socket.socket]) -> None:
+def _report_ended(running: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
+        with suppress(KeyError):
+            selector.unregister(running[pid])
         with running.pop(pid) as connection, suppress(BrokenPipeError):  # nobody waits for it
             connection.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
 
@@ -292,6 +306,8 @@ def _be_a_fresh_interpreter(words: Mapping[str, Any]) -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.path[:0] = [words["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [words["module"], *words["arguments"]]
+    if "PYTHONPATH" in os.environ and (custom := Path(sys.path[1], "sitecustomize.py")).exists():
+        runpy.run_path(str(custom))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)))
     atexit._clear()
     own = multiprocessing.current_process()

@@ -229,7 +229,7 @@ def test_torchruns_elastic_restart_goes_on_from_the_last_checkpoint(place, tmp_p
     printed, errors = process.communicate(timeout=BOUND)
 
     assert process.returncode == 0, errors
-    [resumed_from] = map(int, re.findall(r"going on after iteration (\d+)", errors))
+    [resumed_from] = map(int, re.findall(r"resuming after iteration (\d+)", errors))
     assert resumed_from >= 15
     losses = dict(re.findall(r"^iteration +(\d+)/60 \| loss ([\d.]+)", printed, re.MULTILINE))
     expected = train_steps(run_of(place, tmp_path / "whole", *overrides))
@@ -322,7 +322,7 @@ def test_a_run_whose_ranks_are_killed_at_random_ends_with_the_weights_of_one_tha
         assert process.returncode == 1, errors
         assert re.search(r"rank \d was killed by SIGKILL", errors)
         num_killed += 1
-        resumed_from += re.findall(r"going on after iteration (\d+)", errors)
+        resumed_from += re.findall(r"resuming after iteration (\d+)", errors)
         if found := steps_in(tmp_path / "out-checkpoints"):
             Checkpoint(tmp_path / "out-checkpoints" / f"iteration-{found[-1]:07d}").check()
 
@@ -540,5 +540,5 @@ def test_a_run_that_can_save_nothing_at_its_end_names_the_checkpoint_to_go_on_fr
         megacore.train(run, resume=True)
 
     left = tmp_path / "out-checkpoints" / "iteration-0000002"
-    assert str(raised.value).endswith(f". --resume goes on from {left}")
+    assert str(raised.value).endswith(f". --resume resumes from {left}")
     assert steps_in(tmp_path / "out-checkpoints") == [2]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import megacore
 import tiny_chat
+from in_soak import all_but
 from instruction_on_rank import losses_and_norms
 from megacore.checkpoint import Checkpoint
 from megacore.data import (
@@ -134,7 +135,11 @@ PADDED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", PADDED)
+# Conversations, padded and packed, are in every kind of layout in test_layouts.py.
+@pytest.mark.parametrize(
+    "layout",
+    all_but(["one process", "variable lengths, 2 at once", "variable lengths, pp 2, interleaved, dp 2"], PADDED),
+)
 def test_losses_and_gradients_are_those_of_each_conversation_alone(place, expected, ranks, tmp_path, layout):
     """Of a Falcon, which has no token for padding."""
     run = run_of(place, tmp_path / "out", *PADDED[layout], family="falcon")
@@ -150,7 +155,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("layout", all_but(["one process", "pp 2, dp 2"], PACKED))
 def test_packed_conversations_have_the_loss_and_gradients_of_each_alone(place, ranks, tmp_path, layout):
     """A batch of all rows, so of all conversations once."""
     conversations = write_conversations(tmp_path / "chats")
@@ -386,7 +391,10 @@ EVALUATED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", EVALUATED)
+@pytest.mark.parametrize(
+    "layout",
+    all_but(["one process, variable lengths", "tp 2 with sequence parallelism, packed, all tokens counted"], EVALUATED),
+)
 def test_an_evaluation_has_the_figures_of_transformers_on_each_conversation_alone(place, ranks, tmp_path, layout):
     conversations = write_conversations(tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(place / "published-llama", dtype=torch.float64)

@@ -289,13 +289,13 @@ def test_a_run_file_after_resume_is_told_where_it_belongs():
 
 def test_a_run_that_has_checkpoints_is_neither_begun_anew_nor_silently_resumed(place, begun):
     with pytest.raises(
-        ConfigError, match=r"holds checkpoints of this run already, up to iteration-0000004: .*--resume"
+        ConfigError, match=r"already holds checkpoints of this run, up to iteration-0000004: .*--resume"
     ):
         megacore.train(again(place, begun))
 
 
 def test_the_newest_checkpoint_and_another_one_at_once_are_a_mistake(place, begun):
-    with pytest.raises(ConfigError, match=r"--resume goes on from the newest .* give one of them"):
+    with pytest.raises(ConfigError, match=r"--resume resumes from the newest .* use one of them"):
         megacore.train(again(place, begun), resume=True, load=checkpoint_of(begun, 2))
 
 
@@ -316,7 +316,7 @@ def test_there_must_be_something_to_resume_from_unless_it_is_auto(place, tmp_pat
 def test_a_run_that_ended_without_checkpoints_says_what_it_would_have_taken_to_go_on(place, tmp_path):
     megacore.train(run_of(place, tmp_path / "out"))
 
-    with pytest.raises(CheckpointError, match=r"no checkpoint, which a run has at its end if checkpoints\.interval is"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint; a run saves one at its end if checkpoints\.interval is"):
         megacore.train(run_of(place, tmp_path / "out", "training.train_iters=7"), resume=True)
 
 
@@ -382,7 +382,7 @@ def test_a_finished_run_is_extended_by_more_iterations_and_its_first_result_is_k
     megacore.train(again(place, out))
     first = weights(out)
 
-    with pytest.raises(ConfigError, match=r"after iteration 6, and the run is of 6 iterations: it is over"):
+    with pytest.raises(ConfigError, match=r"after iteration 6, and the run has 6 iterations: it is over"):
         megacore.train(again(place, out), resume=True)
     steps = train_steps(again(place, out, "training.train_iters=8"), resume=True)
 
@@ -440,7 +440,7 @@ def test_other_data_are_refused_unless_that_is_asked_for(place, begun, tmp_path,
     write_dataset(tmp_path / "elsewhere", num_tokens=800)
     change = change.format(elsewhere=tmp_path / "elsewhere")
 
-    with pytest.raises(ConfigError, match=rf"cannot go on with other data than it began with: {told}\.") as refused:
+    with pytest.raises(ConfigError, match=rf"cannot resume with other data than it began with: {told}\.") as refused:
         megacore.train(again(place, begun, change), resume=True)
 
     [allowed] = re.findall(r"--set '(.*)'", str(refused.value))
@@ -499,7 +499,7 @@ MIXTURES = {
 def test_another_mixture_is_other_data(place, begun, mixture):
     write_dataset(begun.with_name("valid"), num_tokens=900)
     prefix = mixture.replace("P/valid", str(begun.with_name("valid"))).replace("P", str(place))
-    with pytest.raises(ConfigError, match=r"cannot go on with other data than it began with: data\.prefix"):
+    with pytest.raises(ConfigError, match=r"cannot resume with other data than it began with: data\.prefix"):
         megacore.train(again(place, begun, f"data.prefix={prefix}"), resume=True)
 
 
@@ -508,7 +508,7 @@ def test_the_weights_of_a_mixture_are_what_the_data_are(place, tmp_path):
         return f'data.prefix=[{{prefix="{place}/data", weight={one}}}, {{prefix="{place}/data", weight={other}}}]'
 
     megacore.train(again(place, tmp_path / "out", mixture(0.7, 0.3), "training.exit_interval=2"))
-    with pytest.raises(ConfigError, match=r"cannot go on with other data than it began with: data\.prefix was"):
+    with pytest.raises(ConfigError, match=r"cannot resume with other data than it began with: data\.prefix was"):
         megacore.train(again(place, tmp_path / "out", mixture(0.3, 0.7)), resume=True)
     assert len(train_steps(again(place, tmp_path / "out", mixture(0.7, 0.3)), resume=True)) == 4
 
@@ -559,7 +559,7 @@ def test_a_broken_checkpoint_is_an_error_that_offers_the_one_before(place, begun
     with pytest.raises(CheckpointError, match=told) as refused:
         megacore.train(again(place, begun), resume="auto")
     assert isinstance(refused.value, CorruptCheckpointError) or "is not a megacore checkpoint" in told
-    assert str(refused.value).endswith(f"go on from there with --load {earlier}")
+    assert str(refused.value).endswith(f"resume from there with --load {earlier}")
     assert not begun.exists()
 
 

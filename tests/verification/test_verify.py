@@ -533,7 +533,7 @@ def test_too_little_data_is_a_mistake(published, ckpt, tmp_path):
     result = verify(ckpt, published, ids=("--data", write_dataset(tmp_path / "data", some_ids(41))))
 
     assert result.exit_code == 2
-    assert "holds 2 samples of 20 tokens, not 3" in result.stderr
+    assert "has 2 samples of 20 tokens, not 3" in result.stderr
 
 
 def test_text_without_a_tokenizer_is_a_mistake(published, ckpt, tmp_path):
@@ -542,7 +542,7 @@ def test_text_without_a_tokenizer_is_a_mistake(published, ckpt, tmp_path):
     result = verify(ckpt, published, ids=("--text", tmp_path / "text.txt"))
 
     assert result.exit_code == 2
-    assert "came without a tokenizer" in result.stderr
+    assert "has no tokenizer" in result.stderr
 
 
 def test_a_reference_of_another_vocabulary_fails_the_check(publish, shapes, ckpt):

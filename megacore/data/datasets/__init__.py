@@ -1,1 +1,4 @@
-"""Datasets on disk: the indexed and the instruction dataset, their description, merging and splits."""
+"""Datasets on disk: token ids, instruction data, descriptions, merging and splits.
+
+Start with ``indexed``: all datasets are made of its ``.bin`` and ``.idx`` files.
+"""

@@ -1,4 +1,4 @@
-"""``PREFIX.json``: what a dataset says of itself."""
+"""``PREFIX.json``: the description of a dataset, with the tokenizer that made it; and the check of its token ids."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What is known of data, in a JSON file beside it that says its format and version first."""
+    """A description of a dataset in a JSON file beside it, which begins with its format and version."""
 
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
     NUMBERS: ClassVar[tuple[str, ...]]
-    """Which fields must be whole numbers."""
+    """Names of the fields that must be integers."""
 
     def to_json(self) -> str:
+        """Return the content of the file."""
         content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
     def read(cls, prefix: str | Path) -> Self | None:
-        """The description of what is at ``prefix``; None where it has none, as datasets of other programs do.
+        """Read the description of the dataset ``prefix``; return None if it has none, as those of other programs.
 
         Raises:
-            DataError: the file is damaged, or of a newer version.
+            DataError: The file is damaged, or of a newer version.
         """
         path = Path(f"{prefix}.json")
-        # A file of this name may also be another program's, and of any size: only ours says so at its start.
+        # Another program may have a file of this name, of any size; ours begins with the format.
         if not path.is_file():
             return None
         with path.open("rb") as file:
@@ -58,46 +59,46 @@ class Description:
         if missing := sorted(required - content.keys()):
             raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
         if not all(isinstance(content[key], int) for key in cls.NUMBERS):
-            raise DataError(f"{path}: is damaged: its numbers are none")
+            raise DataError(f"{path}: is damaged: it has a field that is not an integer")
         return cls(**{name: content[name] for name in fields.keys() & content.keys()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetDescription(Description):
-    """``PREFIX.json``: which tokenizer made a dataset, so that it is not used with a model of another vocabulary."""
+    """``PREFIX.json`` of a text dataset, so that it is not used with a model of another vocabulary."""
 
     FORMAT = "megacore-dataset"
     VERSION = 1
     NUMBERS = ("vocab_size", "num_documents", "num_tokens")
 
     tokenizer_file: str
-    """Its name, without directories."""
+    """File name of the tokenizer, without directories."""
     tokenizer_sha256: str
     vocab_size: int
-    """Larger than every id that the tokenizer can give."""
+    """Upper bound (exclusive) of the ids that the tokenizer produces."""
     eod_id: int | None
     append_eod: bool
-    """Whether every document ends with ``eod_id``."""
+    """True if every document ends with ``eod_id``."""
     num_documents: int
     num_tokens: int
     megacore_version: str
     prepend_bos: bool = False
-    """Whether every document begins with the tokenizer's begin token."""
+    """True if every document begins with the tokenizer's begin token."""
     new_tokens: dict[str, int] = field(default_factory=dict)
     """The tokens that were added to the tokenizer, and their ids."""
     tokenizer_directory: str | None = None
-    """Where the tokenizer with these tokens is, beside the dataset."""
+    """Name of the directory beside the dataset that holds the tokenizer with these tokens."""
     known_tokens_sha256: str | None = None
-    """Of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
+    """Digest of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
 
 
 def check_token_ids(ids: Tensor, vocab_size: int, where: str) -> Tensor:
     """Return ``ids``, those of ``where``. Raises :class:`DataError` when one is not in ``[0, vocab_size)``."""
     smallest, largest = (int(bound) for bound in ids.aminmax())
     if smallest < 0 or largest >= vocab_size:
-        stranger = smallest if smallest < 0 else largest
+        outside = smallest if smallest < 0 else largest
         raise DataError(
-            f"{where} has token id {stranger}, and the checkpoint's vocabulary is 0 to {vocab_size - 1}: "
+            f"{where} has token id {outside}, and the checkpoint's vocabulary is 0 to {vocab_size - 1}: "
             "tokenize with the checkpoint's own tokenizer"
         )
     return ids

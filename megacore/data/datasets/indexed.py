@@ -1,16 +1,16 @@
-"""The indexed dataset: token ids in ``PREFIX.bin``, and where each document begins in ``PREFIX.idx``.
+"""The indexed dataset: token ids in ``PREFIX.bin``, the beginning of each document in ``PREFIX.idx``.
 
-The format is Megatron-LM's memory-mapped one (``MMapIndexedDataset``), byte for byte, so that datasets go both ways.
-Everything is little endian. ``.bin`` is the ids of all sequences back to back. ``.idx`` is
+The format is Megatron-LM's memory-mapped one (``MMapIndexedDataset``), byte for byte, so that either program reads the
+other's datasets. Everything is little endian. ``.bin`` holds the ids of all sequences back to back. ``.idx`` is
 
 ====================  =================  ===========================================================================
 magic                 9 bytes            ``MMIDIDX\\0\\0``
 version               uint64             1
-dtype code            uint8              how an id is stored, see :data:`DTYPE_CODES`
+dtype code            uint8              type of an id, see :data:`DTYPE_CODES`
 num_sequences         uint64
 num_boundaries        uint64             number of documents + 1
-sizes                 int32[sequences]   ids in each sequence
-pointers              int64[sequences]   where each sequence begins in ``.bin``, in bytes
+sizes                 int32[sequences]   number of ids of each sequence
+pointers              int64[sequences]   offset of each sequence in ``.bin``, in bytes
 document indices      int64[boundaries]  document ``d`` is the sequences ``[indices[d], indices[d + 1])``
 ====================  =================  ===========================================================================
 """
@@ -47,34 +47,34 @@ _OLD_MAGIC = b"TNTIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _LONGEST_SEQUENCE = 2**31 - 1
-_CHECKED_AT_ONCE = 1 << 20
+_CHECK_BLOCK = 1 << 20
 _COPIED_AT_ONCE = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """How the ids of a vocabulary are stored: uint16 where Megatron-LM takes it (below 65500), else int32."""
+    """Return the type that stores the ids of a vocabulary: as in Megatron-LM, uint16 below 65500 ids, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class IndexedDatasetWriter:
-    """Writes an indexed dataset as its documents come; used as a context manager.
+    """Writes an indexed dataset document by document; used as a context manager.
 
     >>> with IndexedDatasetWriter("data/train", token_dtype(vocab_size=32000)) as writer:  # doctest: +SKIP
     ...     writer.add_document([5, 6, 7])
 
-    Memory holds no ids, only 12 bytes a document. Until the block ends without an exception the files are in a hidden
-    directory beside (:mod:`~megacore.atomic_output`); then they are synced to disk and renamed, ``.idx`` last. An
-    exception leaves nothing; what a killed process leaves is removed by the next that writes the same dataset.
+    Memory holds no ids, only 12 bytes per document. Until the block ends without an exception, the files are in a
+    hidden directory beside the output (:class:`~megacore.atomic_output.StagedFiles`); then they get their names,
+    ``.idx`` last. An exception leaves nothing.
 
     Args:
-        prefix: the dataset.
-        dtype: how ids are stored.
-        files: those that the dataset appears together with; by default it appears by itself.
+        prefix: The prefix of the dataset.
+        dtype: The type that stores the ids.
+        files: The staged files to add the dataset to; by default it has its own.
 
     Raises:
         DataError: ``dtype`` is none of the format's integer types, or ids do not fit it.
-        OutputError: an output file exists, is being written by another process or cannot be written
-            (:class:`DiskFullError` when there is no room).
+        OutputError: An output file exists, is being written by another process or cannot be written
+            (:class:`DiskFullError` if there is no room).
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, *, files: StagedFiles | None = None) -> None:
@@ -93,7 +93,7 @@ class IndexedDatasetWriter:
         with ExitStack() as stack:
             if self._files is None:
                 self._files = stack.enter_context(StagedFiles(self.prefix))
-            # A description (.json) left behind by another dataset would be taken for this one's.
+            # A description (.json) left behind by another dataset would be mistaken for this one's.
             self._files.claim(self.prefix, [".bin", ".idx", ".json"])
             with output_errors(self.prefix):
                 self._bin = self._open(".bin")
@@ -107,10 +107,10 @@ class IndexedDatasetWriter:
         self._stack.__exit__(kind, error, traceback)
 
     def add_document(self, *sequences: ArrayLike) -> None:
-        """Append one document: as a rule one sequence of ids, ``[length]``; several where they are to be told apart.
+        """Append one document, usually one sequence of ids, ``[length]``; several sequences stay separable.
 
-        A document without ids is kept, so that documents have the numbers that the caller counts; it adds no token to
-        the stream. (:func:`megacore.tokenize` skips such documents before they get here.)
+        A document without ids is kept, so that document numbers are the caller's, but adds no token to the stream.
+        (:func:`megacore.tokenize` skips such documents itself.)
         """
         arrays = [self._stored(sequence) for sequence in sequences]
         for ids in arrays:
@@ -122,7 +122,7 @@ class IndexedDatasetWriter:
         self._document_indices.append(len(self._sizes))
 
     def add_documents(self, ids: NDArray[Any], lengths: NDArray[Any]) -> None:
-        """Append many documents of one sequence each: their ids back to back, and ``[num_documents]`` lengths."""
+        """Append many documents of one sequence each, given their ids back to back and ``[num_documents]`` lengths."""
         assert int(lengths.sum()) == len(ids)
         self._check_length(int(lengths.max(initial=0)))
         stored = self._stored(ids)
@@ -133,7 +133,7 @@ class IndexedDatasetWriter:
         self._document_indices.frombytes(np.arange(first + 1, len(self._sizes) + 1, dtype=np.int64).tobytes())
 
     def add_dataset(self, dataset: IndexedDataset, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Append all documents of another dataset; ``advance`` is told of every few bytes of its ids."""
+        """Append all documents of another dataset; ``advance`` is called with the bytes of ids of each part."""
         for start in range(0, dataset.num_tokens, _COPIED_AT_ONCE):
             ids = dataset.tokens(start, min(start + _COPIED_AT_ONCE, dataset.num_tokens))
             stored = self._stored(ids)
@@ -145,7 +145,7 @@ class IndexedDatasetWriter:
         self._document_indices.frombytes((dataset.document_boundaries()[1:] + first).astype(np.int64).tobytes())
 
     def describe(self, text: str) -> None:
-        """Have ``PREFIX.json`` written with this text; it is in place before the dataset is."""
+        """Set the text of ``PREFIX.json``, which appears before the dataset does."""
         self._description = text
 
     def _check_length(self, length: int) -> None:
@@ -170,9 +170,9 @@ class IndexedDatasetWriter:
     def _finish(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Write what comes after the ids, or throw all away."""
+        """Write the description and the index, or discard everything after an exception."""
         if kind is not None:
-            # What is still buffered cannot be flushed to a full disk, and is of no use.
+            # Buffered ids, which are useless now, could not be flushed to a full disk.
             with suppress(OSError):
                 self._bin.close()
             return
@@ -200,20 +200,20 @@ class IndexedDatasetWriter:
 
 
 class IndexedDataset:
-    """An indexed dataset, read by memory map: opening is quick, and memory does not grow with its size.
+    """A memory-mapped indexed dataset: opening is fast, and memory does not grow with its size.
 
     ``dataset[i]`` is the ids of sequence ``i``, ``[sizes[i]]``, a read-only view of the file; so is
-    ``dataset.tokens(start, stop)``. What ``tokenize`` writes has one sequence a document.
+    ``dataset.tokens(start, stop)``. Datasets of ``tokenize`` have one sequence per document.
 
     Attributes:
-        dtype: how ids are stored, little endian.
-        sizes: int32, ``[num_sequences]``, ids in each sequence. Zero is allowed: other programs write empty documents.
-        document_indices: int64, ``[num_documents + 1]``, document ``d`` is the sequences
+        dtype: Type of the stored ids, little endian.
+        sizes: Number of ids of each sequence, int32, ``[num_sequences]``. Other programs write empty sequences too.
+        document_indices: int64, ``[num_documents + 1]``; document ``d`` is the sequences
             ``[document_indices[d], document_indices[d + 1])``. Some programs mark no boundaries: then it is ``[0]``.
-        num_tokens: ids in all sequences together.
+        num_tokens: Number of ids of all sequences.
 
     Raises:
-        DataError: a file is missing, truncated, of another format, or the two files do not belong together.
+        DataError: A file is missing, truncated, of another format, or the two files do not belong together.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -239,7 +239,7 @@ class IndexedDataset:
         self.num_tokens = num_bytes // self.dtype.itemsize
         # An empty file cannot be mapped.
         stream = np.memmap(bin_path, self.dtype, "r") if num_bytes else np.empty(0, self.dtype)
-        # A plain array over the same memory: each slice of a np.memmap pays for a subclass that nothing here needs.
+        # A plain array over the same memory: slices of np.memmap are slow, since each is an instance of that subclass.
         self._stream = np.asarray(stream).view(np.ndarray)
 
     def __len__(self) -> int:
@@ -250,40 +250,40 @@ class IndexedDataset:
         return self._stream[start : start + int(self.sizes[index])]
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
-        """The ids ``[stop - start]`` at these positions of the stream that all sequences form, one after the other."""
+        """Return the ids ``[stop - start]`` at these positions of the stream of all sequences."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.prefix}, which has {self.num_tokens}")
         return self._stream[start:stop]
 
     @property
     def num_documents(self) -> int:
-        """Documents; without marked boundaries each sequence is one, and what follows the last boundary is one more."""
+        """The number of documents. Without marked boundaries each sequence is one; a rest after them is one too."""
         num_marked = len(self.document_indices) - 1
         if num_marked == 0:
             return len(self)
         return num_marked + int(self.document_indices[-1] < len(self))
 
     def document_start(self, number: int) -> int:
-        """Where in the stream document ``number`` begins; for ``num_documents`` itself, where the last one ends."""
+        """Return the position at which document ``number`` begins; for ``num_documents``, the end of the last one."""
         if number == self.num_documents:
             return self.num_tokens
         sequence = int(self.document_indices[number]) if len(self.document_indices) > 1 else number
         return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
 
     def document_lengths(self) -> NDArray[np.int64]:
-        """The ids in each document, ``[num_documents]``."""
+        """Return the number of ids of each document, ``[num_documents]``."""
         starts = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
         return np.diff(starts[self.document_boundaries()])
 
     def document_boundaries(self) -> NDArray[np.int64]:
-        """Document ``d`` is the sequences from the ``d``-th of these up to the next: ``[num_documents + 1]``."""
+        """Return the first sequence of each document, and the number of sequences: ``[num_documents + 1]``."""
         if len(self.document_indices) == 1:
             return np.arange(len(self) + 1)
         is_whole = self.document_indices[-1] == len(self)
         return self.document_indices if is_whole else np.append(self.document_indices, len(self))
 
     def documents(self) -> Iterator[list[NDArray[Any]]]:
-        """The sequences of each document."""
+        """Yield the sequences of each document."""
         for number in range(self.num_documents):
             if len(self.document_indices) == 1:
                 yield [self[number]]
@@ -294,7 +294,7 @@ class IndexedDataset:
             yield [self[sequence] for sequence in range(start, stop)]
 
     def document_starts(self, start: int, stop: int) -> list[int]:
-        """The positions of the stream in ``[start, stop)`` at which a document begins that has tokens, ascending."""
+        """Return the positions in ``[start, stop)`` at which a document with tokens begins, ascending."""
         found: list[int] = []
         for number in range(self._first_document_from(start), self.num_documents):
             position = self.document_start(number)
@@ -305,13 +305,13 @@ class IndexedDataset:
         return found
 
     def nearest_document_start(self, position: int) -> int:
-        """The position nearest to this one where a document begins, or the last one ends; of two, the first."""
+        """Return the document boundary nearest to ``position``, or the first of two; the end of the stream is one."""
         number = self._first_document_from(position)
-        around = [self.document_start(other) for other in (number - 1, number) if 0 <= other <= self.num_documents]
-        return min(around, key=lambda start: abs(start - position), default=0)
+        candidates = [self.document_start(n) for n in (number - 1, number) if 0 <= n <= self.num_documents]
+        return min(candidates, key=lambda start: abs(start - position), default=0)
 
     def _first_document_from(self, position: int) -> int:
-        # Not numpy's search, which would copy the whole of an array that the file does not align.
+        # numpy's search would copy the whole array, which is not aligned in the file.
         return bisect_left(range(self.num_documents), position, key=self.document_start)
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
@@ -319,10 +319,10 @@ class IndexedDataset:
         return IndexedDataset, (self.prefix,)
 
     def _check_index(self, path: Path) -> int:
-        """Refuse an index that contradicts itself; the number of bytes in ``.bin`` that it describes."""
+        """Check the index for consistency; return the size of ``.bin`` that it describes, in bytes."""
         end = 0
-        for first in range(0, len(self), _CHECKED_AT_ONCE):
-            block = slice(first, first + _CHECKED_AT_ONCE)
+        for first in range(0, len(self), _CHECK_BLOCK):
+            block = slice(first, first + _CHECK_BLOCK)
             num_bytes = self.sizes[block].astype(np.int64) * self.dtype.itemsize
             if num_bytes.min() < 0:
                 raise DataError(f"{path}: is damaged: sequence {first + int(num_bytes.argmin())} has a negative size")
@@ -334,8 +334,8 @@ class IndexedDataset:
             end = int(ends[-1])
         boundaries = self.document_indices
         is_ascending = bool(len(boundaries) and boundaries[0] == 0)
-        for first in range(0, len(boundaries), _CHECKED_AT_ONCE):
-            part = boundaries[first : first + _CHECKED_AT_ONCE + 1]  # with the first of the next
+        for first in range(0, len(boundaries), _CHECK_BLOCK):
+            part = boundaries[first : first + _CHECK_BLOCK + 1]  # with the first one of the next part
             is_ascending &= not bool((part[1:] < part[:-1]).any())
         if not is_ascending:
             raise DataError(f"{path}: is damaged: the document boundaries do not ascend from 0")
@@ -345,7 +345,7 @@ class IndexedDataset:
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
-    """The dtype, the number of sequences and of document boundaries, in an index whose length agrees with them."""
+    """Return the dtype, the number of sequences and the number of boundaries, after checking the file size."""
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
     if header.startswith(_OLD_MAGIC):
@@ -359,8 +359,8 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
         raise DataError(f"{path}: version {version} of the index format; only version {_VERSION} is known")
     dtypes = {known_code: dtype for dtype, known_code in DTYPE_CODES.items()}
     if code not in dtypes:
-        what = "floating point numbers, not token ids" if code in (6, 7) else "an unknown type"
-        raise DataError(f"{path}: its dtype code {code} means {what}")
+        meaning = "floating point numbers, not token ids" if code in (6, 7) else "an unknown type"
+        raise DataError(f"{path}: its dtype code {code} means {meaning}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
     actual = path.stat().st_size
     if actual != expected:
@@ -373,5 +373,5 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
 
 
 def _with_suffix(prefix: str | Path, suffix: str) -> Path:
-    # Not Path.with_suffix, which would take away what follows the last dot of the prefix.
+    # Path.with_suffix would replace whatever follows the last dot of the prefix.
     return Path(f"{prefix}{suffix}")

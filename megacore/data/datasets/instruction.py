@@ -1,8 +1,8 @@
-"""Instruction data on disk: the token ids of conversations in one indexed dataset, who speaks in a second one.
+"""Instruction data on disk: the token ids of conversations in one indexed dataset, their roles in a second one.
 
-``PREFIX-text`` and ``PREFIX-role`` are what ``preprocess_instruct_data.py`` of Megatron-LLM writes: sequences of equal
-lengths, one a conversation, with ids in the first and a :class:`Role` for each of them in the second, as uint16.
-``PREFIX.json`` describes them, where megacore wrote them.
+``PREFIX-text`` and ``PREFIX-role`` have the format of Megatron-LLM's ``preprocess_instruct_data.py``: sequences of
+equal lengths, one per conversation, with ids in the first and a :class:`Role` for each in the second, as uint16.
+``PREFIX.json`` describes them if megacore wrote them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megacore.errors import DataError
 
 
 class Role(IntEnum):
-    """Who speaks, as the format numbers them."""
+    """The author of a token, as the format numbers them."""
 
     SYSTEM = 0
     PROMPTER = 1
@@ -33,21 +33,21 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionDescription(Description):
-    """``PREFIX.json``: which tokenizer and which markup made instruction data."""
+    """``PREFIX.json`` of instruction data, with its tokenizer and markup."""
 
     FORMAT = "megacore-instruction-dataset"
     VERSION = 1
     NUMBERS = ("vocab_size",)
 
     tokenizer_file: str
-    """Its name, without directories."""
+    """File name of the tokenizer, without directories."""
     tokenizer_sha256: str
     vocab_size: int
-    """Larger than every id that the tokenizer can give."""
+    """Upper bound (exclusive) of the ids that the tokenizer produces."""
     markup: str
     """``template``, a chat template, or ``megatron-llm``, the markup of that program."""
     template_sha256: str | None
-    """Of the chat template's text."""
+    """Digest of the chat template's text."""
     num_conversations: int
     num_tokens: int
     num_assistant_tokens: int
@@ -55,22 +55,22 @@ class InstructionDescription(Description):
     new_tokens: dict[str, int] = field(default_factory=dict)
     """The tokens that were added to the tokenizer, and their ids."""
     tokenizer_directory: str | None = None
-    """Where the tokenizer with these tokens is, beside the dataset."""
+    """Name of the directory beside the dataset that holds the tokenizer with these tokens."""
     known_tokens_sha256: str | None = None
-    """Of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
+    """Digest of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
 
 
 class InstructionDataset:
     """Conversations by number: ``dataset[i]`` is the token ids and the roles of conversation ``i``, both ``[length]``.
 
     Attributes:
-        text: the dataset of the ids.
-        roles: and that of the roles.
-        lengths: int32, ``[conversations]``, tokens in each.
+        text: Dataset of the token ids.
+        roles: Dataset of the roles.
+        lengths: Number of tokens of each conversation, int32, ``[conversations]``.
 
     Raises:
-        DataError: a file is missing or damaged, or the two datasets do not belong together; and when a conversation is
-            read that has a role which the format does not know.
+        DataError: A file is missing or damaged, or the two datasets do not belong together. Also raised when a
+            conversation is read that has a role unknown to the format.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -93,23 +93,23 @@ class InstructionDataset:
 
     def __getitem__(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
         roles = self.roles[number]
-        # Else what is not the assistant's would not be learned, whatever it is.
+        # Otherwise any unknown role would be treated like the prompter's.
         if len(roles) and not min(Role) <= roles.min() <= roles.max() <= max(Role):
-            stranger = next(role for role in roles.tolist() if role not in set(Role))
+            unknown = next(role for role in roles.tolist() if role not in set(Role))
             names = ", ".join(f"{role.value} {role.name.lower()}" for role in Role)
             raise DataError(
-                f"{self.roles.prefix}: conversation {number} has role {stranger}, and the format's are {names}: make "
+                f"{self.roles.prefix}: conversation {number} has role {unknown}, and the format's are {names}: make "
                 "the datasets anew, of single conversations (data.packing packs them)"
             )
         return self.text[number], roles
 
 
 class InstructionWriter:
-    """Takes conversations for instruction data; see :func:`writing_instruction_data`.
+    """Appends conversations to instruction data; see :func:`writing_instruction_data`.
 
     Attributes:
-        files: the files of the two datasets, for what is to appear together with them.
-        description: what they are described with.
+        files: The staged files of the two datasets, to which others can be added.
+        description: The description to write.
     """
 
     def __init__(self, text: IndexedDatasetWriter, roles: IndexedDatasetWriter, files: StagedFiles) -> None:
@@ -127,20 +127,20 @@ class InstructionWriter:
 
 @contextmanager
 def writing_instruction_data(prefix: str | Path, dtype: DTypeLike) -> Iterator[InstructionWriter]:
-    """Write instruction data as its conversations come; what is set as the writer's description becomes PREFIX.json.
+    """Yield a writer of instruction data; its ``description``, if set, becomes ``PREFIX.json``.
 
-    A conversation is a document of each of the two datasets. An exception leaves nothing. The ids' ``.idx`` is the last
-    file to appear, and without it nothing reads the others: a killed process leaves no half of the pair in use.
+    A conversation is one document of each of the two datasets. An exception leaves nothing. The ``.idx`` of the ids
+    appears last, and nothing reads the other files without it: a killed process leaves no usable half of the pair.
 
     Raises:
-        OutputError: an output file exists, is being written by another process or cannot be written
-            (:class:`DiskFullError` when there is no room).
+        OutputError: An output file exists, is being written by another process or cannot be written
+            (:class:`DiskFullError` if there is no room).
     """
     text, role = prefixes(prefix)
     with StagedFiles(Path(prefix)) as files:
         description = Path(f"{prefix}.json")
         files.claim(Path(prefix), [".json"])
-        # Their indexes get their names in this order.
+        # The index files get their names in this order.
         with (
             IndexedDatasetWriter(role, np.uint16, files=files) as roles,
             IndexedDatasetWriter(text, dtype, files=files) as ids,
@@ -153,5 +153,5 @@ def writing_instruction_data(prefix: str | Path, dtype: DTypeLike) -> Iterator[I
 
 
 def prefixes(prefix: str | Path) -> tuple[Path, Path]:
-    """The paths of the two datasets of instruction data: of the ids, and of the roles."""
+    """Return the prefixes of the two datasets of instruction data: that of the ids and that of the roles."""
     return Path(f"{prefix}-text"), Path(f"{prefix}-role")

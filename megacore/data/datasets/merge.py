@@ -1,4 +1,4 @@
-"""Several datasets joined into one."""
+"""Merging of several datasets into one."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ def merge_datasets(
 ) -> IndexedDataset:
     """Write the documents of several datasets, in the order given, into the dataset ``out``, and return it.
 
-    Ids are stored in the widest of the datasets' types. Memory holds a few megabytes of ids and 12 bytes a document.
-    ``out`` has a description where all of them have one, and the tokenizer beside it that they have beside them.
+    Ids are stored in the widest of the datasets' types. Memory holds a few megabytes of ids and 12 bytes per document.
+    ``out`` gets a description if all of them have one, and a copy of the tokenizer that lies beside them.
 
     Args:
-        advance: is told of every few bytes of ids done.
+        prefixes: The datasets to merge.
+        out: The prefix of the merged dataset.
+        advance: Called with the number of bytes of ids after each part.
 
     Raises:
-        DataError: a dataset cannot be read, or they were made with different tokenizers, or do not agree on whether
+        DataError: A dataset cannot be read, or they were made with different tokenizers, or do not agree on whether
             documents begin with a begin token or end with an end-of-document token.
-        OutputError: the output exists or cannot be written. Nothing is left of it.
+        OutputError: The output exists or cannot be written. Nothing is left of it.
     """
     if not prefixes:
         raise DataError("no dataset to merge; give at least one")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    description = _joined([(prefix, DatasetDescription.read(prefix)) for prefix in prefixes], datasets)
+    description = _merge_descriptions([(prefix, DatasetDescription.read(prefix)) for prefix in prefixes], datasets)
     tokenizer, directory = None, directory_beside(Path(out))
     if description is not None and description.tokenizer_directory is not None:
         tokenizer = load_tokenizer(Path(prefixes[0]).with_name(description.tokenizer_directory))
         description = dataclasses.replace(description, tokenizer_directory=directory.name)
-        is_saved(tokenizer, directory)  # refused now, not after the work
+        is_saved(tokenizer, directory)  # raises before the work, not after it
     dtype = np.result_type(*(dataset.dtype for dataset in datasets))
     with StagedFiles(Path(out)) as files, IndexedDatasetWriter(out, dtype, files=files) as writer:
         for dataset in datasets:
@@ -53,21 +55,21 @@ def merge_datasets(
     return IndexedDataset(out)
 
 
-def _joined(
+def _merge_descriptions(
     found: Sequence[tuple[str | Path, DatasetDescription | None]], datasets: Sequence[IndexedDataset]
 ) -> DatasetDescription | None:
-    """The description of all together, or ``None`` where one is lacking; those that there are must agree."""
+    """Return the description of the merged dataset, or ``None`` if one is missing; the existing ones must agree."""
     described = [(prefix, description) for prefix, description in found if description is not None]
     for (first_prefix, first), (prefix, other) in pairwise(described):
-        for name, what in (
+        for name, subject in (
             ("tokenizer_sha256", "tokenizer"),
             ("append_eod", "choice of --append-eod"),
             ("prepend_bos", "choice of --prepend-bos"),
         ):
             if getattr(first, name) != getattr(other, name):
                 raise DataError(
-                    f"{first_prefix} and {prefix} were made with a different {what}: what is merged is read as one "
-                    f"dataset; tokenize one of them again, or train on both as a mixture (data.prefix)"
+                    f"{first_prefix} and {prefix} were made with a different {subject}: a merged dataset is read as "
+                    f"one; tokenize one of them again, or train on both as a mixture (data.prefix)"
                 )
     if len(described) < len(found):
         return None

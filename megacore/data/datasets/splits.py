@@ -1,4 +1,4 @@
-"""Cutting a dataset into parts to train, to validate and to test on."""
+"""Splits of a dataset for training, validation and test."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def split_tokens(dataset: IndexedDataset, weights: Sequence[float], seq_length: int) -> dict[Split, range]:
-    """Cut the stream of a dataset into consecutive parts whose numbers of tokens are as ``weights``.
+    """Cut the token stream of a dataset into consecutive parts, with numbers of tokens in proportion to ``weights``.
 
-    Tokens are counted, not documents, which may be of very different lengths. A cut is made at the document boundary
-    that is nearest, so that no document is in two parts; unless a part that is asked for would then have no sample:
-    then all cuts are made at the very token.
+    Tokens are counted, not documents, whose lengths may differ a lot. A cut is made at the nearest document boundary,
+    so that no document is in two parts; if a requested part would then have no sample, all cuts are made at the exact
+    token.
 
     Args:
-        weights: of any sum, for :data:`SPLITS` in their order; a part that has none, or a weight of 0, is left out.
-        seq_length: of the samples.
+        dataset: The dataset.
+        weights: Weights of any sum for :data:`SPLITS`, in their order; a missing weight, or 0, requests no part.
+        seq_length: The sequence length of the samples.
 
     Raises:
-        DataError: a part that is asked for would have no sample.
+        DataError: A requested part would have no sample.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     shares = {split: weight / sum(exact) for split, weight in zip(SPLITS, exact, strict=False) if weight}
@@ -37,7 +38,9 @@ def split_tokens(dataset: IndexedDataset, weights: Sequence[float], seq_length: 
         if all(len(part) > seq_length for part in parts.values()):
             return parts
     split, part = min(parts.items(), key=lambda item: len(item[1]))
-    needed = Fraction(seq_length + 1) / min(shares.values())  # enough for the smallest part, which is not always this
+    needed = Fraction(seq_length + 1) / min(
+        shares.values()
+    )  # enough for the smallest weight, which need not be that of this split
     raise DataError(
         f"{dataset.prefix}: data.split = {[float(weight) for weight in weights]} gives {len(part)} of its "
         f"{dataset.num_tokens} tokens to {split}, and a sample of data.seq_length {seq_length} takes {seq_length + 1}: "

@@ -1,9 +1,8 @@
-"""``tokenize_chat``: conversations to instruction data, with who speaks at each token."""
+"""``tokenize_chat``: from conversations to instruction data, with the role of each token."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from megacore.data.datasets.indexed import token_dtype
 from megacore.data.datasets.instruction import InstructionDescription, Role, writing_instruction_data
 from megacore.data.preprocess.conversations import Conversation, MessageKeys, QuestionKeys, read_conversations
 from megacore.data.preprocess.readers import expand
-from megacore.data.preprocess.records import require_encodable
+from megacore.data.preprocess.records import abbreviated, require_encodable
 from megacore.data.tokenizers.added_tokens import NewTokens
 from megacore.data.tokenizers.chat_template import open_chat_template
 from megacore.data.tokenizers.tokenizer import (
@@ -41,30 +40,36 @@ Markup = Literal["template", "megatron-llm"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSummary:
-    """What :func:`tokenize_chat` wrote."""
+    """The result of :func:`tokenize_chat`.
+
+    Attributes:
+        prefix: The output prefix.
+        num_conversations: Number of conversations.
+        num_tokens: Number of tokens.
+        num_assistant_tokens: Number of the assistant's tokens, which are the targets.
+        num_skipped: Number of malformed records, which were skipped.
+        num_with_special_tokens: Number of conversations whose text spells special tokens, and was encoded to them.
+        new_tokens: The tokens that were added to the tokenizer, and their ids.
+        tokenizer_directory: Directory of the tokenizer with these tokens; None if there are none.
+    """
 
     prefix: Path
     num_conversations: int
     num_tokens: int
     num_assistant_tokens: int
-    """Those that are learned."""
     num_skipped: int
-    """Records that could not be used."""
     num_with_special_tokens: int
-    """Conversations with text that spells special tokens, which it has become."""
     new_tokens: dict[str, int]
-    """The tokens that were added to the tokenizer, and their ids."""
     tokenizer_directory: Path | None
-    """Where the tokenizer with these tokens is; None where none was added."""
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Text that is encoded by itself.
+class _Segment:
+    """A text that is encoded separately.
 
     Attributes:
-        text: the text.
-        spans: ``(start, stop, role)``: who writes which of its characters; the others are the prompter's.
+        text: The text.
+        spans: ``(start, stop, role)`` of its characters; all others are the prompter's.
     """
 
     text: str
@@ -72,17 +77,17 @@ class _Piece:
 
 
 class _Encoder(Protocol):
-    """What makes tokens of conversations."""
+    """Turns conversations into tokens."""
 
     template_sha256: str | None
     special_tokens: list[str]
-    """What text that spells it becomes one token."""
+    """Tokens to which text that spells them is encoded."""
 
-    def pieces(self, conversation: Conversation) -> list[_Piece]:
-        """The text of a conversation. Raises :class:`DataError` for one that cannot be written."""
+    def segments(self, conversation: Conversation) -> list[_Segment]:
+        """Return the text of a conversation. Raises :class:`DataError` if the markup cannot represent it."""
 
-    def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The ids and roles of each piece."""
+    def encode(self, segments: Sequence[_Segment]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield the ids and roles of each segment."""
 
 
 def tokenize_chat(
@@ -98,30 +103,29 @@ def tokenize_chat(
     on_skip: Callable[[DataError], None] = lambda error: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> ChatSummary:
-    """Tokenize conversations into the instruction dataset ``out``; :mod:`megacore.data.datasets.instruction` has its
-    files.
+    """Tokenize conversations into the instruction dataset ``out``, see :mod:`megacore.data.datasets.instruction`.
 
-    Inputs are files of lines or rows as :func:`~megacore.data.tokenize` takes them, one conversation each.
+    Inputs are files of lines or rows as for :func:`~megacore.data.tokenize`, one conversation each.
 
     Args:
-        inputs: files, or patterns such as ``data/*.jsonl``.
-        tokenizer: a tokenizer's file or directory. Text that spells a special token becomes that token, as it does in
+        inputs: Files, or patterns such as ``data/*.jsonl``.
+        tokenizer: A tokenizer's file or directory. Text that spells a special token is encoded to that token, as in
             transformers; such conversations are counted.
-        keys: where a record has its conversation; by default a list under ``messages``.
+        out: The prefix of the dataset.
+        keys: Keys of a record's conversation; by default a list under ``messages``.
         markup: ``template``, a chat template; or ``megatron-llm``, ``<|im_start|>question\\n…<|im_end|>\\n`` with the
-            roles system, question and answer, which that program writes, each turn encoded by itself, its header and
-            end learned with an answer. By default the latter for questions and answers, else the former.
-        chat_template: a file with the template; by default it is the tokenizer's.
-        vocab_extra_ids_list: add these tokens to the vocabulary; the tokenizer that knows them is written to
-            ``out-tokenizer/``.
-        on_error: what to do about a record that cannot be used.
-        on_skip: is told of each record that is skipped.
-        advance: is told of every few input bytes done.
+            roles system, question and answer as in Megatron-LLM, each turn encoded separately, the header and end of an
+            answer being targets too. By default the latter for questions and answers, else the former.
+        chat_template: A file with the template; by default the tokenizer's template.
+        vocab_extra_ids_list: Tokens to add to the vocabulary; the extended tokenizer is written to ``out-tokenizer/``.
+        on_error: Treatment of a malformed record: ``stop`` raises its error, ``skip`` skips and counts it.
+        on_skip: Called with the error of each skipped record.
+        advance: Called with numbers of input bytes after their work.
 
     Raises:
-        DataError: an input, the tokenizer or the template is missing or malformed, or a record (the message has file
-            and line), or no record can be used.
-        OutputError: an output file exists or cannot be written. After any error nothing is left of the dataset.
+        DataError: An input, the tokenizer or the template is missing or malformed, or a record (the message has file
+            and line), or no record is usable.
+        OutputError: An output file exists or cannot be written. After any error nothing is left of the dataset.
     """
     paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
     keys = keys or MessageKeys()
@@ -129,7 +133,7 @@ def tokenize_chat(
     loaded = load_tokenizer(tokenizer, NewTokens(named=tuple(vocab_extra_ids_list)))
     tokenizer_directory = directory_beside(Path(out)) if loaded.new_tokens else None
     if tokenizer_directory is not None:
-        is_saved(loaded, tokenizer_directory)  # refused now, not after the work
+        is_saved(loaded, tokenizer_directory)  # raises before the work, not after it
     encoder: _Encoder
     if markup == "template":
         encoder = _TemplateEncoder(loaded, None if chat_template is None else Path(chat_template))
@@ -150,27 +154,27 @@ def tokenize_chat(
         num_skipped += 1
         on_skip(error)
 
-    def written() -> Iterator[tuple[Conversation, list[_Piece]]]:
+    def rendered() -> Iterator[tuple[Conversation, list[_Segment]]]:
         files = (read_conversations(path, keys, on_error=skip, advance=advance) for path in paths)
         for conversation in chain.from_iterable(files):
             try:
-                pieces = encoder.pieces(conversation)
-                for piece in pieces:
-                    require_encodable(piece.text)
+                segments = encoder.segments(conversation)
+                for segment in segments:
+                    require_encodable(segment.text)
             except DataError as error:
                 skip(DataError(f"{conversation.where}: {error}"))
                 continue
-            yield conversation, pieces
+            yield conversation, segments
 
     with writing_instruction_data(out, token_dtype(loaded.vocab_size)) as writer:
-        for batch in _batches(written()):
-            encoded = encoder.encode([piece for _, pieces in batch for piece in pieces])
-            for conversation, pieces in batch:
-                of_pieces = [next(encoded) for _ in pieces]
-                ids, roles = (np.concatenate(arrays) for arrays in zip(*of_pieces, strict=True))
+        for batch in _batches(rendered()):
+            encoded = encoder.encode([segment for _, segments in batch for segment in segments])
+            for conversation, segments in batch:
+                encoded_segments = [next(encoded) for _ in segments]
+                ids, roles = (np.concatenate(arrays) for arrays in zip(*encoded_segments, strict=True))
                 num_assistant = int(np.count_nonzero(roles == Role.ASSISTANT))
                 if num_assistant == 0:
-                    message = f"{conversation.where}: none of its tokens is the assistant's: nothing to learn from it"
+                    message = f"{conversation.where}: none of its tokens is the assistant's, so it has no target"
                     skip(DataError(message))
                     continue
                 writer.add(ids, roles)
@@ -181,8 +185,8 @@ def tokenize_chat(
                     special.search(str(message.get("content", ""))) for message in conversation.messages
                 )
         if num_conversations == 0:
-            told = f"; the first of {num_skipped} that were skipped: {first_error}" if first_error else ""
-            raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no conversation to tokenize{told}")
+            detail = f"; the first of {num_skipped} skipped records: {first_error}" if first_error else ""
+            raise DataError(f"{', '.join(map(str, paths)) or 'no input file'}: no conversation to tokenize{detail}")
         writer.description = InstructionDescription(
             tokenizer_file=loaded.file.name,
             tokenizer_sha256=loaded.sha256,
@@ -212,13 +216,13 @@ def tokenize_chat(
 
 
 def _batches(
-    written: Iterable[tuple[Conversation, list[_Piece]]],
-) -> Iterator[list[tuple[Conversation, list[_Piece]]]]:
-    batch: list[tuple[Conversation, list[_Piece]]] = []
+    rendered: Iterable[tuple[Conversation, list[_Segment]]],
+) -> Iterator[list[tuple[Conversation, list[_Segment]]]]:
+    batch: list[tuple[Conversation, list[_Segment]]] = []
     num_characters = 0
-    for conversation, pieces in written:
-        batch.append((conversation, pieces))
-        num_characters += sum(len(piece.text) for piece in pieces)
+    for conversation, segments in rendered:
+        batch.append((conversation, segments))
+        num_characters += sum(len(segment.text) for segment in segments)
         if num_characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_CONVERSATIONS:
             yield batch
             batch, num_characters = [], 0
@@ -227,45 +231,45 @@ def _batches(
 
 
 class _TemplateEncoder:
-    """Conversations as a chat template writes them, encoded as a whole; the characters say whose each token is.
+    """Encodes conversations in the markup of a chat template; the role of a token is that of its characters.
 
-    A token that has a character of the assistant's is the assistant's.
+    A token with any character of the assistant is the assistant's.
     """
 
     def __init__(self, tokenizer: Tokenizer, template_file: Path | None) -> None:
         self._with_tools, self._template = (
             open_chat_template(tokenizer, template_file, with_tools=with_tools) for with_tools in (True, False)
         )
-        assert isinstance(tokenizer, JsonTokenizer), "a chat template takes no other"
+        assert isinstance(tokenizer, JsonTokenizer), "open_chat_template accepts no other"
         self._tokenizer = tokenizer
         self.special_tokens = tokenizer.special_tokens()
         self.template_sha256: str | None = hashlib.sha256(self._template.source.encode()).hexdigest()
 
-    def pieces(self, conversation: Conversation) -> list[_Piece]:
+    def segments(self, conversation: Conversation) -> list[_Segment]:
         template = self._template if conversation.tools is None else self._with_tools
         chat = template.render_marked(conversation.messages, tools=conversation.tools)
         spans = [(0, chat.system_stop, Role.SYSTEM)] if chat.system_stop else []
-        return [_Piece(chat.text, spans + [(start, stop, Role.ASSISTANT) for start, stop in chat.assistant])]
+        return [_Segment(chat.text, spans + [(start, stop, Role.ASSISTANT) for start, stop in chat.assistant])]
 
-    def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        encoded = self._tokenizer.encode_with_places([piece.text for piece in pieces])
-        for piece, (ids, of_ids) in zip(pieces, encoded, strict=True):
-            places = np.array(of_ids, np.int64).reshape(-1, 2)
-            # A token may stand for no character, such as a sign for the beginning of a word: it is of the next one.
-            starts, stops = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)
-            roles = np.full(len(places), Role.PROMPTER, np.int64)
-            for start, stop, role in piece.spans:
+    def encode(self, segments: Sequence[_Segment]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        encoded = self._tokenizer.encode_with_offsets([segment.text for segment in segments])
+        for segment, (ids, spans) in zip(segments, encoded, strict=True):
+            offsets = np.array(spans, np.int64).reshape(-1, 2)
+            # A token without a character, such as a mark of the beginning of a word, belongs to the next character.
+            starts, stops = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+            roles = np.full(len(offsets), Role.PROMPTER, np.int64)
+            for start, stop, role in segment.spans:
                 roles[(starts < stop) & (stops > start)] = role
             yield np.array(ids, np.int64), roles
 
 
 class _MegatronLlmEncoder:
-    """Turns as Megatron-LLM writes them, each encoded by itself."""
+    """Encodes conversations in the markup of Megatron-LLM, each turn separately."""
 
     template_sha256: str | None = None
 
-    _MARKS: ClassVar = ("<|im_start|>", "<|im_end|>")
-    _NAMES: ClassVar = {
+    _TURN_TOKENS: ClassVar = ("<|im_start|>", "<|im_end|>")
+    _ROLES: ClassVar = {
         "system": ("system", Role.SYSTEM),
         "user": ("question", Role.PROMPTER),
         "assistant": ("answer", Role.ASSISTANT),
@@ -276,11 +280,11 @@ class _MegatronLlmEncoder:
         self.special_tokens = tokenizer.special_tokens()
         self._tokens: re.Pattern[str] | None = None
         if isinstance(tokenizer, SentencePieceTokenizer):
-            tokens = {*tokenizer.control_tokens(), *tokenizer.new_tokens, *self._MARKS}
+            tokens = {*tokenizer.control_tokens(), *tokenizer.new_tokens, *self._TURN_TOKENS}
             self.special_tokens = sorted(tokens, key=len, reverse=True)
             self._tokens = re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})")
-        for token in self._MARKS:
-            # Twice, since sentencepiece may put a piece for a space before the first.
+        for token in self._TURN_TOKENS:
+            # Compare with two tokens, since sentencepiece may put a piece for a space before the first.
             once, twice = tokenizer.encode_batch([token, token + token])
             if len(twice) - len(once) != 1:
                 raise DataError(
@@ -289,34 +293,34 @@ class _MegatronLlmEncoder:
                     "(--add-tokens), or write the conversations with a chat template"
                 )
 
-    def pieces(self, conversation: Conversation) -> list[_Piece]:
-        pieces = []
+    def segments(self, conversation: Conversation) -> list[_Segment]:
+        segments = []
         for number, message in enumerate(conversation.messages, start=1):
-            if message["role"] not in self._NAMES or not isinstance(message.get("content"), str):
+            if message["role"] not in self._ROLES or not isinstance(message.get("content"), str):
                 raise DataError(
-                    f"message {number}: the markup of megatron-llm has text of {', '.join(self._NAMES)}, and nothing "
-                    f"else; not {json.dumps(message)[:40]}"
+                    f"message {number}: the markup of megatron-llm has only text of {', '.join(self._ROLES)}, "
+                    f"not {abbreviated(message)}"
                 )
-            name, role = self._NAMES[message["role"]]
+            name, role = self._ROLES[message["role"]]
             text = f"<|im_start|>{name}\n{message['content']}<|im_end|>\n"
-            pieces.append(_Piece(text, [(0, len(text), role)]))
-        return pieces
+            segments.append(_Segment(text, [(0, len(text), role)]))
+        return segments
 
-    def encode(self, pieces: Sequence[_Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        parts = [self._parts(piece.text) for piece in pieces]
-        encoded = iter(self._tokenizer.encode_batch([text for of_piece in parts for text in of_piece[::2]]))
-        for piece, of_piece in zip(pieces, parts, strict=True):
-            [(_, _, role)] = piece.spans
-            # A text, a token, a text, and so on.
+    def encode(self, segments: Sequence[_Segment]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        parts = [self._parts(segment.text) for segment in segments]
+        encoded = iter(self._tokenizer.encode_batch([text for segment_parts in parts for text in segment_parts[::2]]))
+        for segment, segment_parts in zip(segments, parts, strict=True):
+            [(_, _, role)] = segment.spans
+            # Texts and tokens alternate.
             ids = [
                 [self._tokenizer.token_id(part)] if number % 2 else next(encoded)
-                for number, part in enumerate(of_piece)
+                for number, part in enumerate(segment_parts)
             ]
             yield np.array(list(chain.from_iterable(ids)), np.int64), np.full(sum(map(len, ids)), role, np.int64)
 
     def _parts(self, text: str) -> list[str]:
-        """The text cut at each token that Megatron-LLM looks for itself, around a SentencePiece model.
+        """Split the text at each token that Megatron-LLM itself looks for with a SentencePiece model.
 
-        What lies between is encoded as a text of its own, which may begin with a piece for a space.
+        The texts between are encoded separately, each of which may begin with a piece for a space.
         """
         return [text] if self._tokens is None else self._tokens.split(text)

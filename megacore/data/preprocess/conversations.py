@@ -1,4 +1,4 @@
-"""Conversations in records: lists of messages, or questions with their answers."""
+"""Conversations in records: lists of messages, or a question with its answer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from megacore.data.preprocess.readers import WholeText, pieces
-from megacore.data.preprocess.records import Problem, shown, text, value
+from megacore.data.preprocess.records import Problem, abbreviated, lookup, lookup_text
 from megacore.data.tokenizers.chat_template import Message
 from megacore.errors import DataError
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record.
+    """A conversation.
 
     Attributes:
-        messages: each with ``role`` and, as a rule, ``content``.
-        tools: what the assistant may call, as the template takes it.
-        where: the file and the line or row.
+        messages: Messages with ``role`` and usually ``content``.
+        tools: Tools that the assistant may call, as passed to the template.
+        where: File and line or row.
     """
 
     messages: list[Message]
@@ -35,28 +35,28 @@ class MessageKeys:
     Or as ShareGPT has them, ``[{"from": "human", "value": "…"}, …]``, with ``gpt`` for the assistant.
 
     Attributes:
-        messages: where a record has the list.
-        tools: where it has the tools that its assistant may call; a record without them has none.
+        messages: Key of the list.
+        tools: Key of the tools that the assistant may call, which a record need not have.
     """
 
     messages: str = "messages"
     tools: str = "tools"
 
     def names(self) -> Sequence[str]:
-        """The keys that are looked for."""
+        """Return the keys to read."""
         return self.messages, self.tools
 
     def read(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None]:
-        """The messages and tools of a record. Raises :class:`DataError` without saying where."""
-        messages = value(record, self.messages, option="--messages-key")
+        """Return the messages and tools of a record. Raises :class:`DataError` without file and line."""
+        messages = lookup(record, self.messages, option="--messages-key")
         if not isinstance(messages, list) or not messages:
-            raise DataError(f"the value of {self.messages!r} is {shown(messages)}, not a list of messages")
+            raise DataError(f"the value of {self.messages!r} is {abbreviated(messages)}, not a list of messages")
         messages = [_message(number, message) for number, message in enumerate(messages, start=1)]
         if all(message["role"] != "assistant" for message in messages):
             raise DataError("no message is the assistant's, so there is nothing to learn from it")
         tools = record.get(self.tools)
         if tools is not None and not isinstance(tools, list):
-            raise DataError(f"the value of {self.tools!r} is {shown(tools)}, not a list")
+            raise DataError(f"the value of {self.tools!r} is {abbreviated(tools)}, not a list")
         return messages, tools or None
 
 
@@ -65,9 +65,9 @@ class QuestionKeys:
     """Records with one question and one answer.
 
     Attributes:
-        question: where a record has the question.
-        answer: and the answer.
-        system: and the system message, which may be ``null``; without this key, there is none.
+        question: Key of the question.
+        answer: Key of the answer.
+        system: Key of the system message, whose value may be ``null``; with None there is no system message.
     """
 
     question: str = "input"
@@ -75,17 +75,17 @@ class QuestionKeys:
     system: str | None = None
 
     def names(self) -> Sequence[str]:
-        """The keys that are looked for."""
+        """Return the keys to read."""
         return self.question, self.answer, *([] if self.system is None else [self.system])
 
     def read(self, record: Mapping[str, Any]) -> tuple[list[Message], None]:
-        """The two or three messages of a record. Raises :class:`DataError` without saying where."""
+        """Return the two or three messages of a record. Raises :class:`DataError` without file and line."""
         messages = [
-            {"role": "user", "content": text(record, self.question, option="--question-key")},
-            {"role": "assistant", "content": text(record, self.answer, option="--answer-key")},
+            {"role": "user", "content": lookup_text(record, self.question, option="--question-key")},
+            {"role": "assistant", "content": lookup_text(record, self.answer, option="--answer-key")},
         ]
-        if self.system is not None and value(record, self.system, option="--system-key") is not None:
-            messages.insert(0, {"role": "system", "content": text(record, self.system, option="--system-key")})
+        if self.system is not None and lookup(record, self.system, option="--system-key") is not None:
+            messages.insert(0, {"role": "system", "content": lookup_text(record, self.system, option="--system-key")})
         return list(messages), None
 
 
@@ -96,22 +96,21 @@ def read_conversations(
     on_error: Callable[[DataError], None],
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Conversation]:
-    """Read the conversations of a file of any kind that :func:`~megacore.data.preprocess.readers.pieces` reads, except
-    plain text.
+    """Yield the conversations of a file of JSON lines or rows; see :mod:`~megacore.data.preprocess.readers`.
 
-    ``on_error`` is told of a record that cannot be used; if it returns, the next follows. ``advance`` is told of bytes
-    of the file whose conversations were all taken.
+    ``on_error`` is called with the error of each malformed record; if it returns, the record is skipped. ``advance`` is
+    called with a number of bytes of the file after their conversations were yielded.
 
     Raises:
-        DataError: when the file is damaged, or plain text.
+        DataError: The file is damaged, or plain text.
     """
-    begins = 0
+    start = 0
     for piece in pieces(path):
         if isinstance(piece, WholeText):
             raise DataError(f"{path}: is plain text by its name; conversations are .jsonl, .json or .parquet files")
         reading = piece.read(keys.names())
         for record in reading.records:
-            where = piece.where(begins + record.position)
+            where = piece.where(start + record.position)
             try:
                 if isinstance(record, Problem):
                     raise DataError(record.message)
@@ -120,28 +119,28 @@ def read_conversations(
                 on_error(DataError(f"{where}: {error}"))
                 continue
             yield Conversation(messages, tools, where)
-        begins += reading.num_positions
+        start += reading.num_positions
         advance(piece.num_input_bytes)
 
 
 def _message(number: int, message: Any) -> Message:
     if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):
-        others = {key: of_key for key, of_key in message.items() if key not in ("from", "value")}
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {
-            "role": _OF_SHAREGPT.get(message["from"], message["from"]),
+            "role": _SHAREGPT_ROLES.get(message["from"], message["from"]),
             "content": message.get("value"),
-            **others,
+            **rest,
         }
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(
-            f'message {number} is {shown(message)}; a message is {{"role": "user", "content": "…"}}, with the roles '
+            f'message {number} is {abbreviated(message)}; a message is {{"role": "user", "content": "…"}}, with a role '
             "that the chat template knows"
         )
     content = message.get("content")
     if content is not None and not isinstance(content, str | list):
-        raise DataError(f"the content of message {number} is {shown(content)}, not a string")
+        raise DataError(f"the content of message {number} is {abbreviated(content)}, not a string")
     return message
 
 
-_OF_SHAREGPT = {"human": "user", "gpt": "assistant"}
-"""Its names of roles that have others in chat templates."""
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's roles whose names in chat templates differ."""

@@ -1,4 +1,4 @@
-"""Pieces of input to the ids of their documents: the part of ``tokenize`` that every process does by itself."""
+"""Encoding of pieces of input into token ids: the part of ``tokenize`` that runs in every worker process."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 
 from megacore.data.datasets.indexed import token_dtype
 from megacore.data.preprocess.readers import Piece
-from megacore.data.preprocess.records import Document, Problem, document
+from megacore.data.preprocess.records import DocumentTexts, Problem, extract_texts
 from megacore.data.tokenizers.added_tokens import NewTokens
-from megacore.data.tokenizers.fast_engines import DisagreementError, EncodedTexts, Engine, LeftOut
+from megacore.data.tokenizers.fast_engines import DisagreementError, EncodedTexts, Engine, UnusedEngine
 from megacore.data.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizer
 
-# What is encoded at once is little enough for a library's own bookkeeping (about 100 bytes a token) to stay small.
+# Batches are small, since libraries need about 100 bytes per token while they encode.
 _BATCH_CHARACTERS = 1 << 20
 
-NUM_PROBLEMS_NAMED = 5
-"""Of the documents that are skipped, how many are told one by one."""
+MAX_REPORTED_PROBLEMS = 5
+"""The maximum number of skipped documents that are reported one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do with every piece; the arguments of :func:`megacore.tokenize`."""
+    """The settings of :func:`megacore.tokenize` that apply to every piece."""
 
     tokenizer: Path
     new_tokens: NewTokens
@@ -38,26 +38,31 @@ class Job:
 
 
 class EncodedPiece(NamedTuple):
-    """What became of one piece of the input."""
+    """The result for one piece of the input.
+
+    Attributes:
+        by_key: The documents of each key.
+        num_positions: Number of lines or rows of the piece.
+        num_problems: Number of malformed records.
+        problems: The first malformed records; unless they are skipped, the first one ends the work.
+        engine: Description of the engine for messages.
+        disagreement: Line or row of a document for which the engines produce different ids, or None. If there is one,
+            nothing is encoded.
+        unused: The reason why the fast engine was not used; None if it was used or not requested.
+    """
 
     by_key: list[EncodedDocuments]
-    """For each key."""
     num_positions: int
-    """Lines or rows of the piece."""
     num_problems: int
     problems: list[Problem]
-    """The first ones; where erroneous documents are not skipped, the one that ends the work."""
     engine: str
-    """What has encoded, for people."""
     disagreement: int | None
-    """The place of a document for which the engines give different ids: nothing is encoded then."""
-    left_out: LeftOut | None
-    """Why no faster library has encoded, where one was to."""
+    unused: UnusedEngine | None
 
 
 @dataclass
 class EncodedDocuments:
-    """The documents of a piece under one key. Ids have the dtype of the dataset."""
+    """The documents of a piece under one key, with ids in the dtype of the dataset."""
 
     ids: list[NDArray[Any]] = field(default_factory=list)
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
@@ -66,23 +71,23 @@ class EncodedDocuments:
 
 
 class PieceEncoder:
-    """Encodes the pieces of a job, one after the other, each by itself; on one thread where others do so beside it."""
+    """Encodes the pieces of a job one at a time, with a single thread if it is one of several worker processes."""
 
     def __init__(self, job: Job, *, one_thread: bool = False) -> None:
         self._job = job
         tokenizer = load_tokenizer(job.tokenizer, job.new_tokens)
         if one_thread and isinstance(tokenizer, SentencePieceTokenizer):
-            tokenizer.num_threads = 1  # the other libraries look for that in the environment
+            tokenizer.num_threads = 1  # for the other libraries, the environment says so
         self._engine = Engine(tokenizer, use_fast=job.use_fast)
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._beginning = [tokenizer.bos_id] if job.prepend_bos else []
-        self._ending = [tokenizer.eod_id] if job.append_eod else []
+        self._begin_tokens = [tokenizer.bos_id] if job.prepend_bos else []
+        self._end_tokens = [tokenizer.eod_id] if job.append_eod else []
 
     def encode(self, number: int, piece: Piece) -> EncodedPiece:
         """Encode piece ``number`` of the job."""
         reading = piece.read(self._job.json_keys)
         found = [
-            record if isinstance(record, Problem) else document(record, self._job.json_keys)
+            record if isinstance(record, Problem) else extract_texts(record, self._job.json_keys)
             for record in reading.records
         ]
         problems = [problem for problem in found if isinstance(problem, Problem)]
@@ -90,25 +95,25 @@ class PieceEncoder:
             by_key=[],
             num_positions=reading.num_positions,
             num_problems=len(problems),
-            problems=problems[:NUM_PROBLEMS_NAMED],
+            problems=problems[:MAX_REPORTED_PROBLEMS],
             engine=self._engine.name,
             disagreement=None,
-            left_out=self._engine.left_out,
+            unused=self._engine.unused,
         )
         if problems and not self._job.skip_erroneous:
             return encoded
-        documents = [one for one in found if isinstance(one, Document)]
+        documents = [document for document in found if isinstance(document, DocumentTexts)]
         for column in range(len(self._job.json_keys)):
-            of_key = EncodedDocuments()
-            # Only what begins a job is compared as a whole.
+            encoded_documents = EncodedDocuments()
+            # Only the beginning of a job, batch 0, is compared completely.
             for part, batch in enumerate(_batches(documents, column)):
-                texts = [one.texts[column] for one in batch]
+                texts = [document.texts[column] for document in batch]
                 batch_number = number if part == 0 else -part
                 try:
-                    self._add(of_key, texts, self._engine.encode(texts, batch_number=batch_number))
+                    self._add(encoded_documents, texts, self._engine.encode(texts, batch_number=batch_number))
                 except DisagreementError as disagreement:
                     return encoded._replace(by_key=[], disagreement=batch[disagreement.index].position)
-            encoded.by_key.append(of_key)
+            encoded.by_key.append(encoded_documents)
         return encoded
 
     def _add(self, documents: EncodedDocuments, texts: Sequence[str], encoded: EncodedTexts) -> None:
@@ -121,31 +126,33 @@ class PieceEncoder:
         )
         lengths = encoded.lengths[has_ids]
         ids = encoded.ids.astype(self._dtype)
-        if self._beginning or self._ending:
-            ids, lengths = self._framed(ids, lengths)
+        if self._begin_tokens or self._end_tokens:
+            ids, lengths = self._add_begin_and_end(ids, lengths)
         documents.ids.append(ids)
         documents.lengths.append(lengths)
 
-    def _framed(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The documents with the token before and after each that the job asks for."""
-        lengths = lengths + len(self._beginning) + len(self._ending)
+    def _add_begin_and_end(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return the documents with the begin and end tokens that the job requests."""
+        lengths = lengths + len(self._begin_tokens) + len(self._end_tokens)
         ends = np.cumsum(lengths)
         framed = np.empty(int(lengths.sum()), self._dtype)
         is_text = np.ones(len(framed), np.bool_)
-        for token, places in ((self._beginning, ends - lengths), (self._ending, ends - 1)):
+        for token, positions in ((self._begin_tokens, ends - lengths), (self._end_tokens, ends - 1)):
             if token:
-                framed[places] = token[0]
-                is_text[places] = False
+                framed[positions] = token[0]
+                is_text[positions] = False
         framed[is_text] = ids
         return framed, lengths
 
 
-def _batches(documents: Sequence[Document], column: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Sequence[DocumentTexts], column: int) -> Iterator[list[DocumentTexts]]:
+    batch: list[DocumentTexts] = []
     num_characters = 0
-    for one in documents:
-        batch.append(one)
-        num_characters += len(one.texts[column])
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.texts[column])
         if num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0

@@ -1,4 +1,4 @@
-"""The files that ``tokenize`` takes, cut into pieces that processes read on their own."""
+"""Input files, cut into pieces that worker processes read by themselves."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megacore.data.preprocess.records import Problem, Record, json_record, text_
 from megacore.errors import DataError
 
 PIECE_BYTES = 1 << 20
-"""Enough for a process to be busy for a while, little enough for memory to stay small."""
+"""The size of a piece: large enough to keep a process busy, small enough for memory to stay small."""
 
-_READ_AT_ONCE = {".gz": 1 << 13, ".zst": 1 << 8}
-"""Of a compressed file, so that it becomes some 8 MiB at most. Where all is alike deflate makes 1032 bytes of one, and
-Zstandard a block of 128 KiB of four; the latter's decompressor takes no limit."""
+_READ_BYTES = {".gz": 1 << 13, ".zst": 1 << 8}
+"""Number of compressed bytes to read at once, which become about 8 MiB at most: deflate expands at most 1032 times, and
+Zstandard makes a block of 128 KiB of four bytes; its decompressor has no limit on its output."""
 
-_NOT_READ = {".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".arrow"}
-"""What somebody may name, and would not want to be taken for text."""
+_UNSUPPORTED = {".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".arrow"}
+"""File types that would otherwise be read as plain text."""
 
 
 class Reading(NamedTuple):
-    """What a piece holds, and how many places (lines, rows) it has, blank ones included."""
+    """The records of a piece, and its number of lines or rows with blank ones."""
 
     records: list[Record | Problem]
     num_positions: int
@@ -35,12 +35,12 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece(ABC):
-    """A part of an input, which says where it is and is read where it is needed.
+    """A part of an input file, which is read only where it is needed.
 
     Attributes:
-        path: of the file.
-        num_input_bytes: what the piece is of the file, for progress.
-        is_first: whether it begins a file.
+        path: The file.
+        num_input_bytes: Number of bytes of the file that the piece stands for, for progress.
+        is_first: True for the first piece of a file.
     """
 
     path: Path
@@ -48,10 +48,10 @@ class Piece(ABC):
     is_first: bool
 
     def read(self, keys: Sequence[str]) -> Reading:
-        """The records, with what they have under ``keys`` at least.
+        """Read the records, with their values of ``keys`` at least.
 
         Raises:
-            DataError: when the file is damaged or cannot be read.
+            DataError: The file is damaged or cannot be read.
         """
         with _input_errors(self.path):
             return self._read(keys)
@@ -60,7 +60,7 @@ class Piece(ABC):
     def _read(self, keys: Sequence[str]) -> Reading: ...
 
     def where(self, position: int) -> str:
-        """A place for people: ``position`` counts from 0 over all pieces of the file."""
+        """Return a location for messages; ``position`` counts from 0 over all pieces of the file."""
         return f"{self.path}:{position + 1}"
 
 
@@ -76,7 +76,7 @@ class LineRange(Piece):
             if self.start == 0:
                 content = file.read(stop)
             else:
-                # A line begins where the byte before ends one.
+                # A line begins after a byte that ends one.
                 file.seek(self.start - 1)
                 _, newline, begun = file.read(stop - self.start).partition(b"\n")
                 if not newline:
@@ -89,7 +89,7 @@ class LineRange(Piece):
 
 @dataclass(frozen=True)
 class LineBlock(Piece):
-    """JSON lines that were read already, of a compressed file."""
+    """JSON lines of a compressed file, which were read already."""
 
     content: bytes
 
@@ -99,7 +99,7 @@ class LineBlock(Piece):
 
 @dataclass(frozen=True)
 class WholeText(Piece):
-    """A file of plain text, compressed or not, which is one record: the text, under any key."""
+    """A file of plain text, compressed or not, which is one record with the text under every key."""
 
     def _read(self, keys: Sequence[str]) -> Reading:
         if (suffix := self.path.suffix.lower()) in _COMPRESSED:
@@ -114,7 +114,7 @@ class WholeText(Piece):
 
 @dataclass(frozen=True)
 class RowGroup(Piece):
-    """A row group of a parquet file, of which only the columns that are asked for, and are there, are read."""
+    """A row group of a parquet file, of which only the requested columns are read."""
 
     group: int
 
@@ -123,10 +123,10 @@ class RowGroup(Piece):
         try:
             names = file.schema_arrow.names
             rows = file.read_row_group(self.group, columns=[key for key in keys if key in names])
-            # Where a key is not there, a message about that names all columns.
-            others = {} if set(keys) <= set(names) else dict.fromkeys(names)
+            # The error message about a missing key names all columns.
+            missing = {} if set(keys) <= set(names) else dict.fromkeys(names)
             records: list[Record | Problem] = [
-                Record(position, others | row) for position, row in enumerate(rows.to_pylist())
+                Record(position, missing | row) for position, row in enumerate(rows.to_pylist())
             ]
         except (OSError, ValueError) as error:  # ValueErrors are pyarrow's own, and text that is not UTF-8
             raise DataError(f"{self.path}: row group {self.group + 1} is damaged: {error}") from error
@@ -137,10 +137,10 @@ class RowGroup(Piece):
 
 
 def expand(patterns: Iterable[str | Path]) -> list[Path]:
-    """The files that paths and patterns (``data/*.jsonl``, ``**`` for any depth) stand for; a pattern's are sorted.
+    """Return the files of paths and patterns (``data/*.jsonl``, ``**`` for any depth); those of a pattern are sorted.
 
     Raises:
-        DataError: when one stands for no file, or for what is no regular file.
+        DataError: A path or pattern matches no file, or something other than a regular file.
     """
     files: list[Path] = []
     for pattern in map(Path, patterns):
@@ -170,7 +170,7 @@ def _expanded(pattern: Path) -> list[Path]:
 
 
 def total_size(paths: Iterable[Path]) -> int:
-    """The bytes of all these files. Raises :class:`DataError` where one cannot be found any more."""
+    """Return the bytes of all files. Raises :class:`DataError` if one has disappeared."""
     total = 0
     for path in paths:
         with _input_errors(path):
@@ -179,13 +179,14 @@ def total_size(paths: Iterable[Path]) -> int:
 
 
 def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
-    """The pieces of one file, in order.
+    """Yield the pieces of one file, in order.
 
     Args:
-        text_keys: the columns that a parquet file must have, of strings.
+        path: The file.
+        text_keys: String columns that a parquet file must have.
 
     Raises:
-        DataError: the file is damaged, cannot be read, is of a kind that is not read, has no such columns, or needs a
+        DataError: The file is damaged, cannot be read, is of an unsupported type, has no such columns, or needs a
             package that is not installed.
     """
     with _input_errors(path):
@@ -195,7 +196,7 @@ def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
 def _pieces(path: Path, text_keys: Sequence[str]) -> Iterator[Piece]:
     size = path.stat().st_size
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in _NOT_READ:
+    if suffixes and suffixes[-1] in _UNSUPPORTED:
         raise DataError(f"{path}: {suffixes[-1]} is not read: unpack it, or pack it as .gz or .zst instead")
     compressed = suffixes[-1] if suffixes and suffixes[-1] in _COMPRESSED else None
     kind = (suffixes[:-1] if compressed else suffixes)[-1:]
@@ -212,7 +213,7 @@ def _pieces(path: Path, text_keys: Sequence[str]) -> Iterator[Piece]:
 
 @contextmanager
 def _input_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to read an input into an error that says which."""
+    """Turn an ``OSError`` into a :class:`DataError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -232,7 +233,7 @@ def _is_blank(line: bytes) -> bool:
 
 
 def _line_blocks(path: Path, suffix: str) -> Iterator[LineBlock]:
-    """Whole lines, some :data:`PIECE_BYTES` of them at a time."""
+    """Yield whole lines, about :data:`PIECE_BYTES` at a time."""
     unfinished: list[bytes] = []
     num_bytes = num_read = 0
     is_first = True
@@ -249,20 +250,20 @@ def _line_blocks(path: Path, suffix: str) -> Iterator[LineBlock]:
 
 
 def _decompressed(path: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
-    """What a file of one or several compressed members holds, and how many bytes of the file each part took.
+    """Yield the content of a file of one or several compressed members, with the compressed bytes of each part.
 
     Raises:
-        DataError: the file is damaged or ends too early.
+        DataError: The file is damaged or truncated.
     """
     new_decompressor, errors = _COMPRESSED[suffix]()
     decompressor, has_begun, follows_another = new_decompressor(), False, False
     num_read = 0
     with path.open("rb") as file:
-        while block := file.read(_READ_AT_ONCE[suffix]):
+        while block := file.read(_READ_BYTES[suffix]):
             num_read += len(block)
             while block:
                 if follows_another and not has_begun and not (block := block.lstrip(b"\0")):
-                    break  # zeros may fill up the last block of a tape
+                    break  # tape archives are padded with zeros
                 try:
                     content = decompressor.decompress(block)
                 except errors as error:
@@ -273,7 +274,7 @@ def _decompressed(path: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
                     block = decompressor.unused_data
                     decompressor, has_begun, follows_another = new_decompressor(), False, True
     if has_begun:
-        raise DataError(f"{path}: ends in the middle: it was not written or copied as a whole")
+        raise DataError(f"{path}: is truncated: it was not written or copied as a whole")
     yield b"", num_read
 
 
@@ -283,7 +284,7 @@ def _gzip() -> tuple[Any, type[Exception]]:
 
 def _zstandard() -> tuple[Any, type[Exception]]:
     zstandard = importlib.import_module("zstandard")
-    # As large a window as `zstd --long=31` writes.
+    # The largest window that `zstd --long=31` writes.
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
@@ -303,13 +304,13 @@ def _row_groups(path: Path, text_keys: Sequence[str], size: int) -> Iterator[Row
                 f"--json-key"
             )
     for group in range(file.num_row_groups):
-        # Where the last one ends the whole file is read.
+        # With the last row group the whole file is counted as read.
         start, stop = (size * number // file.num_row_groups for number in (group, group + 1))
         yield RowGroup(path, stop - start, group == 0, group)
 
 
 _TEXT_TYPES = ("string", "large_string", "string_view")
-"""Of parquet's columns, those with text, each text by itself or by its number in a dictionary."""
+"""Types of parquet columns with text, plain or encoded by a dictionary."""
 
 
 def _parquet_file(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Records as files have them, each a JSON object, a row or a text, and what is looked up in them."""
+"""Records of input files (a JSON object, a row or a text), and the lookup of their values."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from megacore.errors import DataError
 
 
 class Record(NamedTuple):
-    """One record: its place among the lines or rows of its piece, and its values by key."""
+    """A record: its line or row in the piece, and its values by key."""
 
     position: int
     values: Mapping[str, Any]
 
 
-class Document(NamedTuple):
-    """A record's place, and its text under each of several keys, in their order."""
+class DocumentTexts(NamedTuple):
+    """A record's line or row in the piece, and its text under each key, in their order."""
 
     position: int
     texts: tuple[str, ...]
 
 
 class Problem(NamedTuple):
-    """A record that cannot be taken: its place, and why."""
+    """A malformed record: its line or row in the piece, and the reason."""
 
     position: int
     message: str
 
 
 def json_record(line: bytes, *, position: int) -> Record | Problem:
-    """The object in a line of JSON; a byte order mark before it is dropped."""
+    """Parse a line of JSON; a byte order mark before it is dropped."""
     try:
         try:
             values = orjson.loads(line)
         except orjson.JSONDecodeError:
-            # Python's own reader takes a little more (a byte order mark, NaN) and says better what is wrong.
+            # Python's parser accepts a little more (a byte order mark, NaN) and has better messages.
             values = _load(_decode(line.rstrip()))
         if not isinstance(values, dict):
             raise DataError("is JSON, but not an object; each line must be one whole JSON object")
@@ -48,28 +48,28 @@ def json_record(line: bytes, *, position: int) -> Record | Problem:
 
 
 def text_record(content: bytes, keys: Sequence[str]) -> Record | Problem:
-    """Plain text, which is the value of every key; a byte order mark is dropped."""
+    """Return a record with plain text as the value of every key; a byte order mark is dropped."""
     try:
         return Record(0, dict.fromkeys(keys, _decode(content)))
     except DataError as error:
         return Problem(0, str(error))
 
 
-def document(record: Record, keys: Sequence[str]) -> Document | Problem:
-    """The texts of a record under ``keys``."""
+def extract_texts(record: Record, keys: Sequence[str]) -> DocumentTexts | Problem:
+    """Return the texts of a record under ``keys``."""
     try:
-        texts = tuple([text(record.values, key, option="--json-key") for key in keys])
-        for of_key in texts:
-            require_encodable(of_key)
+        texts = tuple([lookup_text(record.values, key, option="--json-key") for key in keys])
+        for text in texts:
+            require_encodable(text)
     except DataError as error:
         return Problem(record.position, str(error))
-    return Document(record.position, texts)
+    return DocumentTexts(record.position, texts)
 
 
-def value(values: Mapping[str, Any], key: str, *, option: str) -> Any:
-    """What a record has under ``key``. Raises :class:`DataError`, without saying where, when it has no such key.
+def lookup(values: Mapping[str, Any], key: str, *, option: str) -> Any:
+    """Return the value of ``key``. Raises :class:`DataError`, without file and line, if there is no such key.
 
-    ``option`` is the one to choose another key with.
+    ``option`` is the command-line option that selects the key.
     """
     try:
         return values[key]
@@ -78,19 +78,19 @@ def value(values: Mapping[str, Any], key: str, *, option: str) -> Any:
         raise DataError(f"has no key {key!r} (its keys: {keys}); choose one with {option}") from None
 
 
-def text(values: Mapping[str, Any], key: str, *, option: str) -> str:
-    """The text that a record has under ``key``; raises as :func:`value` does."""
-    found = value(values, key, option=option)
-    if not isinstance(found, str):
+def lookup_text(values: Mapping[str, Any], key: str, *, option: str) -> str:
+    """Return the text of ``key``. Raises :class:`DataError` as :func:`lookup` does, or if it is not a string."""
+    value = lookup(values, key, option=option)
+    if not isinstance(value, str):
         raise DataError(
-            f"the value of {key!r} is {shown(found)}, not a string; remove the record, or choose another key with "
-            f"{option}"
+            f"the value of {key!r} is {abbreviated(value)}, not a string; remove the record, or choose another key "
+            f"with {option}"
         )
-    return found
+    return value
 
 
 def require_encodable(string: str) -> None:
-    """Raises :class:`DataError` for what JSON can spell and no text holds, such as ``"\\ud800"``: it has no UTF-8."""
+    """Raise :class:`DataError` for half of a surrogate pair, which JSON can spell and UTF-8 cannot encode."""
     if string.isascii():
         return
     try:
@@ -102,9 +102,9 @@ def require_encodable(string: str) -> None:
         ) from error
 
 
-def shown(found: Any) -> str:
-    """The beginning of a value as JSON, for a message."""
-    return json.dumps(found, ensure_ascii=False, default=str)[:40]
+def abbreviated(value: Any) -> str:
+    """Return the beginning of a value as JSON, for a message."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:40]
 
 
 def _load(line: str) -> Any:
@@ -114,7 +114,7 @@ def _load(line: str) -> Any:
         raise DataError(
             f"is not JSON: {error.msg} at column {error.colno}; each line must be one whole JSON object"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep, for Python
+    except (ValueError, RecursionError) as error:  # a number too long or nesting too deep for Python
         raise DataError(f"cannot be read as JSON: {error}") from error
 
 

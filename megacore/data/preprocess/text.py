@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megacore.atomic_output import StagedFiles, require_name
 from megacore.data.datasets.description import DatasetDescription
 from megacore.data.datasets.indexed import IndexedDatasetWriter, token_dtype
-from megacore.data.preprocess.encoder import NUM_PROBLEMS_NAMED, EncodedDocuments, EncodedPiece, Job
+from megacore.data.preprocess.encoder import MAX_REPORTED_PROBLEMS, EncodedDocuments, EncodedPiece, Job
 from megacore.data.preprocess.readers import Piece, expand, pieces, total_size
 from megacore.data.preprocess.records import Problem
 from megacore.data.preprocess.worker_pool import Encoders
@@ -23,34 +23,40 @@ from megacore.data.tokenizers.added_tokens import NewTokens
 from megacore.data.tokenizers.tokenizer import Tokenizer, directory_beside, is_saved, load_tokenizer, save_tokenizer
 from megacore.errors import DataError
 
-_WORTH_A_PROCESS = 4 << 20
-"""Bytes of input that a process must have for its start to pay."""
+_MIN_BYTES_PER_PROCESS = 4 << 20
+"""Bytes of input from which a process is worth its start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeSummary:
-    """What :func:`tokenize` wrote."""
+    """The result of :func:`tokenize`; numbers are totals of all datasets.
+
+    Attributes:
+        prefix: The output prefix.
+        num_documents: Number of documents.
+        num_tokens: Number of tokens, with begin and end-of-document tokens.
+        num_text_bytes: UTF-8 bytes of the documents' text, without JSON syntax.
+        num_empty_documents: Number of skipped documents without a token.
+        num_erroneous_documents: Number of skipped malformed records.
+        first_errors: Errors of the first malformed records, with their locations.
+        prefixes: Prefixes of the datasets: ``prefix``, or with several keys ``prefix_KEY`` for each.
+        new_tokens: The tokens that were added to the tokenizer, and their ids.
+        tokenizer_directory: Directory of the tokenizer with these tokens; None if there are none.
+        engine: Description of the library that encoded.
+        seconds: Duration.
+    """
 
     prefix: Path
     num_documents: int
     num_tokens: int
-    """End-of-document tokens included."""
     num_text_bytes: int
-    """The UTF-8 bytes of the documents' text, without what JSON adds."""
     num_empty_documents: int
-    """Documents without a token, which were skipped."""
     num_erroneous_documents: int
-    """Malformed records, which were skipped."""
     first_errors: tuple[str, ...]
-    """What was wrong with the first few of them, and where."""
     prefixes: tuple[Path, ...]
-    """The datasets: ``prefix``, or of several keys ``prefix_KEY`` each; the numbers are of all together."""
     new_tokens: dict[str, int]
-    """The tokens that were added to the tokenizer, and their ids."""
     tokenizer_directory: Path | None
-    """Where the tokenizer with these tokens is; None where none was added."""
     engine: str
-    """What has encoded."""
     seconds: float
 
 
@@ -73,46 +79,46 @@ def tokenize(
 ) -> TokenizeSummary:
     """Tokenize text files into the dataset ``out`` (``out.bin``, ``out.idx``) and its description (``out.json``).
 
-    A ``.jsonl`` or ``.json`` file holds one JSON object a line, each a document with its text under ``json_key``, and
-    blank lines are passed over; a ``.parquet`` file has the texts in the column of that name. Any other file is plain
-    text and one document as a whole, held in memory while it is encoded. Files of lines or text may be compressed
-    (``.gz``, ``.zst``). Text is UTF-8; a byte order mark is dropped, line ends are kept as they are. Documents keep
-    their order; those without a token are skipped and counted, with no other token either.
+    A ``.jsonl`` or ``.json`` file holds one JSON object per line, each a document with its text under ``json_key``;
+    blank lines are ignored. A ``.parquet`` file has the texts in the column of that name. Any other file is plain text
+    and a single document, held in memory while it is encoded. Files of lines or text may be compressed (``.gz``,
+    ``.zst``). Text is UTF-8; a byte order mark is dropped, line ends are kept. Documents keep their order; those
+    without a token are skipped and counted.
 
-    The ids are those of the library that defines the tokenizer. A faster one does the work where it is installed and
-    takes the file, compared on passages of every mebibyte; where they differ all is done again without it.
+    The ids are those of the library that defines the tokenizer. A faster library is used if it is installed and accepts
+    the file. Both are compared on excerpts of every mebibyte; if they differ, everything is encoded again without it.
 
     Args:
-        inputs: files, or patterns such as ``data/*.jsonl``.
-        tokenizer: a tokenizer's file or directory, see :func:`~megacore.data.load_tokenizer`, which also says what
-            becomes of text that spells a special token.
-        json_key: where a record has its text. Of several keys each makes a dataset of its own, ``out_KEY``.
-        append_eod: end every document with the tokenizer's end-of-document token.
-        prepend_bos: begin every document with the tokenizer's begin token.
-        new_tokens: add ``<CLS> <SEP> <EOD> <MASK> <PAD>`` to the vocabulary, ``<PAD>`` where it has no padding token.
-        vocab_extra_ids: add so many tokens ``<extra_id_0>``…, even where ``new_tokens`` is false.
-        vocab_extra_ids_list: add these tokens, even where ``new_tokens`` is false. Where any token is new, the
-            tokenizer that knows it is written to ``out-tokenizer/``.
-        on_error: whether a malformed record ends the work or is skipped and counted.
-        workers: processes; by default as many as there are cores, and none but this one for a small input. They import
-            the script that was started, which must call this under ``if __name__ == "__main__":``.
-        report: is told what a person should know, a sentence at a time.
-        advance: is told of every few input bytes done; of a negative number when work is done again.
-        advance_documents: is told of every few documents done, in the same way.
+        inputs: Files, or patterns such as ``data/*.jsonl``.
+        tokenizer: A tokenizer's file or directory, see :func:`~megacore.data.load_tokenizer`; the tokenizer classes
+            describe the encoding of text that spells a special token.
+        out: The prefix of the dataset.
+        json_key: Key of the text in a record. Each of several keys makes a dataset of its own, ``out_KEY``.
+        append_eod: End every document with the tokenizer's end-of-document token.
+        prepend_bos: Begin every document with the tokenizer's begin token.
+        new_tokens: Add ``<CLS> <SEP> <EOD> <MASK>`` to the vocabulary, and ``<PAD>`` if it has no padding token.
+        vocab_extra_ids: Number of tokens ``<extra_id_0>``… to add, even if ``new_tokens`` is false.
+        vocab_extra_ids_list: Tokens to add, even if ``new_tokens`` is false. If any token is new, the extended
+            tokenizer is written to ``out-tokenizer/``.
+        on_error: Treatment of a malformed record: ``stop`` raises its error, ``skip`` skips and counts it.
+        workers: Number of processes; by default one per core, and only the calling one for a small input.
+        report: Called with messages for the user, a sentence each.
+        advance: Called with numbers of input bytes after their work; with a negative number when work starts again.
+        advance_documents: Called with numbers of documents in the same way.
 
     Raises:
-        DataError: an input or the tokenizer is missing, cannot be read or is malformed (the message has file and line),
+        DataError: An input or the tokenizer is missing, cannot be read or is malformed (the message has file and line),
             or holds no text.
-        OutputError: an output file exists, is being written by another process or cannot be written. After any error
+        OutputError: An output file exists, is being written by another process or cannot be written. After any error
             nothing is left of the dataset.
-        WorkerError: a process died.
+        WorkerError: A process died.
     """
     started = time.monotonic()
     require_name(Path(out))
     paths = expand([inputs] if isinstance(inputs, str | Path) else inputs)
     keys = (json_key,) if isinstance(json_key, str) else tuple(json_key)
     if not keys or len(set(keys)) < len(keys):
-        raise DataError(f"the JSON keys must be different ones, at least one: {', '.join(keys) or 'none is given'}")
+        raise DataError(f"give one or more different JSON keys, not {', '.join(keys) or 'none is given'}")
     if len(keys) > 1 and (unnameable := [key for key in keys if "/" in key]):
         raise DataError(
             f"the JSON key {unnameable[0]!r} cannot be a part of the name of its dataset: tokenize it alone, without "
@@ -130,8 +136,8 @@ def tokenize(
     )
     workers = workers or _default_workers(paths)
     with Encoders(job, num_workers=workers, report=report) as encoders:
-        vocabulary = load_tokenizer(tokenizer, added)  # as the processes do at the same time
-        _require_framing(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
+        vocabulary = load_tokenizer(tokenizer, added)  # while the processes load it too
+        _require_begin_and_end(vocabulary, append_eod=append_eod, prepend_bos=prepend_bos)
         run = _Run(
             job=job,
             paths=paths,
@@ -143,7 +149,7 @@ def tokenize(
         try:
             counts = run.write(encoders)
         except EnginesDisagreeError as found:
-            report(f"{found}; all is tokenized again with {vocabulary.library} alone")
+            report(f"{found}; everything is tokenized again with {vocabulary.library} alone")
             advance(-found.num_bytes_done)
             advance_documents(-found.num_documents_done)
             counts = None
@@ -161,7 +167,7 @@ def tokenize(
 
 
 class EnginesDisagreeError(DataError):
-    """The fast engine and the defining one give a document different ids: what was encoded cannot be trusted."""
+    """The fast engine and the defining library produce different ids, so that no ids so far can be trusted."""
 
     def __init__(self, message: str, *, num_bytes_done: int, num_documents_done: int) -> None:
         super().__init__(message)
@@ -171,7 +177,7 @@ class EnginesDisagreeError(DataError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One passage over the input, from the first piece to datasets that are whole."""
+    """One pass over the input, from the first piece to complete datasets."""
 
     job: Job
     paths: list[Path]
@@ -182,18 +188,20 @@ class _Run:
 
     @property
     def prefixes(self) -> list[Path]:
+        """Prefixes of the datasets, one per key."""
         keys = self.job.json_keys
         return [self.out] if len(keys) == 1 else [self.out.with_name(f"{self.out.name}_{key}") for key in keys]
 
     @property
     def tokenizer_directory(self) -> Path:
+        """Directory of the tokenizer if it has new tokens."""
         return directory_beside(self.out)
 
     def write(self, encoders: Encoders) -> dict[str, Any]:
-        """Write the datasets; return what is to be counted, by the names of the summary."""
+        """Write the datasets; return the counts by their names in the summary."""
         if self.vocabulary.new_tokens:
-            is_saved(self.vocabulary, self.tokenizer_directory)  # refused now, not after the work
-        total = _Counts(by_key=[_CountsOfKey() for _ in self.prefixes])
+            is_saved(self.vocabulary, self.tokenizer_directory)  # raises before the work, not after it
+        total = _Counts(by_key=[_KeyCounts() for _ in self.prefixes])
         with StagedFiles(self.out) as files, ExitStack() as stack:
             dtype = token_dtype(self.vocabulary.vocab_size)
             writers = [
@@ -209,11 +217,11 @@ class _Run:
                 writer.describe(self._description(counts).to_json())
             if self.vocabulary.new_tokens:
                 save_tokenizer(self.vocabulary, self.tokenizer_directory, files)
-        return total.summed()
+        return total.totals()
 
     def _require_text(self, total: _Counts) -> None:
         counts = zip(self.job.json_keys, total.by_key, strict=True)
-        if empty := [repr(key) for key, of_key in counts if of_key.num_documents == 0]:
+        if empty := [repr(key) for key, key_counts in counts if key_counts.num_documents == 0]:
             files = ", ".join(map(str, self.paths)) or "no input file"
             where = f" under {' or '.join(empty)}" if len(self.job.json_keys) > 1 else ""
             raise DataError(f"{files}: no text to tokenize{where}")
@@ -223,34 +231,34 @@ class _Run:
             yield from pieces(path, self.job.json_keys)
 
     def _checked(self, work: Iterator[tuple[Piece, EncodedPiece]], total: _Counts) -> Iterator[EncodedPiece]:
-        """The encoded pieces, once it is sure that they may be written."""
+        """Yield the encoded pieces that may be written, after checking them for errors."""
         file: Path | None = None
-        begins = num_bytes = num_documents = 0
+        start = num_bytes = num_documents = 0
         for piece, encoded in work:
             if piece.path != file or piece.is_first:
-                file, begins = piece.path, 0
+                file, start = piece.path, 0
             if encoded.problems and not self.job.skip_erroneous:
-                raise DataError(_told(piece, begins, encoded.problems[0]))
+                raise DataError(_located(piece, start, encoded.problems[0]))
             if encoded.disagreement is not None:
                 raise EnginesDisagreeError(
-                    f"{piece.where(begins + encoded.disagreement)}: "
-                    f"the engine is {encoded.engine}, and they give this document different ids",
+                    f"{piece.where(start + encoded.disagreement)}: "
+                    f"the engine is {encoded.engine}, and they encode this document differently",
                     num_bytes_done=num_bytes,
                     num_documents_done=num_documents,
                 )
             total.engine = encoded.engine
             total.num_erroneous += encoded.num_problems
-            room = NUM_PROBLEMS_NAMED - len(total.first_errors)
-            total.first_errors += [_told(piece, begins, problem) for problem in encoded.problems[:room]]
-            begins += encoded.num_positions
+            remaining = MAX_REPORTED_PROBLEMS - len(total.first_errors)
+            total.first_errors += [_located(piece, start, problem) for problem in encoded.problems[:remaining]]
+            start += encoded.num_positions
             yield encoded
             num_bytes += piece.num_input_bytes
-            done = sum(len(lengths) for lengths in encoded.by_key[0].lengths)
-            num_documents += done
+            num_encoded = sum(len(lengths) for lengths in encoded.by_key[0].lengths)
+            num_documents += num_encoded
             self.advance(piece.num_input_bytes)
-            self.advance_documents(done)
+            self.advance_documents(num_encoded)
 
-    def _description(self, counts: _CountsOfKey) -> DatasetDescription:
+    def _description(self, counts: _KeyCounts) -> DatasetDescription:
         return DatasetDescription(
             tokenizer_file=self.vocabulary.file.name,
             tokenizer_sha256=self.vocabulary.sha256,
@@ -268,7 +276,7 @@ class _Run:
 
 
 @dataclass
-class _CountsOfKey:
+class _KeyCounts:
     num_documents: int = 0
     num_tokens: int = 0
     num_text_bytes: int = 0
@@ -283,13 +291,13 @@ class _CountsOfKey:
 
 @dataclass
 class _Counts:
-    by_key: list[_CountsOfKey]
+    by_key: list[_KeyCounts]
     engine: str = ""
     num_erroneous: int = 0
     first_errors: list[str] = field(default_factory=list)
 
-    def summed(self) -> dict[str, Any]:
-        names = [of.name for of in dataclasses.fields(_CountsOfKey)]
+    def totals(self) -> dict[str, Any]:
+        names = [count.name for count in dataclasses.fields(_KeyCounts)]
         return {
             **{name: sum(getattr(counts, name) for counts in self.by_key) for name in names},
             "num_erroneous_documents": self.num_erroneous,
@@ -298,24 +306,24 @@ class _Counts:
         }
 
 
-def _told(piece: Piece, begins: int, problem: Problem) -> str:
-    return f"{piece.where(begins + problem.position)}: {problem.message}"
+def _located(piece: Piece, start: int, problem: Problem) -> str:
+    return f"{piece.where(start + problem.position)}: {problem.message}"
 
 
-def _require_framing(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
-    """Raises :class:`DataError` when the tokenizer lacks a token that is to be at an end of every document."""
-    lacking = []
+def _require_begin_and_end(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
+    """Raise :class:`DataError` if the tokenizer lacks the requested begin or end-of-document token."""
+    missing = []
     if append_eod and vocabulary.eod_id is None:
-        lacking.append(("end-of-document token is not known, so none can be appended", "eos_token", "--append-eod"))
+        missing.append(("end-of-document token is not known, so none can be appended", "eos_token", "--append-eod"))
     if prepend_bos and vocabulary.bos_id is None:
-        lacking.append(("begin token is not known, so none can be prepended", "bos_token", "--prepend-bos"))
-    for what, name, option in lacking:
+        missing.append(("begin token is not known, so none can be prepended", "bos_token", "--prepend-bos"))
+    for problem, name, option in missing:
         raise DataError(
-            f"{vocabulary.file}: its {what}: name it as {name} in a tokenizer_config.json beside a tokenizer.json, or "
-            f"leave out {option}"
+            f"{vocabulary.file}: its {problem}: name it as {name} in a tokenizer_config.json beside a tokenizer.json, "
+            f"or leave out {option}"
         )
 
 
 def _default_workers(paths: Iterable[Path]) -> int:
-    """As many processes as there are cores, but none for so little that it would be done before they have started."""
-    return max(1, min(len(os.sched_getaffinity(0)), total_size(paths) // _WORTH_A_PROCESS))
+    """Return one process per core, but fewer for an input that is encoded before they have started."""
+    return max(1, min(len(os.sched_getaffinity(0)), total_size(paths) // _MIN_BYTES_PER_PROCESS))

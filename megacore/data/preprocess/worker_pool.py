@@ -1,4 +1,9 @@
-"""Encoding pieces on several processes, with the results in order and never more than a few of them in memory."""
+"""Encoding of pieces in several processes, with results in order and only a few pieces in memory.
+
+``concurrent.futures.ProcessPoolExecutor`` does not fit. Its processes import the caller's script, so that a script
+without ``if __name__ == "__main__":`` fails with ``BrokenProcessPool``, and they survive a caller that is killed. The
+processes here do not import the script, and end when the connection to the caller is closed.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +27,25 @@ from megacore.data.preprocess.readers import Piece
 from megacore.errors import MegacoreError, WorkerError
 
 _PIECES_AHEAD = 3
-"""Of each process: one that it encodes and others that wait, so that it need not."""
+"""Number of pieces assigned to a process at a time: one that it encodes and others queued, so that it never waits."""
 
-_WORTH_A_LIBRARY = 1 << 20
-"""Bytes of input below which nobody would notice that a faster library is not installed."""
+_REPORT_MISSING_ENGINE_BYTES = 1 << 20
+"""Bytes of input from which it is worth reporting that a faster library is not installed."""
 
-_ONE_THREAD = {
+_SINGLE_THREAD_ENVIRONMENT = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "FASTOKENS_BPE_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""The processes are as many as the cores: what threads a library would start, and let spin, are in their way."""
+"""Environment of the processes. There are as many as cores, so threads of libraries would only compete with them."""
 
 
 class Encoders:
-    """Processes that each make what :class:`PieceEncoder` makes; one worker is this process itself.
+    """A pool of processes that encode with :class:`PieceEncoder`; with one worker, the calling process encodes.
 
-    They start, and read the tokenizer, as soon as this is built; leaving its ``with`` block ends them. ``report`` is
-    told once why no faster library encodes, where one was to.
+    The processes start, and load the tokenizer, at construction; leaving the ``with`` block ends them. ``report`` is
+    called once with the reason if a faster library was requested and is not used.
     """
 
     def __init__(self, job: Job, *, num_workers: int, report: Callable[[str], None] = lambda note: None) -> None:
@@ -61,19 +66,20 @@ class Encoders:
         self._end()
 
     def encode(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, EncodedPiece]]:
-        """Each piece with what becomes of it, in order. A piece goes to the process of its number, round and round.
+        """Yield each piece with its result, in order. Pieces are assigned to the processes in turn.
 
         Raises:
-            MegacoreError: what a process raised.
-            WorkerError: a process died.
+            MegacoreError: The error that a process raised.
+            WorkerError: A process died.
         """
-        num_bytes, is_told = 0, False
+        num_bytes, is_reported = 0, False
         for piece, encoded in self._encode(pieces):
             num_bytes += piece.num_input_bytes
-            left_out = encoded.left_out
-            if left_out is not None and not is_told and (num_bytes >= _WORTH_A_LIBRARY or not left_out.is_missing):
-                self._report(f"{encoded.engine} encodes alone: {left_out.reason}")
-                is_told = True
+            unused = encoded.unused
+            is_large = num_bytes >= _REPORT_MISSING_ENGINE_BYTES
+            if unused is not None and not is_reported and (is_large or not unused.is_missing):
+                self._report(f"{encoded.engine} is used alone: {unused.reason}")
+                is_reported = True
             yield piece, encoded
 
     def _encode(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, EncodedPiece]]:
@@ -82,17 +88,17 @@ class Encoders:
             for number, piece in enumerate(pieces):
                 yield piece, encoder.encode(number, piece)
             return
-        waiting: deque[tuple[_Worker, Piece]] = deque()
+        pending: deque[tuple[_Worker, Piece]] = deque()
         for number, piece in enumerate(pieces):
             worker = self._workers[number % len(self._workers)]
-            if len(waiting) == len(self._workers) * _PIECES_AHEAD:
-                earlier, first = waiting.popleft()
-                yield first, earlier.receive()
+            if len(pending) == len(self._workers) * _PIECES_AHEAD:
+                first_worker, first = pending.popleft()
+                yield first, first_worker.receive()
             worker.send((number, piece))
-            waiting.append((worker, piece))
-        while waiting:
-            earlier, first = waiting.popleft()
-            yield first, earlier.receive()
+            pending.append((worker, piece))
+        while pending:
+            first_worker, first = pending.popleft()
+            yield first, first_worker.receive()
 
     def _end(self) -> None:
         for worker in self._workers:
@@ -104,22 +110,21 @@ class Encoders:
 
 @dataclass(frozen=True)
 class _Worker:
-    """A process, and the connection to it."""
+    """A worker process and the connection to it."""
 
     process: subprocess.Popen[bytes]
     connection: Connection
 
     @classmethod
     def start(cls, job: Job) -> _Worker:
-        # Not by a fork: the caller may have threads, torch's for example, whose locks a fork would copy in any state.
-        # Nor by multiprocessing, whose processes import the script that was started, and all that it imports.
+        # A fork would copy locks of the caller's threads, such as torch's, in any state.
         ours, theirs = multiprocessing.Pipe()
         with theirs:
             body = f"from megacore.data.preprocess.worker_pool import work; work({theirs.fileno()})"
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", body],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **_ONE_THREAD},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **_SINGLE_THREAD_ENVIRONMENT},
             )
         worker = cls(process, ours)
         worker.send(job)
@@ -144,14 +149,14 @@ class _Worker:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)
         return WorkerError(
-            f"a tokenizing process ended with exit code {self.process.returncode}; -9 is what a process gets that "
-            "takes too much memory: try fewer with --workers"
+            f"a tokenizing process ended with exit code {self.process.returncode}; -9 usually means that it took too "
+            "much memory: try fewer with --workers"
         )
 
 
 def work(descriptor: int) -> None:
-    """The body of a process: encodes what comes over a connection, until its other end is closed."""
-    # Ctrl-C reaches every process of the terminal; the one that started this one ends it.
+    """Run a worker process: encode the pieces that arrive over a connection until its other end is closed."""
+    # Ctrl-C reaches every process of the terminal; the caller ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
     try:
@@ -159,9 +164,9 @@ def work(descriptor: int) -> None:
     except (EOFError, OSError):
         return
     tasks: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
-    # A thread takes what comes: else the two ends could both be sending, each waiting for the other to receive.
+    # A thread receives, since otherwise the two ends could both be sending, each pending for the other to receive.
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
-    # Before there is anything to do; what is wrong with the tokenizer is told when there is.
+    # Load the tokenizer before the first piece; its error, if any, is the result of that piece.
     load_encoder = cache(partial(PieceEncoder, job, one_thread=True))
     with suppress(Exception):
         load_encoder()
@@ -174,7 +179,7 @@ def work(descriptor: int) -> None:
             result = WorkerError(f"a tokenizing process failed:\n{traceback.format_exc()}")
         try:
             connection.send(result)
-        except OSError:  # nobody waits for it any more
+        except OSError:  # the caller is gone
             return
 
 

@@ -1,4 +1,4 @@
-"""Training samples of conversations: padded or packed, with the loss on what the assistant says."""
+"""Training samples of conversations, padded or packed, with the loss on the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from megacore.data.sampling.samples import Sample
 from megacore.errors import DataError
 
 PADDING = 0
-"""The id in rows where no conversation is. Every vocabulary has it; it is not learned, and nothing learned comes after
-it. So a tokenizer needs no token for padding."""
+"""The token id of padding. Every vocabulary has it; it has no loss, and no target with a loss comes after it. So a
+tokenizer needs no padding token."""
 
 
 class InstructionSamples:
     """Conversations as samples of up to ``seq_length`` inputs.
 
-    Without packing, a sample is one conversation; with packing, several, each a segment. A target counts 1 if it is the
-    assistant's, else ``scalar_loss_mask``; the first token of a conversation that follows another one counts nothing,
-    and padding nothing. Padding is a segment of its own in a packed row, and at the end of any row.
+    Without packing, a sample is one conversation; with packing it is several, each a segment. The weight of a target is
+    1 if it is the assistant's, else ``scalar_loss_mask``; it is 0 for padding and for the first token of a conversation
+    that follows another one. Padding stands at the end of a row; in a packed row it is a segment of its own.
 
-    Packing holds 4 bytes a conversation and 8 a row in memory, and is the same on every process: see
+    Packing keeps 4 bytes per conversation and 8 per row in memory, and is the same on every process: see
     :func:`~megacore.data.sampling.packing.pack`.
 
     Args:
-        dataset: the conversations.
-        seq_length: inputs of a sample, at most.
-        packing: put several conversations into a sample.
-        scalar_loss_mask: what targets count that are not the assistant's.
-        overlong: what becomes of a conversation of more than ``seq_length + 1`` tokens.
-        pads: whether samples are all padded to ``seq_length``; else each is as long as what it holds.
+        dataset: The conversations.
+        seq_length: The maximum number of inputs of a sample.
+        packing: Put several conversations into a sample.
+        scalar_loss_mask: Loss weight of targets that are not the assistant's.
+        overlong: Treatment of a conversation of more than ``seq_length + 1`` tokens.
+        pads: Pad all samples to ``seq_length``; otherwise each is as long as its contents.
 
     Attributes:
-        num_overlong: conversations that were truncated or dropped.
-        num_short: conversations of less than two tokens, which have nothing to predict, and were dropped.
-        num_cut_short: of those that would be truncated, how many would then have nothing to learn, and were dropped.
-        num_conversations: those that are left.
-        fill: how much of ``seq_length`` is not padding, of all samples on average.
+        num_overlong: Number of conversations that were truncated or dropped.
+        num_short: Number of dropped conversations of less than two tokens, which have nothing to predict.
+        num_cut_short: Number of dropped conversations which would have no target after truncation.
+        num_conversations: Number of remaining conversations.
+        fill: Average share of ``seq_length`` that is not padding.
 
     Raises:
-        DataError: no conversation is left.
+        DataError: No conversation is left.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class InstructionSamples:
                 + (', or set data.overlong = "truncate"' if overlong == "drop" else "")
             )
         lengths = np.minimum(dataset.lengths[numbers], seq_length + 1)
-        self._rows = _packed(numbers, lengths, seq_length + 1) if packing else _one_each(numbers)
-        # Of each row, all tokens but the last are inputs.
+        self._rows = _pack_rows(numbers, lengths, seq_length + 1) if packing else _one_per_row(numbers)
+        # All tokens of a row but the last are inputs.
         self.fill = (int(lengths.sum(dtype=np.int64)) - len(self._rows)) / (len(self._rows) * seq_length)
         self.packing = packing
 
@@ -94,7 +94,7 @@ class InstructionSamples:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``: padded, of length ``seq_length``; or as long as what it holds."""
+        """Return sample ``index``, padded to ``seq_length`` or as long as its contents."""
         conversations = [self._conversation(int(number)) for number in self._rows[index]]
         tokens = np.concatenate([ids for ids, _ in conversations])
         weights = np.concatenate([weights for _, weights in conversations])
@@ -112,7 +112,7 @@ class InstructionSamples:
         return samples
 
     def _conversation(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Its ids, and what each counts for as a target; the first nothing, since nothing predicts it."""
+        """Return the ids of a conversation and their loss weights; the first has none, since nothing predicts it."""
         ids, roles = (part[: self.seq_length + 1] for part in self.dataset[number])
         weights = np.where(roles == Role.ASSISTANT, 1.0, self.scalar_loss_mask).astype(np.float32)
         weights[0] = 0.0
@@ -120,7 +120,7 @@ class InstructionSamples:
 
 
 def padded(sample: Sample, length: int) -> Sample:
-    """The sample with padding at its end, so that it has ``length`` inputs."""
+    """Return the sample with padding at its end, so that it has ``length`` inputs."""
     missing = length - len(sample.loss_mask)
     assert missing >= 0
     segments = sample.segments
@@ -131,12 +131,12 @@ def padded(sample: Sample, length: int) -> Sample:
     )
 
 
-def _packed(numbers: NDArray[np.integer], lengths: NDArray[np.integer], capacity: int) -> PackedRows:
+def _pack_rows(numbers: NDArray[np.integer], lengths: NDArray[np.integer], capacity: int) -> PackedRows:
     rows = pack(lengths, capacity)
     if len(numbers) and numbers[-1] == len(numbers) - 1:
         return rows  # nothing was dropped
     return PackedRows(numbers[rows.items], rows.starts)
 
 
-def _one_each(numbers: NDArray[np.integer]) -> PackedRows:
+def _one_per_row(numbers: NDArray[np.integer]) -> PackedRows:
     return PackedRows(numbers, np.arange(len(numbers) + 1))

@@ -1,4 +1,4 @@
-"""Which dataset of a weighted mixture each sample is taken from: its weight's share, to one sample, at every point."""
+"""A weighted mixture of datasets in which each has its share, to within one sample, at every point of a run."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from typing import NamedTuple
 from megacore.errors import DataError
 
 SHORTEST_BLOCK, LONGEST_BLOCK = 2**12, 2**20
-"""Positions that are dealt out together, a power of two between these; it takes some 10 ms to 3 s. The order of samples
-depends on it."""
+"""Limits of the number of positions, a power of two, that are assigned at once, in about 10 ms to 3 s. The order of
+samples depends on it."""
 
 
 class Turn(NamedTuple):
-    """What comes at a position of a mixture."""
+    """The dataset of one position, and how often it came before."""
 
     dataset: int
-    """Its number, in the order of the weights."""
+    """Index of the dataset, in the order of the weights."""
     number: int
-    """How many times its turn came before."""
+    """Number of earlier positions of this dataset."""
 
 
 class Mixture:
-    """Deals the positions ``0, 1, 2, …`` out to datasets by weight; ``mixture[n]`` depends on ``n`` alone.
+    """Assigns the positions ``0, 1, 2, …`` to datasets by weight; ``mixture[n]`` depends on ``n`` alone.
 
-    Of the first ``n`` positions, for **every** ``n``, dataset ``i`` has ``w_i * n`` but for less than 1, where ``w_i``
-    is its weight over the sum of all. No position before the one that is asked for is gone through, and nothing is kept
-    that grows with the number of positions.
+    For **every** ``n``, dataset ``i`` has ``w_i * n`` of the first ``n`` positions, to within less than 1, where
+    ``w_i`` is its weight divided by the sum of all weights. Earlier positions are not visited, and memory does not grow
+    with the number of positions.
 
     In other words, turn ``j`` of dataset ``i``, counted from 0, lies in its *window* of positions,
-    ``floor(j / w_i)`` to ``ceil((j + 1) / w_i) - 1``. That this can be had for all turns of all datasets is shown by
-    Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of Fairness in Resource Allocation",
-    Algorithmica 15 (1996). Here the positions are cut into blocks, as long as the longest window. How many turns each
-    dataset had at the start of a block follows from the place alone, see :meth:`_turns_before`; the turns within a
-    block are then given to the dataset whose window ends first, which keeps all windows if anything does.
+    ``floor(j / w_i)`` to ``ceil((j + 1) / w_i) - 1``. Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A
+    Notion of Fairness in Resource Allocation", Algorithmica 15 (1996), show that this is possible for all turns of all
+    datasets. Here positions are cut into blocks at least as long as the longest window. The number of turns before a
+    block follows from its position alone (:meth:`_turns_before`). Within a block each position goes to the dataset
+    whose window ends first, which keeps all windows if any assignment does.
 
     Args:
-        weights: positive, of any sum. A float counts as the decimal number that it prints as.
+        weights: Positive weights of any sum. A float stands for the decimal number that it prints as.
 
     Raises:
-        DataError: when a dataset has less than one sample in about a million, for which blocks would be too long.
+        DataError: A dataset has less than one sample in about a million, for which blocks would be too long.
     """
 
     def __init__(self, weights: Sequence[Fraction | float | str]) -> None:
@@ -95,19 +95,20 @@ class Mixture:
         return datasets, turns
 
     def _turns_before(self, position: int) -> list[int]:
-        """How many turns each dataset has before ``position``: its share, rounded down or up.
+        """Return the number of turns of each dataset before ``position``: its share, rounded down or up.
 
-        Rounded up is each whose *current* turn, the one that its share is a fraction of, was before the position. So
-        that the windows of the turns after it can be kept, not too many of those may be left over whose windows end
-        soon; and of those before it, not too many must have been crowded out whose windows had long begun. With the
-        sum of the fractions of some datasets, rounded up, as the most of them that are rounded up, for those whose
-        windows end last, however many, this holds; and with that sum, rounded down, as the least of them, for those
-        whose windows began first. (Both by Hall's theorem: compare the turns that must lie in an interval of positions
-        with its length, for intervals that begin, or end, at this position.)
+        The share is rounded up for a dataset whose *current* turn, of which the share holds a fraction, is before the
+        position. Two conditions make it possible to keep all windows. For the windows after the position: among the
+        datasets whose windows end last, however many are considered, at most the sum of their fractions, rounded up,
+        may be rounded up, so that not too many urgent turns are left. For the windows before it: among the datasets
+        whose windows began first, at least the sum of their fractions, rounded down, must be rounded up. (Both follow
+        from Hall's theorem: compare the turns that must lie in an interval of positions with its length, for intervals
+        that begin or end at this position.)
 
-        The fractions themselves keep all of these sums, which are of two nested families of sets; so whole numbers do
-        too (the integrality of flows). The fractions are laid end to end twice, in the order of the windows' ends and
-        of their beginnings, and both rows are cut into cells of 1: each cell takes one of the datasets that it touches.
+        The fractions themselves satisfy these bounds, which are on two nested families of sets; therefore whole numbers
+        do too (integrality of flows). The fractions are laid end to end twice, in the order of the windows' ends and in
+        that of their beginnings, and both rows are cut into cells of length 1: each cell takes one of the datasets that
+        it touches.
         """
         shares = [divmod(weight * position, self._total) for weight in self._weights]
         counts = [count for count, _ in shares]
@@ -115,20 +116,20 @@ class Mixture:
         fractions = {dataset: shares[dataset][1] for dataset in current}
         by_end = sorted(current, key=lambda dataset: (self._end(dataset, counts[dataset]), dataset))
         by_begin = sorted(current, key=lambda dataset: (self._begin(dataset, counts[dataset]), dataset))
-        for dataset in _one_for_each(self._cells(by_end, fractions), self._cells(by_begin, fractions)):
+        for dataset in _match_cells(self._cells(by_end, fractions), self._cells(by_begin, fractions)):
             counts[dataset] += 1
         return counts
 
     def _begin(self, dataset: int, number: int) -> int:
-        """The first position of the window of a turn."""
+        """Return the first position of the window of a turn."""
         return number * self._total // self._weights[dataset]
 
     def _end(self, dataset: int, number: int) -> int:
-        """The position after the window of a turn."""
+        """Return the position after the window of a turn."""
         return -(-(number + 1) * self._total // self._weights[dataset])
 
     def _cells(self, order: Iterable[int], fractions: dict[int, int]) -> list[list[int]]:
-        """The datasets that touch each cell when their fractions are laid end to end."""
+        """Return the datasets that touch each cell when their fractions are laid end to end."""
         cells: list[list[int]] = [[] for _ in range(sum(fractions.values()) // self._total)]
         start = 0
         for dataset in order:
@@ -139,42 +140,45 @@ class Mixture:
         return cells
 
 
-def _one_for_each(first: list[list[int]], second: list[list[int]]) -> list[int]:
-    """Members, as many as there are cells in a row, of which each cell of either row can have one of its own.
+def _match_cells(first: list[list[int]], second: list[list[int]]) -> list[int]:
+    """Select members so that each cell of either row is matched with one of its own members, none twice in a row.
 
-    It is a flow from the cells of one row through the members to those of the other, found path by path (Ford and
-    Fulkerson, 1956). What is chosen decides the order of samples, so it must not change with the version of a library.
+    The selection is a flow from the cells of one row through the members to the cells of the other, found by augmenting
+    paths (Ford and Fulkerson, 1956). It is written here, since it decides the order of samples, which must not change
+    with the version of a library.
     """
     source, sink = ("source", 0), ("sink", 0)
-    # Which nodes can be gone to from each; a dictionary instead of a set, for its order.
-    open_: dict[tuple[str, int], dict[tuple[str, int], None]] = {source: {}, sink: {}}
+    # The residual graph: the successors of each node, in a dictionary instead of a set for its order.
+    residual: dict[tuple[str, int], dict[tuple[str, int], None]] = {source: {}, sink: {}}
 
     def connect(start: tuple[str, int], stop: tuple[str, int]) -> None:
-        open_.setdefault(start, {})[stop] = None
-        open_.setdefault(stop, {})
+        residual.setdefault(start, {})[stop] = None
+        residual.setdefault(stop, {})
 
     for cell, members in enumerate(first):
         connect(source, ("first", cell))
         for member in members:
-            connect(("first", cell), ("into", member))
-            connect(("into", member), ("out of", member))
+            connect(("first", cell), ("enter", member))
+            connect(("enter", member), ("leave", member))
     for cell, members in enumerate(second):
         for member in members:
-            connect(("out of", member), ("second", cell))
+            connect(("leave", member), ("second", cell))
         connect(("second", cell), sink)
     for _ in first:
-        came_from = {source: source}
-        waiting = deque([source])
-        while sink not in came_from:
-            node = waiting.popleft()
-            for following in open_[node]:
-                if following not in came_from:
-                    came_from[following] = node
-                    waiting.append(following)
+        predecessor = {source: source}
+        queue = deque([source])
+        while sink not in predecessor:
+            node = queue.popleft()
+            for following in residual[node]:
+                if following not in predecessor:
+                    predecessor[following] = node
+                    queue.append(following)
         node = sink
         while node != source:
-            before = came_from[node]
-            del open_[before][node]
-            open_[node][before] = None
-            node = before
-    return [number for (kind, number), following in open_.items() if kind == "out of" and ("into", number) in following]
+            previous = predecessor[node]
+            del residual[previous][node]
+            residual[node][previous] = None
+            node = previous
+    return [
+        number for (kind, number), following in residual.items() if kind == "leave" and ("enter", number) in following
+    ]

@@ -1,4 +1,4 @@
-"""Packing: which conversations share a row, so that rows are nearly full."""
+"""Packing of conversations into rows that are nearly full."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Items in rows.
+    """The items of each row.
 
     Attributes:
-        items: the numbers of the items, row after row.
-        starts: row ``r`` is ``items[starts[r] : starts[r + 1]]``; int64, ``[rows + 1]``.
+        items: Item numbers, row after row.
+        starts: Row ``r`` is ``items[starts[r] : starts[r + 1]]``; int64, ``[rows + 1]``.
     """
 
     items: NDArray[np.integer]
@@ -31,7 +31,7 @@ class PackedRows:
 
 
 class _Filling(NamedTuple):
-    """What rows that are filled alike hold: ``copies`` items of ``length``, after those of ``before``."""
+    """The contents of rows that are filled alike: ``copies`` items of ``length``, after those of ``before``."""
 
     before: _Filling | None
     length: int
@@ -39,22 +39,23 @@ class _Filling(NamedTuple):
 
 
 def pack(lengths: NDArray[np.integer], capacity: int) -> PackedRows:
-    """Put items into rows of ``capacity``, by best-fit decreasing: the longest first, each where it leaves least room.
+    """Pack items into rows by best-fit decreasing: the longest first, each where it leaves the least room.
 
-    Items of one length are alike, so what is worked on is the number of items of each length and the rows that are
-    filled alike, as in Krell et al., 2021, arXiv:2107.02027: the time depends on ``capacity``, but for one sort of the
-    lengths. The outcome depends on nothing but the arguments. Items of the same length keep their order.
+    Items of one length are alike, so the algorithm works on the number of items of each length and on groups of rows
+    that are filled alike, as in Krell et al., 2021, arXiv:2107.02027. Apart from one sort of the lengths, its time
+    depends on ``capacity`` only. The result depends on the arguments alone. Items of the same length keep their order.
 
     Args:
-        lengths: of the items, ``[items]``, each from 1 to ``capacity``.
+        lengths: The length of each item, ``[items]``, from 1 to ``capacity``.
+        capacity: The length of a row.
     """
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
     numbers_by_length = np.bincount(lengths, minlength=capacity + 1)
-    # Rows by the room that they have left; each entry is a number of rows that are filled alike.
+    # The rows with each amount of free room; an entry is a number of rows that are filled alike.
     open_rows: dict[int, list[tuple[int, _Filling | None]]] = {}
-    rooms = 0  # bit n is set where some row has room n
+    rooms = 0  # bit n is set if some row has room n
 
-    def put(number: int, room: int, filling: _Filling | None) -> None:
+    def add_rows(number: int, room: int, filling: _Filling | None) -> None:
         nonlocal rooms
         open_rows.setdefault(room, []).append((number, filling))
         rooms |= 1 << room
@@ -70,26 +71,26 @@ def pack(lengths: NDArray[np.integer], capacity: int) -> PackedRows:
                     rooms &= ~(1 << room)
             else:
                 room, number, filling = capacity, left, None  # as many new rows as could be needed
-            # A row that took one is the one with the least room for the next, until it has none.
+            # After taking an item, a row has the least room for the next one, until it has none.
             copies = room // length
             num_filled = min(number, left // copies)
             if num_filled:
-                put(num_filled, room - copies * length, _Filling(filling, length, copies))
+                add_rows(num_filled, room - copies * length, _Filling(filling, length, copies))
                 left -= num_filled * copies
             if left and num_filled < number:
-                put(1, room - left * length, _Filling(filling, length, left))
+                add_rows(1, room - left * length, _Filling(filling, length, left))
                 num_filled, left = num_filled + 1, 0
             if filling is not None and num_filled < number:
-                put(number - num_filled, room, filling)
-    return _numbered(lengths, numbers_by_length, open_rows)
+                add_rows(number - num_filled, room, filling)
+    return _assign_items(lengths, numbers_by_length, open_rows)
 
 
-def _numbered(
+def _assign_items(
     lengths: NDArray[np.integer],
     numbers_by_length: NDArray[np.integer],
     open_rows: dict[int, list[tuple[int, _Filling | None]]],
 ) -> PackedRows:
-    """The rows with the numbers of their items: those of each length are dealt out in their order."""
+    """Return the rows with their item numbers: the items of each length are assigned in order."""
     by_length = np.argsort(lengths, kind="stable")
     if len(lengths) < 2**31:
         by_length = by_length.astype(np.int32)  # half the memory

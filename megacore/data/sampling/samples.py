@@ -20,10 +20,10 @@ class Sample:
     """One row of a batch.
 
     Attributes:
-        tokens: token ids, ``[length + 1]``: the model sees all but the last and learns all but the first.
-        loss_mask: what each target counts for in the loss, ``[length]``; 0 for one that is not to be learned.
-        segments: the number of each input token's segment, ``[length]``, from 0, never falling: tokens attend to those
-            of their own segment only, and their positions count from its beginning. ``None`` where all are of one.
+        tokens: Token ids, ``[length + 1]``: all but the last are inputs, all but the first are targets.
+        loss_mask: Weight of each target in the loss, ``[length]``; 0 excludes a target.
+        segments: Segment number of each input token, ``[length]``, ascending from 0: tokens attend within their own
+            segment only, and positions count from its beginning. ``None`` means a single segment.
     """
 
     tokens: NDArray[np.int64]
@@ -32,7 +32,7 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """A number of samples that can each be had by its index."""
+    """A fixed number of samples with random access."""
 
     def __len__(self) -> int: ...
 
@@ -40,15 +40,16 @@ class SampleSource(Protocol):
 
 
 class WindowSamples:
-    """Windows over the tokens of a dataset, as :class:`~megacore.data.Sample`. Each token is learned in one of them.
+    """Windows over the tokens of a dataset, as :class:`~megacore.data.Sample`. Each token is a target in one of them.
 
-    Where documents begin is searched in the dataset's own boundaries; ids are not looked at.
+    Documents begin where the dataset's boundaries say so, whatever the token ids.
 
     Args:
-        resets_at_documents: let each document be a segment of its own.
-        eod_mask_loss: leave out of the loss each token that begins a document, which would be predicted from the end of
-            the one before. (Of documents that end with an end-of-document token, it is what Megatron calls by this
-            name: no loss where the *input* is that token. That token itself is learned.)
+        windows: The windows.
+        resets_at_documents: Make each document a segment of its own.
+        eod_mask_loss: Exclude the first token of each document from the loss, since its input is the end of the
+            document before. (This is Megatron's option of the same name, for documents that end with an
+            end-of-document token: no loss where the *input* is that token. The token itself is a target.)
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class WindowSamples:
         loss_mask[: self.windows.num_repeated(index)] = 0
         segments = None
         if self._resets_at_documents or self._eod_mask_loss:
-            # Token 0 begins a segment anyway; token ``length`` is a target only.
+            # Token 0 begins a segment in any case; token ``length`` is only a target.
             start = self.windows.start(index)
             starts = np.array(self.windows.dataset.document_starts(start + 1, start + length + 1), np.int64) - start
             if self._eod_mask_loss:
@@ -79,19 +80,19 @@ class WindowSamples:
         return Sample(self.windows[index], loss_mask, segments)
 
 
-class Place(NamedTuple):
-    """Where the sample of a position is."""
+class SampleLocation(NamedTuple):
+    """The source and the index in it of the sample at some position."""
 
     source: int
     sample: int
 
 
 class MixedSamples:
-    """The samples of a run: the one at each position ``0, 1, 2, …``, mixed by weight from sources in random order.
+    """The samples of a run at positions ``0, 1, 2, …``: sources mixed by weight, each in random order.
 
-    A position alone determines its sample, so a run goes on anywhere, spread over any number of processes. Each source
-    goes through its samples epoch by epoch at its own pace (:class:`~megacore.data.SampleOrder`). Getting ready takes
-    the same time and memory for any number of samples and epochs.
+    The position alone determines the sample, so a run can resume at any position with any number of processes. Each
+    source goes through its samples epoch by epoch at its own pace (:class:`~megacore.data.SampleOrder`). Construction
+    takes the same time and memory for any number of samples and epochs.
     """
 
     def __init__(
@@ -115,13 +116,14 @@ class MixedSamples:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Those of all sources together. The first so many of a single source are each of its samples once."""
+        """The number of samples of all sources together. With a single source they are an epoch, each sample once."""
         return sum(len(source) for source in self.sources)
 
-    def place(self, position: int) -> Place:
+    def location(self, position: int) -> SampleLocation:
+        """Return the source and the index of the sample at ``position``."""
         source, number = self.mixture[position]
-        return Place(source, self._orders[source][number])
+        return SampleLocation(source, self._orders[source][number])
 
     def __getitem__(self, position: int) -> Sample:
-        source, sample = self.place(position)
+        source, sample = self.location(position)
         return self.sources[source][sample]

@@ -1,8 +1,9 @@
-"""A tokenizer's chat template: a conversation to text, and which of that text is the assistant's.
+"""Chat templates: from a conversation to text, with the spans of the assistant.
 
-Templates are Jinja programs that come with a tokenizer, so they run in Jinja's sandbox, with what transformers gives
-them and nothing else: the messages, the tools, the names of special tokens, ``raise_exception``, ``strftime_now``, and
-the tag ``{% generation %}`` around what the assistant says.
+Templates are Jinja programs that come with a tokenizer. They run in Jinja's sandbox, with the same environment as in
+transformers and nothing else: the messages, the tools, the names of special tokens, ``raise_exception``,
+``strftime_now``, and the tag ``{% generation %}`` around the assistant's text. transformers itself is not used, since
+the core does not depend on it.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class RenderedChat:
     """A conversation as text.
 
     Attributes:
-        text: of the whole.
-        assistant: where the assistant speaks: ``[start, stop)`` in characters, ascending, end of turn included.
-        system_stop: the text before it is the system message; 0 where the template does not write it first and apart.
+        text: The whole text.
+        assistant: Spans of the assistant, ``[start, stop)`` in characters, ascending, with the end of the turn.
+        system_stop: End of the system message; 0 if the template does not write it first and separately.
     """
 
     text: str
@@ -47,16 +48,16 @@ class RenderedChat:
 
 
 class ChatTemplate:
-    """Renders conversations as ``apply_chat_template`` of transformers does.
+    """Renders conversations like ``apply_chat_template`` of transformers.
 
     Args:
-        source: the template.
-        where: what messages call it, its file as a rule.
-        special_tokens: what the template knows by the names ``bos_token``, ``eos_token`` and so on.
-        added_tokens: texts that the tokenizer takes for one token wherever they stand; ends of turns are among them.
+        source: The template.
+        where: Its name in error messages, usually its file.
+        special_tokens: The template's variables ``bos_token``, ``eos_token`` and so on.
+        added_tokens: Strings that the tokenizer always encodes to one token; ends of turns are among them.
 
     Raises:
-        DataError: it is not a template.
+        DataError: ``source`` is not a template.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ChatTemplate:
         self.source = source
         self.where = where
         self._special_tokens = dict(special_tokens)
-        # The longest first: one may begin as another one does.
+        # The longest first: a token may be the beginning of another one.
         self._added_tokens = tuple(sorted(added_tokens, key=len, reverse=True))
         self._mark = secrets.token_hex(8)
         environment = _sandbox(begin=f"<{self._mark}>", end=f"</{self._mark}>")
@@ -79,24 +80,24 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation, or of its beginning; with the prompt for the assistant's next turn on request.
+        """Render a conversation or its beginning, optionally with the prompt for the assistant's next turn.
 
         Raises:
-            DataError: the template refuses the conversation, or fails on it.
+            DataError: The template refuses the conversation, or fails on it.
         """
         return self._split_off_marks(self._run(messages, tools, add_generation_prompt=add_generation_prompt))[0]
 
     def render_marked(self, messages: Sequence[Message], *, tools: list[Any] | None = None) -> RenderedChat:
-        """The text of a conversation, with where the assistant speaks.
+        """Render a conversation with the spans of the assistant.
 
-        What a template marks with ``{% generation %}`` is the assistant's; and if it marks its answers without the
-        end-of-turn token that follows, that token too, since a model must learn to stop. Where it marks nothing, a turn
-        is what the template adds to the conversation before it with the prompt for an answer. White space after an
-        end-of-turn token is nobody's turn: no model is asked to go on there.
+        The assistant's text is what a template marks with ``{% generation %}``, and the end-of-turn token after it,
+        since a model must learn to stop. In a template without marks, a turn is what the template adds to the
+        conversation before it with the prompt for an answer. White space after an end-of-turn token belongs to no turn,
+        since no model generates it.
 
         Raises:
-            DataError: the template fails, or what it writes for a conversation does not begin with what it writes for
-                the conversation's beginning, so that turns cannot be told apart.
+            DataError: The template fails, or its text for a conversation does not begin with its text for the
+                conversation's beginning, so that turns cannot be separated.
         """
         text, marked = self._split_off_marks(self._run(messages, tools))
         if self.marks_generation:
@@ -113,7 +114,7 @@ class ChatTemplate:
 
     @property
     def end_of_turn(self) -> str | None:
-        """The token that ends what the assistant says; ``None`` where the tokenizer has none for it."""
+        """The token that ends a turn of the assistant; ``None`` if the tokenizer has none for it."""
         try:
             text = self.render([_PROBE[0], {"role": "assistant", "content": self._mark}])
         except DataError:
@@ -122,7 +123,7 @@ class ChatTemplate:
         return next((token for token in self._added_tokens if rest.startswith(token)), None)
 
     def _run(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False) -> str:
-        # transformers leaves out keys without a value too: templates ask whether there is such a key.
+        # transformers drops keys without a value too, since templates test whether a key exists.
         plain = [
             _with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages
         ]
@@ -134,11 +135,11 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except Exception as error:  # a program of somebody else, which may raise anything
-            raise DataError(f"the chat template {self.where} does not take the conversation: {error}") from error
+        except Exception as error:  # a foreign program, which may raise anything
+            raise DataError(f"the chat template {self.where} refuses the conversation: {error}") from error
 
     def _split_off_marks(self, output: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text without the marks of the tag, and the spans that they enclosed."""
+        """Return the text without the marks of the tag, and the spans that they enclosed."""
         pieces = re.split(f"(</?{self._mark}>)", output)
         text, position, begun = "", 0, []
         spans: list[tuple[int, int]] = []
@@ -155,16 +156,16 @@ class ChatTemplate:
         return text, spans
 
     def _turn(self, text: str, messages: Sequence[Message], number: int, tools: list[Any] | None) -> tuple[int, int]:
-        """Where turn ``number`` lies in the ``text`` of all messages."""
+        """Return the span of turn ``number`` in the ``text`` of all messages."""
         before = self.render(messages[:number], tools=tools, add_generation_prompt=True)
-        until = self.render(messages[: number + 1], tools=tools)
-        if not (until.startswith(before) and text.startswith(until)):
+        after = self.render(messages[: number + 1], tools=tools)
+        if not (after.startswith(before) and text.startswith(after)):
             raise DataError(
-                f"the chat template {self.where} writes the beginning of this conversation otherwise when message "
-                f"{number + 1} follows, so that the assistant's text cannot be told apart: put {{% generation %}} and "
+                f"the chat template {self.where} writes the beginning of this conversation differently when message "
+                f"{number + 1} follows, so that the assistant's text cannot be separated: put {{% generation %}} and "
                 "{% endgeneration %} around it in a copy of the template, and give that with --chat-template"
             )
-        turn = until[len(before) :]
+        turn = after[len(before) :]
         bare = turn.rstrip()
         return len(before), len(before) + len(bare if bare.endswith(self._added_tokens) else turn)
 
@@ -173,12 +174,12 @@ class ChatTemplate:
             return 0
         try:
             system = self.render(messages[:1], tools=tools)
-        except DataError:  # many refuse a conversation that nobody has begun
+        except DataError:  # many templates refuse a conversation without a user
             return 0
         return len(system) if text.startswith(system) else 0
 
     def _unmarked_end_of_turn(self) -> str:
-        """What follows a marked answer up to its end-of-turn token, if the template leaves that outside of the mark."""
+        """Return the text from a marked answer to its end-of-turn token, if the template does not mark that token."""
         try:
             text, marked = self._split_off_marks(self._run(_PROBE, None))
         except DataError:
@@ -195,10 +196,10 @@ class ChatTemplate:
 
 
 def open_chat_template(tokenizer: Tokenizer, file: Path | None, *, with_tools: bool = False) -> ChatTemplate:
-    """The chat template in ``file``, or the one that came with the tokenizer.
+    """Open the chat template in ``file``, or that of the tokenizer.
 
     Raises:
-        DataError: there is none, it is not a template, or the tokenizer does not know the tokens that it writes.
+        DataError: There is none, it is not a template, or the tokenizer does not know its special tokens.
     """
     if tokenizer.file.suffix != ".json":
         raise DataError(
@@ -213,7 +214,7 @@ def open_chat_template(tokenizer: Tokenizer, file: Path | None, *, with_tools: b
 
 
 def _template_source(directory: Path, file: Path | None, *, with_tools: bool) -> tuple[str, str]:
-    """The text of a chat template, and where it stands."""
+    """Return the text of a chat template and its file."""
     if file is not None:
         try:
             return file.read_text(encoding="utf-8"), str(file)
@@ -229,13 +230,13 @@ def _template_source(directory: Path, file: Path | None, *, with_tools: bool) ->
 
 
 def find_chat_template(directory: Path, *, with_tools: bool = False) -> tuple[str, str] | None:
-    """The chat template of the tokenizer in ``directory``, and where it stands; ``None`` where it has none.
+    """Find the chat template of the tokenizer in ``directory``; return its text and its file, or ``None``.
 
-    ``chat_template.jinja`` comes before the one in ``tokenizer_config.json``. Of several by name, it is ``default``, or
-    with tools ``tool_use`` where there is such a one.
+    ``chat_template.jinja`` has precedence over ``tokenizer_config.json``. Among several named templates, ``default`` is
+    used, or with tools ``tool_use`` if it exists.
 
     Raises:
-        DataError: the files are damaged, or name several templates, none of them ``default``.
+        DataError: The files are damaged, or name several templates, none of them ``default``.
     """
     found: dict[str, tuple[str, str]] = {}
     config = json_object(directory / "tokenizer_config.json").get("chat_template")
@@ -263,10 +264,10 @@ def find_chat_template(directory: Path, *, with_tools: bool = False) -> tuple[st
 
 
 def _sandbox(*, begin: str, end: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What templates are written for: the settings and names that transformers has, with marks around generation."""
+    """Return the environment of transformers' templates, with marks around the text of ``{% generation %}``."""
 
     class Generation(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012  Jinja's own way
+        tags = {"generation"}  # noqa: RUF012  Jinja's own convention
 
         def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
             line = next(parser.stream).lineno
@@ -288,7 +289,7 @@ def _sandbox(*, begin: str, end: str) -> jinja2.sandbox.ImmutableSandboxedEnviro
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's, but without the names by which Python's insides are reached."""
+    """Jinja's namespace without private attributes, which lead to Python's internals."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -297,12 +298,12 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 def _new_dict(*items: Any, **named: Any) -> dict[Any, Any]:
-    """``dict`` as templates call it; the class itself would have more to offer."""
+    """Build a dictionary; the class ``dict`` itself would expose more than templates need."""
     return dict(*items, **named)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, with its reasoning under the names that templates read it by, whatever name it came with."""
+    """Return the message with its reasoning under all names by which templates read it."""
     for name in ("reasoning_content", "thinking", "reasoning"):
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}

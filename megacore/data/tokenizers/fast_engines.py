@@ -1,4 +1,4 @@
-"""Text to token ids: the library that defines a tokenizer, or a faster one for as long as both agree."""
+"""Encoding with a faster library than the one that defines a tokenizer, as long as both agree."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from numpy.typing import NDArray
 
 from megacore.data.tokenizers.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
-# At the start all texts are compared, as far as these many characters go; later a few passages of every mebibyte.
-# fastokens is some 100 times as fast as tokenizers: of each mebibyte, 1 KiB that both encode costs about a tenth.
+# The first characters are compared completely, then a few excerpts of every mebibyte. fastokens is about 100 times as
+# fast as tokenizers: comparing 1 KiB of each mebibyte costs about a tenth of the time.
 _FIRST_CHARACTERS = 1 << 16
-_PASSAGES = 2
-_PASSAGE_CHARACTERS = 512
+_EXCERPTS = 2
+_EXCERPT_CHARACTERS = 512
 
 
 class EncodedTexts(NamedTuple):
-    """The ids of several texts, back to back, and how many each has, ``[num_texts]``."""
+    """The ids of several texts, back to back, and the number of ids of each, ``[num_texts]``."""
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
 
 
-class LeftOut(NamedTuple):
-    """Why the fast engine does not do the work."""
+class UnusedEngine(NamedTuple):
+    """The reason for which the fast engine is not used."""
 
     reason: str
-    """For people, a clause."""
+    """A clause for a message."""
     is_missing: bool = False
-    """Whether it would perhaps, if it were installed."""
+    """True if the engine is not installed."""
 
 
 class FastEngine(ABC):
-    """A library that is made to give the ids of the defining one, faster."""
+    """A library that reproduces the ids of the defining one, faster."""
 
     library: ClassVar[str]
 
     @property
     def name(self) -> str:
-        """The library and its version."""
+        """Name and version of the library."""
         return f"{self.library} {version(self.library)}"
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """The ids of texts. Raises whatever the library raises."""
+        """Encode texts. Raises whatever the library raises."""
 
 
 class Fastokens(FastEngine):
@@ -86,10 +86,10 @@ class Kitoken(FastEngine):
 
 
 class DisagreementError(Exception):
-    """The fast engine gives other ids than the defining one for a text: what it has encoded cannot be trusted.
+    """The fast engine produced other ids than the defining library, so that none of its ids can be trusted.
 
     Attributes:
-        index: of the text among those encoded.
+        index: Index of the text in the batch.
     """
 
     def __init__(self, index: int) -> None:
@@ -98,76 +98,78 @@ class DisagreementError(Exception):
 
 
 class Engine:
-    """Encodes with the fast engine of a tokenizer, comparing with the defining one, or with the defining one alone.
+    """Encodes with the fast engine of a tokenizer, compared with the defining library, or with that library alone.
 
     Attributes:
-        name: what does the work, for people.
-        left_out: why that is the defining one alone; None where it is not, or was asked for.
+        name: Description of the engine for messages.
+        unused: The reason why the fast engine is not used; None if it is used or was not requested.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, use_fast: bool) -> None:
         self._tokenizer = tokenizer
         fast = _fast_engine(tokenizer) if use_fast else None
         self._fast = fast if isinstance(fast, FastEngine) else None
-        self.left_out = fast if isinstance(fast, LeftOut) else None
+        self.unused = fast if isinstance(fast, UnusedEngine) else None
         self.name = tokenizer.library
         if self._fast is not None:
             self.name = f"{self._fast.name}, compared with {tokenizer.library}"
 
     def encode(self, texts: Sequence[str], *, batch_number: int) -> EncodedTexts:
-        """The ids of a batch of texts; its number decides which passages are compared, on any number of processes.
+        """Encode a batch of texts; its number determines which excerpts are compared, with any number of processes.
 
         Raises:
-            DisagreementError: when the engines do.
+            DisagreementError: The engines produce different ids.
         """
         if self._fast is None:
             return _encoded_by_definition(self._tokenizer, texts)
-        for index, passage in _passages(texts, batch_number):
-            found = _encoded_by(self._fast, [passage])
-            if found is not None and found.ids.tolist() != self._tokenizer.encode(passage):
+        for index, excerpt in _excerpts(texts, batch_number):
+            found = _encoded_by(self._fast, [excerpt])
+            if found is not None and found.ids.tolist() != self._tokenizer.encode(excerpt):
                 raise DisagreementError(index)
         if (encoded := _encoded_by(self._fast, texts)) is not None:
             return encoded
-        # A text that it refuses (a byte that the vocabulary lacks, for one) is the defining library's to encode.
+        # The defining library encodes texts that the engine refuses, as it does for bytes missing in the vocabulary.
         each = [_encoded_by(self._fast, [text]) or _encoded_by_definition(self._tokenizer, [text]) for text in texts]
         return EncodedTexts(
             np.concatenate([encoded.ids for encoded in each]), np.concatenate([encoded.lengths for encoded in each])
         )
 
 
-def _fast_engine(tokenizer: Tokenizer) -> FastEngine | LeftOut:
-    """The fast engine for a tokenizer, or why it is of no use.
+def _fast_engine(tokenizer: Tokenizer) -> FastEngine | UnusedEngine:
+    """Return the fast engine for a tokenizer, or the reason why it is not used.
 
-    That is so where it is not installed, does not take the file, or gives other ids for texts that are known to be
-    difficult; and kitoken, where a model rewrites text (nmt_nfkc and the like): it was seen to give other ids then, now
-    and again.
+    It is not used if it is not installed, refuses the file, or produces other ids for the texts of :func:`probes`.
+    kitoken is not used with a model that normalizes text (nmt_nfkc and the like), for which it was seen to produce
+    other ids occasionally.
     """
     kind: type[Fastokens] | type[Kitoken] = Fastokens if isinstance(tokenizer, JsonTokenizer) else Kitoken
-    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.rewrites_text:
-        return LeftOut(f"{kind.library} is not used with a model that rewrites text, for which it may give other ids")
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.normalizes_text:
+        return UnusedEngine(
+            f"{kind.library} is not used with a model that normalizes text, for which it may give other ids"
+        )
     try:
         engine = kind(tokenizer)
     except ImportError:
-        return LeftOut(
+        return UnusedEngine(
             f"{kind.library}, which is faster, is not installed: pip install 'megacore[fast]'", is_missing=True
         )
     except BaseException as error:
-        _pass_on_what_ends_the_process(error)
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        return LeftOut(f"{kind.library} {version(kind.library)} does not take {tokenizer.file}: {told}")
+        _raise_unless_refusal(error)
+        message = (str(error).splitlines() or [type(error).__name__])[0]
+        return UnusedEngine(f"{kind.library} {version(kind.library)} refuses {tokenizer.file}: {message}")
     for text in probes(tokenizer.special_tokens()):
         found = _encoded_by(engine, [text])
         if found is not None and found.ids.tolist() != tokenizer.encode(text):
-            return LeftOut(f"{engine.name} gives other ids for difficult text, {text[:40]!r} for one")
+            return UnusedEngine(f"{engine.name} gives other ids for difficult text, {text[:40]!r} for one")
     return engine
 
 
 def _encoded_by(engine: FastEngine, texts: Sequence[str]) -> EncodedTexts | None:
-    """The ids that the engine gives; None where it refuses one of the texts."""
+    """Encode texts with an engine; return None if it refuses one of them."""
     try:
         return engine.encode(texts)
     except BaseException as error:
-        _pass_on_what_ends_the_process(error)
+        _raise_unless_refusal(error)
         return None
 
 
@@ -175,38 +177,38 @@ def _encoded_by_definition(tokenizer: Tokenizer, texts: Sequence[str]) -> Encode
     return _flattened(tokenizer.encode_batch(texts))
 
 
-def _pass_on_what_ends_the_process(error: BaseException) -> None:
-    """A panic in a library written in Rust arrives as a BaseException of no type that could be named in an except."""
+def _raise_unless_refusal(error: BaseException) -> None:
+    """Raise errors that end the process. (A panic in a Rust library is a BaseException without an importable type.)"""
     if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
         raise error
 
 
-def _passages(texts: Sequence[str], batch_number: int) -> list[tuple[int, str]]:
-    """What both engines encode, each with the index of its text: of the first batch the beginning, then a sample.
+def _excerpts(texts: Sequence[str], batch_number: int) -> list[tuple[int, str]]:
+    """Return the excerpts to compare, each with the index of its text: the start of batch 0, and samples.
 
-    A batch is about a mebibyte, or one text that may be of any length: the sample grows with it.
+    A batch is about a mebibyte, or a single text of any length: the sample grows with it.
     """
-    passages = []
+    excerpts = []
     if batch_number == 0:
         room = _FIRST_CHARACTERS
         for index, text in enumerate(texts):
             if room <= 0:
                 break
-            passages.append((index, text[:room]))
+            excerpts.append((index, text[:room]))
             room -= len(text)
     ends = list(accumulate(map(len, texts)))
     if not ends or ends[-1] == 0:
-        return passages
+        return excerpts
     mebibytes = max(1, round(ends[-1] / (1 << 20)))
     length = ends[-1] // mebibytes
-    for number in range(_PASSAGES if batch_number == 0 else 0, _PASSAGES * mebibytes):
-        # A digest, so that the same input is compared in the same places whatever the processes.
-        place = number // _PASSAGES * length + zlib.crc32(f"{batch_number} {number}".encode()) % length
+    for number in range(_EXCERPTS if batch_number == 0 else 0, _EXCERPTS * mebibytes):
+        # A digest, so that the same places of an input are compared with any number of processes.
+        place = number // _EXCERPTS * length + zlib.crc32(f"{batch_number} {number}".encode()) % length
         index = bisect_right(ends, place)
         text = texts[index]
-        start = min(place - (ends[index] - len(text)), max(0, len(text) - _PASSAGE_CHARACTERS))
-        passages.append((index, text[start : start + _PASSAGE_CHARACTERS]))
-    return passages
+        start = min(place - (ends[index] - len(text)), max(0, len(text) - _EXCERPT_CHARACTERS))
+        excerpts.append((index, text[start : start + _EXCERPT_CHARACTERS]))
+    return excerpts
 
 
 def _flattened(texts: list[list[int]]) -> EncodedTexts:
@@ -217,9 +219,9 @@ def _flattened(texts: list[list[int]]) -> EncodedTexts:
     return EncodedTexts(np.frombuffer(ids, np.uint32), lengths)
 
 
-# --- difficult texts
+# --- texts that libraries are known to disagree about
 
-_TRICKY = [
+_DIFFICULT_TEXTS = [
     "def f(x):\r\n\treturn x  # two  spaces\r\n",
     "\n\n\n a\n b \r c",
     " " * 1 + "x" + " " * 2 + "y" + " " * 17 + "z" + " " * 130,
@@ -237,15 +239,15 @@ _TRICKY = [
     " ",
     "\n",
 ]
-_SEARCHED = [*range(0x3001), 0xFEFF, *range(0xFFF9, 0xFFFC), 0xE0001, 0xE0020, 0xE007F]
-"""Code points that have all of the following but a few."""
+_CODE_POINTS = [*range(0x3001), 0xFEFF, *range(0xFFF9, 0xFFFC), 0xE0001, 0xE0020, 0xE007F]
+"""Code points that include nearly all of the following categories."""
 _CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-"""Control and format characters, and all kinds of spaces."""
+"""Unicode categories of control and format characters and of spaces."""
 
 
 def probes(special_tokens: list[str]) -> list[str]:
-    """The texts; ``special_tokens`` are a tokenizer's own, which text may spell."""
-    odd = [chr(code) for code in _SEARCHED if unicodedata.category(chr(code)) in _CATEGORIES]
-    by_themselves = [f"a{character}b {character} {character}{character}" for character in odd]
-    spelled = [f"a{token}b {token} c{token}{token}\n{token}" for token in special_tokens]
-    return _TRICKY + by_themselves + spelled
+    """Return texts for a first comparison; some of them spell ``special_tokens``, which are the tokenizer's own."""
+    characters = [chr(code) for code in _CODE_POINTS if unicodedata.category(chr(code)) in _CATEGORIES]
+    with_characters = [f"a{character}b {character} {character}{character}" for character in characters]
+    with_tokens = [f"a{token}b {token} c{token}{token}\n{token}" for token in special_tokens]
+    return _DIFFICULT_TEXTS + with_characters + with_tokens

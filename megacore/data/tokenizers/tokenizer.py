@@ -1,4 +1,4 @@
-"""Tokenizers, each run by the library that defines its file: sentencepiece or tokenizers."""
+"""Tokenizers, each backed by the library that defines its file: sentencepiece or tokenizers."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from megacore.data.tokenizers.added_tokens import NewTokens, extend_sentencepiec
 from megacore.errors import DataError, OutputError
 
 EOD_TOKEN = "<EOD>"
-"""Ends a document, in a vocabulary that has it; in any other the end of sequence does."""
+"""The token that ends a document in vocabularies that have it; in others the end-of-sequence token does."""
 
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-"""Files that say how a tokenizer is used, not what its ids are."""
+_COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files about the use of a tokenizer, which do not affect its ids."""
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        file: the file that defines it.
-        definition: what that file holds, with the tokens that were added.
-        sha256: the digest of ``definition``, hexadecimal.
-        library: the library that defines the ids, and its version.
-        vocab_size: the smallest number that is larger than every id.
-        new_tokens: the tokens that were added to what the file holds, and their ids.
-        bos_id: the id that begins a text, or None where the tokenizer has none.
-        eod_id: the id that ends a document (``<EOD>``, or the end of sequence), or None where it is not known.
+        file: The file that defines it.
+        definition: Content of that file, with the added tokens.
+        sha256: Hexadecimal digest of ``definition``.
+        library: The library that defines the ids, and its version.
+        vocab_size: The smallest number that is larger than every id.
+        new_tokens: The tokens that were added to the file's vocabulary, and their ids.
+        bos_id: The id that begins a text, or None if the tokenizer has none.
+        eod_id: The id that ends a document (``<EOD>`` or the end of sequence), or None if it is not known.
     """
 
     library: str
@@ -61,54 +61,54 @@ class Tokenizer(ABC):
         self.eod_id = eod_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no begin or end token is added."""
+        """Encode a text, without begin or end token."""
         return self.encode_batch([text])[0]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As :meth:`encode` for each text, on all cores."""
+        """Encode several texts on all cores."""
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its text, a special one included; None where there is none."""
+        """Return the id of a token, special or not, or None if there is no such token."""
 
     @abstractmethod
     def vocabulary(self) -> dict[str, int]:
-        """All tokens, as the tokenizer's file writes them, and their ids."""
+        """Return all tokens, as the tokenizer's file spells them, and their ids."""
 
     def known_tokens_sha256(self) -> str:
-        """The digest of the tokens that the file holds, without the new ones; see :func:`digest_of_tokens`."""
+        """Return the digest of the file's tokens without the new ones; see :func:`digest_of_tokens`."""
         return digest_of_tokens(self.vocabulary(), min(self.new_tokens.values(), default=self.vocab_size))
 
     @abstractmethod
     def special_tokens(self) -> list[str]:
-        """The tokens that stand for more than their text, as text would spell them; not those of single bytes."""
+        """Return the tokens that stand for more than their text, as text spells them, without those of single bytes."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids."""
+        """Return the text of the ids."""
 
     @abstractmethod
     def is_byte(self, token_id: int) -> bool:
-        """Whether a token is a single byte, which is decoded together with the bytes beside it."""
+        """Return whether a token is a single byte, which is decoded together with the bytes beside it."""
 
     @property
     @abstractmethod
     def adds_bos(self) -> bool:
-        """Whether a text that a model goes on from begins with ``bos_id``, as the tokenizer's files say."""
+        """True if a prompt begins with ``bos_id``, according to the tokenizer's files."""
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A ``tokenizer.model``.
 
-    Text that spells a control token, such as ``</s>``, is encoded as the characters that it is; only symbols which
-    the model itself calls user-defined are recognized in text. That is sentencepiece's own rule.
+    Text that spells a control token, such as ``</s>``, is encoded as plain characters; only user-defined symbols of the
+    model are recognized in text. That is sentencepiece's own rule.
 
     Attributes:
-        num_threads: that encode the texts of a batch; -1 stands for as many as there are cores.
+        num_threads: Number of threads that encode a batch; -1 means one per core.
 
     Raises:
-        DataError: it is no such file, or files beside it give tokens ids that it does not have.
+        DataError: The file is no such model, or files beside it define tokens with ids that it does not have.
     """
 
     def __init__(self, file: Path, new_tokens: NewTokens = NewTokens()) -> None:  # noqa: B008 (it is frozen)
@@ -127,7 +127,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.num_threads = -1
         vocab_size = processor.vocab_size()
         added = {processor.id_to_piece(piece): piece for piece in range(num_known, vocab_size)}
-        # sentencepiece says -1 where the model has no such token.
+        # sentencepiece returns -1 for a token that the model does not have.
         bos_id, eos_id = processor.bos_id(), processor.eos_id()
         eod_id = self.token_id(EOD_TOKEN)
         if eod_id is None and eos_id >= 0:
@@ -142,8 +142,8 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     @property
-    def rewrites_text(self) -> bool:
-        """Whether the model changes other characters than spaces, or their number, before it encodes."""
+    def normalizes_text(self) -> bool:
+        """True if the model changes characters other than spaces, or their number, before encoding."""
         codes = array("I", [*range(1, 0xD800), *range(0xE000, 0x110000)])  # all but surrogates
         every_character = codes.tobytes().decode(f"utf-32-{sys.byteorder[0]}e")  # ten times as fast as chr for each
         text = f"x  y{every_character} "
@@ -154,20 +154,20 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=threads)
 
     def token_id(self, token: str) -> int | None:
-        piece = self._processor.piece_to_id(token)  # that of the unknown token, where there is none
+        piece = self._processor.piece_to_id(token)  # the unknown token, if there is no such piece
         return piece if self._processor.id_to_piece(piece) == token else None
 
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(piece): piece for piece in range(self.vocab_size)}
 
     def control_tokens(self) -> list[str]:
-        """Those that text never becomes, such as ``</s>``."""
+        """Return the control tokens, such as ``</s>``, which text is never encoded to."""
         model = self._processor
         return [model.id_to_piece(piece) for piece in range(model.vocab_size()) if model.is_control(piece)]
 
     def special_tokens(self) -> list[str]:
         model = self._processor
-        # sentencepiece does not tell which symbols are user-defined; they have the score 0, as few others do.
+        # sentencepiece has no query for user-defined symbols; they have the score 0, as few others do.
         return [
             model.id_to_piece(piece)
             for piece in range(model.vocab_size())
@@ -182,16 +182,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def adds_bos(self) -> bool:
-        # The file itself does not say; to the models that are published with one, a text begins so.
-        told = json_object(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
-        return bool(told) and self.bos_id is not None
+        # The file has no such setting; prompts of models that are published with one begin with it.
+        setting = json_object(self.file.with_name("tokenizer_config.json")).get("add_bos_token", True)
+        return bool(setting) and self.bos_id is not None
 
 
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json``, with the names of its begin and end tokens from the files beside it.
 
-    Text that spells one of the file's added tokens, special ones included, becomes that token's id. That is the
-    tokenizers library's own rule: clean the text of such strings where they must not have that power.
+    Text that spells one of the file's added tokens, special or not, is encoded to that token. That is the tokenizers
+    library's own rule: remove such strings from the text if they must not have that effect.
     """
 
     def __init__(self, file: Path, new_tokens: NewTokens = NewTokens()) -> None:  # noqa: B008 (it is frozen)
@@ -201,7 +201,7 @@ class JsonTokenizer(Tokenizer):
         definition = file.read_bytes()
         try:
             tokenizer = tokenizers.Tokenizer.from_str(definition.decode())
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no other type
             raise DataError(f"{file}: cannot be read as a tokenizer: {error}") from error
         names = special_token_names(file.parent)
         known = tokenizer.get_vocab(with_added_tokens=True)
@@ -211,15 +211,15 @@ class JsonTokenizer(Tokenizer):
             has_padding = names.get("pad_token") in known
             extend_tokenizer_json(tokenizer, new_tokens, has_padding=has_padding)
             definition = tokenizer.to_str(pretty=True).encode()
-        # A file may ask for texts to be cut or filled to some length; a document is neither.
+        # A file may request truncation or padding, which documents must not get.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # It adds no token here, but may cut white space off what a token says of its place.
+        # The post-processor adds no token here, but may remove white space from the offsets of a token.
         self._post_processor, tokenizer.post_processor = tokenizer.post_processor, None
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True) if new_tokens else known
         added = sorted(vocabulary.keys() - known, key=vocabulary.__getitem__)
-        # The library counts entries where it should look for the largest id.
+        # The library takes the number of entries as the next id, instead of the largest id + 1.
         if added and vocabulary[added[0]] <= max(known.values()):
             raise DataError(
                 f"{file}: its ids have gaps, and the tokenizers library would put the new token {added[0]} in one, at "
@@ -241,10 +241,10 @@ class JsonTokenizer(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of each text, as :meth:`encode_batch` gives them, and which characters each token stands for.
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Encode texts like :meth:`encode_batch`; return ids and the characters of each token.
 
-        The latter are ``(start, stop)``, the same where a token stands for none.
+        The latter are ``(start, stop)``, equal for a token that stands for no character.
         """
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
@@ -274,16 +274,16 @@ class JsonTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tokenizer:  # noqa: B008 (it is frozen)
-    """The tokenizer in a file ``*.json`` or ``*.model``, or in a directory that has ``tokenizer`` with such an ending.
+    """Load the tokenizer in a file ``*.json`` or ``*.model``, or in a directory with ``tokenizer.json`` or ``.model``.
 
-    Where a directory has both, ``tokenizer.json`` defines: it is what the model's other users get from that directory,
-    and it alone has the tokens that were added after the SentencePiece model was trained. Where there is only
-    ``tokenizer.model``, it is used as it is and never converted, since a conversion may give other ids.
+    In a directory with both, ``tokenizer.json`` is used: other programs use it too, and it alone has the tokens that
+    were added after the SentencePiece model was trained. A lone ``tokenizer.model`` is used as it is and never
+    converted, since a conversion may produce other ids.
 
-    ``new_tokens`` are added in memory; the file stays as it is.
+    ``new_tokens`` are added in memory; the file is not changed.
 
     Raises:
-        DataError: there is no such file, it is not a tokenizer, or it is a ``tokenizer.model`` that lacks tokens which
+        DataError: There is no such file, it is not a tokenizer, or it is a ``tokenizer.model`` that lacks tokens which
             files beside it add.
     """
     path = Path(path)
@@ -304,10 +304,10 @@ def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tok
 
 
 def digest_of_tokens(vocabulary: Mapping[str, int], num_ids: int) -> str:
-    """A hexadecimal SHA-256 of which token each of the first ``num_ids`` ids stands for.
+    """Return the hexadecimal SHA-256 of the tokens of the first ``num_ids`` ids.
 
-    It is the same for every tokenizer in which these ids stand for the same tokens, whatever its other ids are, and
-    however it comes to them.
+    It is the same for all tokenizers in which these ids stand for the same tokens, whatever their other ids are and
+    however they encode.
     """
     tokens: list[str | None] = [None] * num_ids
     for token, number in vocabulary.items():
@@ -317,23 +317,26 @@ def digest_of_tokens(vocabulary: Mapping[str, int], num_ids: int) -> str:
 
 
 def special_token_names(directory: Path) -> dict[str, str]:
-    """The special tokens that the tokenizer in ``directory`` names: the text of ``bos_token``, ``eos_token`` and so on.
+    """Return the text of the special tokens of the tokenizer in ``directory``, by name (``bos_token``, ``eos_token``…).
 
-    They are in ``tokenizer_config.json`` or, of tokenizers whose configuration does not list the added tokens, as old
-    ones do not, in ``special_tokens_map.json`` first. That is the rule of transformers.
+    They stand in ``tokenizer_config.json``. If that does not list the added tokens, as old ones do not,
+    ``special_tokens_map.json`` has precedence. That is the rule of transformers.
     """
-    told = json_object(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" not in told:
-        told |= json_object(directory / "special_tokens_map.json")
-    texts = {name: token.get("content") if isinstance(token := told.get(name), dict) else token for name in _NAMED}
+    config = json_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= json_object(directory / "special_tokens_map.json")
+    texts = {
+        name: token.get("content") if isinstance(token := config.get(name), dict) else token
+        for name in _SPECIAL_TOKEN_NAMES
+    }
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file beside a tokenizer; nothing where there is no such file.
+    """Return the content of a JSON file beside a tokenizer, or an empty dictionary if there is no such file.
 
     Raises:
-        DataError: it is not JSON, or not an object.
+        DataError: The file is not JSON, or not an object.
     """
     if not path.is_file():
         return {}
@@ -347,13 +350,13 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def directory_beside(prefix: Path) -> Path:
-    """Where the tokenizer of a dataset is, if tokens were added to it."""
+    """Return the directory of the tokenizer of a dataset with new tokens."""
     require_name(prefix)
     return prefix.with_name(f"{prefix.name}-tokenizer")
 
 
 def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
-    """Whether the tokenizer is in ``directory``. Raises :class:`OutputError` when something else is."""
+    """Return whether the tokenizer is in ``directory``. Raises :class:`OutputError` if something else is."""
     with output_errors(directory):
         if not directory.exists():
             return False
@@ -367,12 +370,12 @@ def is_saved(tokenizer: Tokenizer, directory: Path) -> bool:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, files: StagedFiles) -> None:
-    """Write the tokenizer, with the tokens that were added, to ``directory``; what lies beside its file comes along.
+    """Write the tokenizer, with its new tokens, to ``directory``, and copy the files beside it that describe its use.
 
-    It appears together with ``files``.
+    The directory appears together with ``files``.
 
     Raises:
-        OutputError: the directory exists with another tokenizer, is being written by another process, or cannot be
+        OutputError: The directory exists with another tokenizer, is being written by another process, or cannot be
             written.
     """
     if is_saved(tokenizer, directory):
@@ -382,9 +385,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, files: StagedFiles) ->
     with output_errors(directory):
         staged.mkdir()
         (staged / _file_name(tokenizer)).write_bytes(tokenizer.definition)
-        for name in _BESIDE:
-            if (beside := tokenizer.file.with_name(name)).is_file():
-                shutil.copyfile(beside, staged / name)
+        for name in _COMPANION_FILES:
+            if (companion := tokenizer.file.with_name(name)).is_file():
+                shutil.copyfile(companion, staged / name)
 
 
 def _file_name(tokenizer: Tokenizer) -> str:
@@ -392,31 +395,31 @@ def _file_name(tokenizer: Tokenizer) -> str:
 
 
 def _refuse_tokens_beside(file: Path, num_known: int) -> None:
-    """Raises :class:`DataError` where a file beside a ``tokenizer.model`` has tokens that come after its own.
+    """Raise :class:`DataError` if a file beside a ``tokenizer.model`` adds tokens after its own.
 
-    Many fine-tuned models were published so. The model knows these tokens: without them its text gets other ids than
-    it was trained on, and tokens that are added here get theirs. Often such a file only repeats ``<s>`` and the like.
+    Many fine-tuned models are published like this. Without these tokens text would get other ids than in their
+    training, and new tokens would get the ids of these. Often such a file only repeats ``<s>`` and the like.
     """
     for name in ("added_tokens.json", "tokenizer_config.json"):
         beyond = {token: number for token, number in _added_by(file.with_name(name)).items() if number >= num_known}
         if not beyond:
             continue
-        there = file.with_name("tokenizer.json")
+        replacement = file.with_name("tokenizer.json")
         remedy = (
-            f"give {there} instead, which has them"
-            if there.is_file()
+            f"give {replacement} instead, which has them"
+            if replacement.is_file()
             else "give the model's tokenizer.json instead; where there is none, transformers makes one: "
             f"AutoTokenizer.from_pretrained({str(file.parent)!r}).save_pretrained(DIRECTORY)"
         )
         some = ", ".join(f"{token!r} ({number})" for token, number in list(beyond.items())[:3])
         raise DataError(
-            f"{file}: its {num_known} tokens are not all that the model has: {name} beside it adds "
+            f"{file}: its {num_known} tokens are not all tokens of the model: {name} beside it adds "
             f"{some}{' and others' if len(beyond) > 3 else ''}: {remedy}"
         )
 
 
 def _added_by(path: Path) -> dict[str, int]:
-    """The tokens, and their ids, of an ``added_tokens.json``, or the ``added_tokens_decoder`` of a configuration."""
+    """Return the tokens and ids of an ``added_tokens.json``, or of the ``added_tokens_decoder`` of a configuration."""
     content = json_object(path)
     try:
         if path.name != "added_tokens.json":

@@ -26,7 +26,7 @@ class ModelSection(Section):
     rope_scaling_factor: float | None = Field(
         None,
         ge=1,
-        description="For a longer context, divide the positions of the rotary embedding by this factor (linear "
+        description="Divide the positions of the rotary embedding by this factor, for a longer context (linear "
         "scaling). Default: the scaling of the checkpoint.",
     )
     rope_theta: float | None = Field(

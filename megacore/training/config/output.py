@@ -111,6 +111,6 @@ class LoggingSection(Section):
     )
     measure_peak: bool = Field(
         True,
-        description="At the start, time matrix products for a fraction of a second; the result is the reference for "
+        description="Measure matrix products for a fraction of a second at the start; the result is the reference for "
         "% of peak.",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,9 @@ class HuggingFaceFormat(CheckpointFormat):
 
     def recognises(self, directory: Path) -> bool:
         return (directory / CONFIG_FILE).is_file()
+
+    def weight_files(self, directory: Path) -> Iterable[Path]:
+        return directory.glob("*.safetensors")
 
     def open(self, directory: Path) -> HuggingFaceCheckpoint:
         return HuggingFaceCheckpoint(directory)

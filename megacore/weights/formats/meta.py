@@ -123,13 +123,13 @@ class MetaCheckpoint(PublishedCheckpoint):
 
     def _vocab_size(self) -> int:
         """Return ``vocab_size`` of ``params.json`` or, if that is absent or -1, the number of rows of the head."""
-        vocab_size = self._params.get("vocab_size")
-        if vocab_size not in (None, -1):
+        vocab_size: int | None = self._params.get("vocab_size")
+        if vocab_size is not None and vocab_size != -1:
             return vocab_size
         if HEAD not in self._shards[0]:
             raise CheckpointError(
                 f"{self.config_file} does not say the size of the vocabulary, and {self._paths[0].name} has no {HEAD} "
-                "with that many rows"
+                "to infer it from"
             )
         return sum(len(shard[HEAD]) if shard[HEAD].dim() else 0 for shard in self._shards)
 
@@ -172,6 +172,9 @@ class MetaFormat(CheckpointFormat):
 
     def recognises(self, directory: Path) -> bool:
         return (directory / PARAMS_FILE).is_file()
+
+    def weight_files(self, directory: Path) -> Iterable[Path]:
+        return directory.glob("consolidated.*.pth")
 
     def open(self, directory: Path) -> MetaCheckpoint:
         return MetaCheckpoint(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,6 +124,10 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def recognises(self, directory: Path) -> bool:
         """Return whether the names of the files in ``directory`` are those of this format."""
+
+    @abstractmethod
+    def weight_files(self, directory: Path) -> Iterable[Path]:
+        """Return the weight files of the checkpoint in ``directory``, found by their names and not opened."""
 
     @abstractmethod
     def open(self, directory: Path) -> PublishedCheckpoint:

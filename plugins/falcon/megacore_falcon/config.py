@@ -10,7 +10,7 @@ from megacore.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class FalconConfig(ModelConfig):
-    """A Falcon of any generation.
+    """The configuration of a Falcon of any generation.
 
     Attributes:
         new_decoder_architecture: True for Falcon 40B and later, which have grouped key-value heads.

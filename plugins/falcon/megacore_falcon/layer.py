@@ -1,4 +1,4 @@
-"""The Falcon layer, in the three forms that its generations have."""
+"""The Falcon layer in the three forms of its generations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megacore_falcon.config import FalconConfig
 
 
 class FalconLayer(nn.Module):
-    """Attention and MLP::
+    """One of three arrangements of attention and MLP::
 
     parallel, two norms        parallel, one norm         sequential
     (40B, 180B)                (7B, 11B)                  (RW 1B, RW 7B)
@@ -45,6 +45,9 @@ class FalconLayer(nn.Module):
         attended = self.self_attention(normed, positions)
         if self.is_parallel:
             transformed = self.mlp(normed if self.shares_norm else self.pre_mlp_layernorm(hidden))
-            return hidden + self.post_mlp_dropout(attended + transformed, positions.sample_ids)
-        hidden = hidden + self.post_attention_dropout(attended, positions.sample_ids)
-        return hidden + self.post_mlp_dropout(self.mlp(self.pre_mlp_layernorm(hidden)), positions.sample_ids)
+            transformed = attended + transformed
+        else:
+            hidden = hidden + self.post_attention_dropout(attended, positions.sample_ids)
+            transformed = self.mlp(self.pre_mlp_layernorm(hidden))
+        residual: Tensor = self.post_mlp_dropout(transformed, positions.sample_ids)
+        return hidden + residual

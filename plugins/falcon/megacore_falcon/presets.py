@@ -78,4 +78,4 @@ HUB = {
     "40": "tiiuae/falcon-40b",
     "180": "tiiuae/falcon-180B",  # gated
 }
-"""Where on the hub each size is."""
+"""The repository of each size on the hub."""

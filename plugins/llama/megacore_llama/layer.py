@@ -10,7 +10,7 @@ from megacore.parallel import ParallelContext
 
 
 class LlamaLayer(nn.Module):
-    """Attention and MLP one after the other, each behind its norm and beside its residual."""
+    """Sequential attention and MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -25,4 +25,5 @@ class LlamaLayer(nn.Module):
         attended = self.self_attention(self.input_layernorm(hidden), positions)
         hidden = hidden + self.post_attention_dropout(attended, positions.sample_ids)
         transformed = self.mlp(self.pre_mlp_layernorm(hidden))
-        return hidden + self.post_mlp_dropout(transformed, positions.sample_ids)
+        residual: Tensor = self.post_mlp_dropout(transformed, positions.sample_ids)
+        return hidden + residual

@@ -10,9 +10,9 @@ from megacore.parallel import ParallelContext
 
 
 class Llama2Layer(nn.Module):
-    """Attention and MLP one after the other, each behind its norm and beside its residual.
+    """Sequential attention and MLP, each with a norm before it and a residual around it.
 
-    The larger sizes share a key-value head among several query heads, which is the attention's business.
+    In the larger sizes several query heads share a key-value head, which the attention handles.
     """
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
@@ -28,4 +28,5 @@ class Llama2Layer(nn.Module):
         attended = self.self_attention(self.input_layernorm(hidden), positions)
         hidden = hidden + self.post_attention_dropout(attended, positions.sample_ids)
         transformed = self.mlp(self.pre_mlp_layernorm(hidden))
-        return hidden + self.post_mlp_dropout(transformed, positions.sample_ids)
+        residual: Tensor = self.post_mlp_dropout(transformed, positions.sample_ids)
+        return hidden + residual

@@ -31,7 +31,7 @@ LLAMA2 = {
 }
 
 CODELLAMA = {
-    # The base and instruct models; those specialised in Python, which fill in no gaps, have a vocabulary of 32000.
+    # The base and instruct models. The Python models have no infilling, and a vocabulary of 32000.
     "7": _codellama(layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, vocab=32016),
     "13": _codellama(layers=40, hidden=5120, ffn=13824, heads=40, kv_heads=40, vocab=32016),
     "34": _codellama(layers=48, hidden=8192, ffn=22016, heads=64, kv_heads=8, vocab=32000),
@@ -40,4 +40,4 @@ CODELLAMA = {
 
 LLAMA2_HUB = {size: f"meta-llama/Llama-2-{size}b-hf" for size in LLAMA2}
 CODELLAMA_HUB = {size: f"codellama/CodeLlama-{size}b-hf" for size in CODELLAMA}
-"""Where on the hub each size is, in the Hugging Face format; those of Llama 2 ask to accept Meta's licence first."""
+"""The repository of each size on the hub, in the Hugging Face format; Llama 2 requires accepting Meta's licence."""

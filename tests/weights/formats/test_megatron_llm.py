@@ -161,7 +161,7 @@ def test_what_is_assumed_and_what_is_left_behind_is_said_and_recorded(published,
 
     assert result.exit_code == 0
     notes = [
-        "all 100 rows of the vocabulary are kept, since the checkpoint does not say whether the last are padding; if "
+        "all 100 rows of the vocabulary are kept, since the checkpoint does not say whether the last are padding. If "
         "they are, give the true number with --true-vocab-size",
         "the checkpoint does not record its rotary layout; interleaved pairs are assumed. If it was "
         "converted at commit 332cf3c of its system or earlier, run `megacore permute-qkv` on it first",
@@ -577,7 +577,7 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(published, 
     again = refusal("permute-qkv", "--input-dir", meg, "--output-dir", tmp_path / "new", "--layout", "halves",
                     exit_code=2)  # fmt: skip
 
-    assert f"{path} names posix.system, which a file of weights has no need of" in said
+    assert f"{path} names posix.system, which a file of weights does not need" in said
     assert "posix.system" in again
     assert not (tmp_path / "executed").exists()
 

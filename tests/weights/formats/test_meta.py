@@ -812,8 +812,8 @@ main()
 
     assert done.returncode == 2
     assert re.fullmatch(
-        rf"Error: the reference {files.directory} is in Meta's format and is to be computed by Meta's own "
-        r"implementation, which is not installed \(.*\): pip install 'megacore-llama\[meta\]'\. Or name the same model "
+        rf"Error: the reference {files.directory} is in Meta's format, which needs Meta's own implementation, "
+        r"but that is not installed \(.*\): pip install 'megacore-llama\[meta\]'\. Or give the same model "
         r"in the Hugging Face format as the reference\n",
         done.stderr,
     )

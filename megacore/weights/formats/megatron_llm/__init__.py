@@ -12,8 +12,8 @@ Each file holds ``args`` (an ``argparse.Namespace``), ``checkpoint_version``, ``
 training, also the state of the optimizer, of the learning rate and of random numbers, which only that run can use.
 
 Tensor names have two spellings, of converted and of trained files. The weight maps use the second, with the
-ranks' parts merged and layers numbered through the whole model. Start with ``rank_files``; ``reading`` and ``writing``
-use it.
+ranks' parts merged and layers numbered through the whole model.
+Start with ``rank_files``, which ``reading`` and ``writing`` use.
 """
 
 from megacore.weights.formats.megatron_llm.writing import MegatronLlmFormat

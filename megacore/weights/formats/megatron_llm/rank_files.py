@@ -116,7 +116,7 @@ class RankFiles:
             CheckpointError: if one is missing, or contains a class that is not allowed.
             CorruptCheckpointError: if one is damaged, or they are not of one checkpoint.
         """
-        folder = _tracked(directory)
+        folder = tracked_directory(directory)
         found = {
             (int(match[1]), int(match[2] or 0)): rank / name
             for rank in sorted(folder.iterdir())
@@ -161,10 +161,11 @@ class RankFiles:
     @property
     def rotary_layout(self) -> str | None:
         """The recorded layout of rotary pairs; ``None`` if megacore did not write the files."""
-        return self.documents[0][0].get(RECORD, {}).get("rotary_layout")
+        layout: str | None = self.documents[0][0].get(RECORD, {}).get("rotary_layout")
+        return layout
 
 
-def _tracked(directory: Path) -> Path:
+def tracked_directory(directory: Path) -> Path:
     """Return the directory of ranks that the tracker names."""
     tracker = directory / TRACKER
     if not tracker.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megacore.atomic_output import require_space, staged_directory
+from megacore.checkpoint.manifest import TOKENIZER_FILES
 from megacore.checkpoint.matrix import RowsOf, as_matrix
 from megacore.checkpoint.safetensors_file import OutputTensor
 from megacore.checkpoint.torch_file import output_tensor, write_torch_file
@@ -25,7 +26,6 @@ from megacore.weights.formats.megatron_llm.rank_files import (
     trained_spelling,
 )
 from megacore.weights.formats.megatron_llm.reading import interleaved_from_halves
-from megacore.weights.formats.published import TOKENIZER_FILES
 
 
 def permute_qkv(

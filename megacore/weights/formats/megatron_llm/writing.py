@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megacore.weights.formats.megatron_llm.rank_files import (
     TRACKER,
     WEIGHTS,
     cut_of,
+    tracked_directory,
 )
 from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
 from megacore.weights.formats.published import CheckpointFormat, Publication
@@ -39,6 +40,9 @@ class MegatronLlmFormat(CheckpointFormat):
 
     def recognises(self, directory: Path) -> bool:
         return (directory / TRACKER).is_file()
+
+    def weight_files(self, directory: Path) -> Iterable[Path]:
+        return tracked_directory(directory).glob("mp_rank_*/*.pt")
 
     def open(self, directory: Path) -> MegatronLlmCheckpoint:
         return MegatronLlmCheckpoint(directory)
