@@ -17,6 +17,7 @@ another one failed, and the store does not notice that a client has died.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -112,7 +113,11 @@ def join_nodes(
         joined.start(own, wait)
         yield joined
     except BaseException as error:
-        joined.settle(_failure_of(error, nodes))  # changes nothing where the failure is settled already
+        reason = error.sigval.name if isinstance(error, SignalException) else repr(error)
+        failure = Failure("WorkerError", f"node {nodes.rank} was stopped by {reason}")
+        if isinstance(error, MegacoreError):
+            failure = Failure(type(error).__name__, str(error))
+        joined.settle(failure)  # changes nothing where the failure is settled already
         raise
     finally:
         joined.close()
@@ -132,13 +137,14 @@ class JoinedNodes:
         self.endpoint = ""
         self.failure_elsewhere: Failure | None = None
         self._failure: Failure | None = None
-        self._nodes = nodes
-        self._missing = self._others = [rank for rank in range(nodes.count) if rank != nodes.rank]
-        self._is_started = False
+        self._rank = nodes.rank
+        self._address = nodes.address
+        self._others = [rank for rank in range(nodes.count) if rank != nodes.rank]
+        self._silent = self._others  # without a heartbeat; only node 0 listens for those
         self._tcp_store = store
         self._store = PrefixStore(run_id, store)
         self._lock = threading.Lock()
-        self._runs_ranks = False
+        self._runs_ranks = self._is_started = False
         self._is_settled, self._is_over = threading.Event(), threading.Event()
         self._last_contact = time.monotonic()
         self._threads: list[threading.Thread] = []
@@ -165,8 +171,8 @@ class JoinedNodes:
             self._is_settled.wait(_CAUSE_TIMEOUT)
         if self._failure is None:
             with suppress(RuntimeError):  # the store is gone
-                self._learn(*_publish(self._store, failure, self._nodes.rank))
-            self._learn(failure, self._nodes.rank)
+                self._learn(*_publish(self._store, failure, self._rank))
+            self._learn(failure, self._rank)
         assert self._failure is not None
         return self._failure
 
@@ -177,19 +183,18 @@ class JoinedNodes:
             ConfigError: When another command has the rank.
         """
         own = json.dumps({"command": uuid.uuid4().hex, "settings": settings, "address": address})
-        key, heartbeat, done = (f"{name}/{self._nodes.rank}" for name in ("node", "alive", "done"))
+        key, heartbeat = f"node/{self._rank}", f"alive/{self._rank}"
         holder = self._store.compare_set(key, "", own).decode()
         if holder != own:
             beats = self._store.add(heartbeat, 0)
             time.sleep(4 * _POLL_INTERVAL)
-            if self._store.check([done]):
+            if self._store.check([f"done/{self._rank}"]):
                 return False
             is_alive = self._store.add(heartbeat, 0) != beats or self._store.check([_STARTED])
             if is_alive or self._store.compare_set(key, holder, own).decode() != own:
-                raise ConfigError(f"another command has --node-rank {self._nodes.rank} already")
-        if self._others:
-            tasks = [self._poll_store] if self._nodes.rank == 0 else [self._poll_store, self._watch_contact]
-            self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
+                raise ConfigError(f"another command has --node-rank {self._rank} already")
+        tasks = [self._poll_store] if self._rank == 0 else [self._poll_store, self._watch_contact]
+        self._threads = [threading.Thread(target=task, daemon=True) for task in tasks if self._others]
         for thread in self._threads:
             thread.start()
         return True
@@ -201,25 +206,24 @@ class JoinedNodes:
             ConfigError: When the settings differ.
             WorkerError: When a node does not come in time.
         """
-        rank, address, port = self._nodes.rank, self._nodes.address, self._tcp_store.port
-        if rank > 0:
-            _require_equal(_record(self._store, 0)["settings"], settings, rank)
-        while not self._is_started:
+        address, port = self._address, self._tcp_store.port
+        if self._rank > 0:
+            _require_equal(_record(self._store, 0)["settings"], settings, self._rank)
+        while self._silent if self._rank == 0 else not self._is_started:
             if self.failure_elsewhere is not None:
                 raise self.failure_elsewhere.error()
-            if rank == 0 and not self._missing:
-                for node in self._others:
-                    _require_equal(settings, _record(self._store, node)["settings"], node)
-                self._store.set(_STARTED, "")
-                break
-            missing = self._missing or [0]
-            absent = f"node {missing[0]}" if len(missing) == 1 else f"nodes {', '.join(map(str, missing))}"
+            missing = ", ".join(map(str, self._silent))
+            absent = f"node{'s' * (len(self._silent) > 1)} {missing}" if self._rank == 0 else "the other nodes"
             wait.pause(
-                f"node {rank} waits for {absent}, for {{:.0f}} seconds more at most",
+                f"node {self._rank} waits for {absent}, for {{:.0f}} seconds more at most",
                 error=f"{absent} did not come to {address}:{port} in time",
             )
-        if rank == 0 and self._others:  # here its own name may stand for 127.0.1.1, which is not where others reach it
-            address = _record(self._store, 1)["address"]
+        if self._rank == 0 and self._others:
+            for node in self._others:
+                _require_equal(settings, _record(self._store, node)["settings"], node)
+            self._store.set(_STARTED, "")
+            self._is_started = True
+            address = _record(self._store, 1)["address"]  # its own name may well stand for 127.0.1.1 here
         self.endpoint = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
     def close(self) -> None:
@@ -227,48 +231,38 @@ class JoinedNodes:
         self._is_over.set()
         for thread in self._threads:
             thread.join(4 * _POLL_INTERVAL)
-        is_node_0_gone = self._failure == _gone(0)
         with suppress(RuntimeError):
-            if self._nodes.rank > 0 and not is_node_0_gone:
-                self._store.set(f"done/{self._nodes.rank}", "")
-            if self._nodes.rank == 0:
+            if self._rank > 0 and self._failure != _gone(0):
+                self._store.set(f"done/{self._rank}", "")
+            if self._rank == 0:
                 self._tcp_store.delete_key(_RUN)  # a later run of this process may find the same store at the port
+                busy = [f"done/{node}" for node in self._others if node not in self._silent]
                 deadline = time.monotonic() + _CLOSE_TIMEOUT
-                while self._busy_nodes() and time.monotonic() < deadline:
+                while busy and not self._store.check(busy) and time.monotonic() < deadline:
                     time.sleep(_POLL_INTERVAL / 10)
 
-    def _busy_nodes(self) -> list[int]:
-        """Return the nodes that came and still need the store."""
-        return [
-            node
-            for node in self._others
-            if self._store.check([f"node/{node}"])
-            and not self._store.check([f"done/{node}"])
-            and self._failure != _gone(node)
-        ]
-
     def _poll_store(self) -> None:
-        """Keep up the heartbeat of this node; look for the other nodes, and for their failures."""
-        rank = self._nodes.rank
-        last_beats: dict[int, tuple[int, float]] = {}
+        """Keep up the heartbeat of this node; look for the other nodes, and for failures.
+
+        This has a client of its own, since one client serves one call at a time.
+        """
+        beats = dict.fromkeys(self._others, (0, -math.inf))
         try:
-            store = PrefixStore(self.run_id, self._tcp_store.clone())  # type: ignore[attr-defined]  # a client serves one call at a time
+            store = PrefixStore(self.run_id, self._tcp_store.clone())  # type: ignore[attr-defined]
             while not self._is_over.wait(_POLL_INTERVAL):
-                store.add(f"alive/{rank}", 1)
+                store.add(f"alive/{self._rank}", 1)
                 self._last_contact = now = time.monotonic()
-                if not self._is_started:
-                    self._missing = [node for node in self._others if not store.check([f"node/{node}"])]
+                if self._rank == 0:
+                    counts = {node: store.add(f"alive/{node}", 0) for node in self._others}
+                    beats |= {node: (count, now) for node, count in counts.items() if count != beats[node][0]}
+                    self._silent = [node for node in self._others if now - beats[node][1] > _HEARTBEAT_TIMEOUT]
+                    if self._is_started and self._silent and not store.check([f"done/{self._silent[0]}"]):
+                        _publish(store, _gone(self._silent[0]), self._silent[0])
+                else:
                     self._is_started = store.check([_STARTED])
-                elif rank == 0:
-                    for node in self._others:
-                        beats = store.add(f"alive/{node}", 0)
-                        if node not in last_beats or last_beats[node][0] != beats:
-                            last_beats[node] = beats, now
-                        elif now - last_beats[node][1] > _HEARTBEAT_TIMEOUT and not store.check([f"done/{node}"]):
-                            _publish(store, _gone(node), node)
                 if store.check([_FAILURE]):
                     self._learn(*_parse_failure(store.get(_FAILURE)))
-                    store.set(f"done/{rank}", "")
+                    store.set(f"done/{self._rank}", "")
                     return
         except RuntimeError:  # the store is gone
             self._learn(_gone(0), 0)
@@ -284,7 +278,7 @@ class JoinedNodes:
         with self._lock:
             if self._failure is None:
                 self._failure = failure
-                self.failure_elsewhere = None if node == self._nodes.rank else failure
+                self.failure_elsewhere = None if node == self._rank else failure
                 if self.failure_elsewhere is not None and self._runs_ranks:  # while torch's launcher handles signals
                     os.kill(os.getpid(), signal.SIGHUP)
         self._is_settled.set()
@@ -307,6 +301,14 @@ class _Wait:
             self._on_note(note.format(self._deadline - now))
             self._next_note_at = now + _NOTE_INTERVAL
         time.sleep(_POLL_INTERVAL / 5)
+
+    def for_node_0(self, nodes: Nodes, reason: str) -> None:
+        """Pause, where node 0 does not answer for that reason."""
+        place = f"{nodes.address}:{nodes.port}"
+        self.pause(
+            f"node 0 does not answer at {place} yet ({reason}); node {nodes.rank} tries again for {{:.0f}} seconds",
+            error=f"node 0 did not answer at {place} in time: {reason}",
+        )
 
 
 def _serve(nodes: Nodes, settings: Mapping[str, Any], timeout: timedelta) -> JoinedNodes:
@@ -344,7 +346,7 @@ def _join(nodes: Nodes, settings: Mapping[str, Any], wait: _Wait) -> JoinedNodes
                     _require_equal(first, settings, nodes.rank)
                 if joined.claim_rank(settings, address):
                     return joined
-        _pause_for_node_0(nodes, wait, "it serves no run")
+        wait.for_node_0(nodes, "it serves no run")
 
 
 def _connect(nodes: Nodes, wait: _Wait) -> tuple[str, TCPStore]:
@@ -360,15 +362,7 @@ def _connect(nodes: Nodes, wait: _Wait) -> tuple[str, TCPStore]:
         except socket.gaierror as error:
             raise ConfigError(f"the address of node 0, {nodes.address}, is not known: {error.strerror}") from error
         except (OSError, RuntimeError) as error:
-            _pause_for_node_0(nodes, wait, getattr(error, "strerror", None) or str(error))
-
-
-def _pause_for_node_0(nodes: Nodes, wait: _Wait, reason: str) -> None:
-    wait.pause(
-        f"node 0 does not answer at {nodes.address}:{nodes.port} yet ({reason}); node {nodes.rank} tries again for "
-        "{:.0f} seconds",
-        error=f"node 0 did not answer at {nodes.address}:{nodes.port} in time: {reason}",
-    )
+            wait.for_node_0(nodes, str(error))
 
 
 def _record(store: Store, rank: int) -> dict[str, Any]:
@@ -400,11 +394,3 @@ def _parse_failure(published: bytes) -> tuple[Failure, int]:
 
 def _gone(node: int) -> Failure:
     return Failure("WorkerError", f"node {node} is gone: its command was killed")
-
-
-def _failure_of(error: BaseException, nodes: Nodes) -> Failure:
-    """Return the failure that an error in the command itself is for the other nodes."""
-    if isinstance(error, MegacoreError):
-        return Failure(type(error).__name__, str(error))
-    reason = error.sigval.name if isinstance(error, SignalException) else repr(error)
-    return Failure("WorkerError", f"node {nodes.rank} was stopped by {reason}")

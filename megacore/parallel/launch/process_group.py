@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import struct
@@ -20,6 +21,9 @@ from megacore.parallel.launch.restarts import join_round
 
 _OTHER_MACHINE = "192.0.2.1"
 """An address reserved for documentation (RFC 5737): the route to it is the one to any other machine."""
+
+_GROUP_NUMBERS = itertools.count()
+"""Numbers of the groups that this process forms one after another."""
 
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
@@ -51,10 +55,9 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
-        joined = join_round(timeout or default_pg_timeout)
-        dist.init_process_group(
-            backend, store=joined.group_store(), rank=joined.rank, world_size=joined.world_size, timeout=timeout
-        )
+        store, rank, world_size, _ = join_round(timeout or default_pg_timeout)
+        store = dist.PrefixStore(f"group {next(_GROUP_NUMBERS)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:

@@ -8,13 +8,11 @@ that no other round has.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -25,32 +23,8 @@ _MAX_POLL_INTERVAL = 0.25
 """Seconds between two looks into the store."""
 
 
-@dataclass(frozen=True)
-class Round:
-    """The round of this process.
-
-    Attributes:
-        store: torchrun's store.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        name: A name that no other round has.
-        is_restart: True if torchrun has started processes in an earlier round.
-    """
-
-    store: dist.Store
-    rank: int
-    world_size: int
-    name: str
-    is_restart: bool
-    _group_numbers: itertools.count[int] = field(default_factory=itertools.count)
-
-    def group_store(self) -> dist.Store:
-        """Return a store for the next process group. All processes must ask for it."""
-        return dist.PrefixStore(f"{self.name}/{next(self._group_numbers)}", self.store)
-
-
-_joined: list[Round] = []
-"""The round of this process, once it has joined it."""
+_joined: list[tuple[dist.Store, int, int, bool]] = []
+"""The result of :func:`join_round`, once there is one."""
 
 
 def was_restarted(timeout: timedelta) -> bool:
@@ -62,11 +36,14 @@ def was_restarted(timeout: timedelta) -> bool:
     Raises:
         WorkerError: When a process does not join in time.
     """
-    return dist.is_torchelastic_launched() and join_round(timeout).is_restart
+    return dist.is_torchelastic_launched() and join_round(timeout)[-1]
 
 
-def join_round(timeout: timedelta) -> Round:
+def join_round(timeout: timedelta) -> tuple[dist.Store, int, int, bool]:
     """Wait for the other processes of this round, the first time.
+
+    Returns:
+        A store that no other round uses, the rank of this process, their number, and whether this is a restart.
 
     Raises:
         WorkerError: When a process does not join in time.
@@ -81,7 +58,8 @@ def join_round(timeout: timedelta) -> Round:
             first = store.compare_set("first round", "", name).decode()  # an empty string stands for no value
             is_restart = is_restart or first != name
         words = exchange([name, is_restart], store, rank, world_size, timeout=timeout)
-        _joined.append(Round(store, rank, world_size, words[0][0], any(restart for _, restart in words)))
+        is_restart = any(restarted for _, restarted in words)
+        _joined.append((dist.PrefixStore(words[0][0], store), rank, world_size, is_restart))
     return _joined[0]
 
 
