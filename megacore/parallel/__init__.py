@@ -1,14 +1,17 @@
-"""The parallel runtime: where a process stands, how parameters are cut, and the layers that compute on the parts."""
+"""The parallel runtime: processes on a mesh, parameters cut over them, and layers that compute on the parts.
 
-from megacore.parallel.context import ParallelContext, local_device, process_group
+Start with ``context`` (the place of a process) and ``sizes``, then ``tensor``, ``pipeline`` and ``data_parallel`` for
+the kinds of parallelism, and ``launch`` for how the processes start.
+"""
+
+from megacore.parallel.context import ParallelContext, any_rank, broadcast_object
 from megacore.parallel.data_parallel import GradientBuckets, gather_parameter, local_boxes, shard
 from megacore.parallel.gradients import local_gradients, local_square_norm, scale_gradients
-from megacore.parallel.launch.failures import attribute, is_lost_connection
+from megacore.parallel.launch.failures import is_lost_connection, set_failed_rank
 from megacore.parallel.launch.launcher import is_first_process, launched_environment, run_on_ranks
 from megacore.parallel.launch.nodes import ONE_NODE, Nodes
-from megacore.parallel.launch.rounds import was_restarted
-from megacore.parallel.launch.stopping import StopRequest, exit_process, stop_requests
-from megacore.parallel.object_collectives import any_rank, broadcast_object
+from megacore.parallel.launch.process_group import exit_process, local_device, process_group
+from megacore.parallel.launch.restarts import was_restarted
 from megacore.parallel.pipeline.forward_only import run_forward
 from megacore.parallel.pipeline.schedule import SCHEDULES, Pipeline, check_schedule, local_stages, stage_owners
 from megacore.parallel.pipeline.stages import Stage, balanced_stages, stages_from_counts
@@ -38,6 +41,7 @@ from megacore.parallel.tensor.sharding import (
     describe_imbalance,
     join_parts,
 )
+from megacore.signals import StopRequest, stop_requests
 
 __all__ = [
     "ONE_NODE",
@@ -59,7 +63,6 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "any_rank",
-    "attribute",
     "balanced_stages",
     "broadcast_object",
     "check_schedule",
@@ -86,6 +89,7 @@ __all__ = [
     "run_forward",
     "run_on_ranks",
     "scale_gradients",
+    "set_failed_rank",
     "shard",
     "stage_owners",
     "stages_from_counts",

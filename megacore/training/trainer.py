@@ -190,7 +190,7 @@ class Trainer:
 
         From here on, signals are requests to stop. An evaluation that was interrupted is repeated.
         """
-        self._stop = listeners.enter_context(stop_requests(told=self._is_first))
+        self._stop = listeners.enter_context(stop_requests(acknowledge=self._is_first))
         is_resumed = self._resolved.start.is_resumed
         if is_resumed:
             self.checkpoints.restore()

@@ -277,7 +277,7 @@ def test_a_rank_of_torchrun_that_hangs_is_named_by_the_others(place, tmp_path):
     _, errors = process.communicate(timeout=BOUND)
 
     for rank in (0, 2):
-        assert f"Error on rank {rank}: rank {rank} waited in vain for rank 1, which hangs or is gone:" in errors
+        assert f"Error on rank {rank}: rank {rank} timed out waiting for rank 1, which hangs or is gone:" in errors
 
 
 def is_rank(pid: int) -> bool:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext, attribute, local_boxes, local_tensor
+from megacore.parallel import ParallelContext, local_boxes, local_tensor, set_failed_rank
 from megacore.training.checkpointing.storage import (
     PlacedLoadPlanner,
     PlacedSavePlanner,
@@ -130,7 +130,7 @@ def _cause(failed: CheckpointException) -> BaseException:
     """Return the error of the first rank that failed."""
     rank = min(failed.failures)
     error, _ = failed.failures[rank]
-    attribute(error, rank)
+    set_failed_rank(error, rank)
     return error
 
 
