@@ -131,7 +131,8 @@ class ParallelContext:
 
     def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
         """Create a group of these ``ranks`` of all processes; those, and no others, must ask for it."""
-        return dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        group: dist.ProcessGroup = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        return group
 
     def _coordinate(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)

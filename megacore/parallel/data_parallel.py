@@ -35,7 +35,9 @@ class GradientBuckets:
             bucket = _Bucket(parameters_of_bucket)
             self._buckets.append(bucket)
             for parameter in parameters_of_bucket:
-                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._count(bucket))
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda _, bucket=bucket: self._count(bucket)
+                )
         self._num_backwards: int | None = None
 
     def zero(self) -> None:
@@ -79,7 +81,8 @@ class _Bucket:
         self.num_added = 0
         self.work: dist.Work | None = None
         self.buffer = locals_[0].new_zeros(sum(local.numel() for local in locals_))
-        for parameter, view in zip(parameters, self.buffer.split([x.numel() for x in locals_]), strict=True):
+        views = torch.split(self.buffer, [local.numel() for local in locals_])
+        for parameter, view in zip(parameters, views, strict=True):
             parameter.grad = _view_like_parameter(view, parameter)
 
 

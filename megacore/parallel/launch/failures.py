@@ -73,7 +73,7 @@ class _Report:
 
 
 class _ReportingErrorHandler(ErrorHandler):
-    """Writes torch's error file with the fields of :class:`_Report`, and so that it is never seen half-written."""
+    """Writes torch's error file with the fields of :class:`_Report`, and never leaves it half-written."""
 
     def record_exception(self, error: BaseException) -> None:
         rank = int(os.environ["RANK"])
@@ -89,13 +89,8 @@ class _ReportingErrorHandler(ErrorHandler):
             traceback=traceback.format_exc(),
         )
         required = {"py_callstack": report.traceback, "timestamp": str(report.time_ns // 10**9)}
-        file = own_error_file()
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(
-            json.dumps({"message": {"message": report.message, "extraInfo": required | {"megacore": asdict(report)}}}),
-            encoding="utf-8",
-        )
-        unfinished.rename(file)
+        message = {"message": report.message, "extraInfo": required | {"megacore": asdict(report)}}
+        _write_whole(own_error_file(), json.dumps({"message": message}))
 
 
 @contextmanager
@@ -106,9 +101,7 @@ def recording_errors() -> Iterator[None]:
     the cause. A killed rank writes none, and its peers fail at once, so these stay alive for :data:`_ECHO_DELAY`.
     """
     file = own_error_file()
-    unfinished = file.with_name("started.unfinished")
-    unfinished.write_text(str(os.getpid()), encoding="utf-8")
-    unfinished.rename(file.with_name(f"started-{os.environ['RANK']}"))
+    _write_whole(file.with_name(f"started-{os.environ['RANK']}"), str(os.getpid()))
     try:
         yield
     except Exception as error:
@@ -117,6 +110,12 @@ def recording_errors() -> Iterator[None]:
             if not isinstance(error, MegacoreError):
                 time.sleep(_ECHO_DELAY)
         raise
+
+
+def _write_whole(file: Path, text: str) -> None:
+    unfinished = file.with_name("unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(file)
 
 
 def own_error_file() -> Path:
@@ -133,11 +132,7 @@ def has_failed_rank() -> bool:
 def find_cause(rank: int, ended: ProcessFailure, directory: Path, *, where: str = "") -> Failure:
     """Return why the ranks of this node failed, where ``rank`` was the first whose process ended.
 
-    Args:
-        rank: The first rank whose process ended.
-        ended: What torch's launcher knows of it.
-        directory: The launcher's directory of logs.
-        where: Text that follows the number of a rank in the message.
+    ``directory`` is that of the launcher's logs. ``where`` follows the number of a rank in the message.
     """
     reports = _reports(directory)
     started = started_ranks(directory)

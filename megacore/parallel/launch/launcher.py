@@ -12,20 +12,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megacore.errors import ConfigError, LayoutError
-from megacore.parallel.context import ParallelContext
+from megacore.parallel.context import ParallelContext, broadcast_object
 from megacore.parallel.launch.failures import (
     find_cause,
     has_cause,
@@ -82,7 +81,7 @@ def run_on_ranks(
     """
     if launched := launched_environment(nodes):
         os.environ.update(launched)
-        return _on_this_rank(_on_joined_rank, (function, arguments), sizes, timeout)
+        return _on_this_rank(function, arguments, sizes, timeout, report_unresponsive_ranks)
     if sizes.world == nodes.count == 1:
         return function(ParallelContext.single(local_device()), *arguments)
     ranks_here, left_over = divmod(sizes.world, nodes.count)
@@ -152,29 +151,21 @@ def is_first_process(nodes: Nodes = ONE_NODE) -> bool:
 
 
 def _on_this_rank(
-    function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    sizes: ParallelSizes,
+    timeout: timedelta,
+    reporting_errors: Callable[[ParallelContext], AbstractContextManager[None]],
 ) -> Any:
+    """Return on every rank what ``function`` returns on rank 0; errors are reported before a rank leaves the group."""
     device = local_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     with process_group(device, timeout=timeout):
         parallel = ParallelContext.of_world(sizes, device=device, timeout=timeout)
-        return function(parallel, *arguments)
-
-
-def _broadcast_result(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Return on every rank what ``function`` returns on rank 0."""
-    result = [function(parallel, *arguments)]
-    if parallel.mesh is not None:
-        dist.broadcast_object_list(result, src=0)
-    return result[0]
-
-
-def _on_joined_rank(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Do the work in a process that torchrun or srun has started."""
-    with report_unresponsive_ranks(parallel):
-        return _broadcast_result(parallel, function, arguments)
+        with reporting_errors(parallel):
+            return broadcast_object(function(parallel, *arguments), parallel)
 
 
 def _on_started_rank(
@@ -190,20 +181,13 @@ def _on_started_rank(
     try:
         with recording_errors():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            result = _on_this_rank(_recording_errors_in_group, (function, arguments), sizes, timeout)
+            result = _on_this_rank(function, arguments, sizes, timeout, lambda parallel: recording_errors())
     except (Exception, SystemExit) as error:
         # torch would overwrite the error file; and what a logger has registered for the exit, such as to wait for a
         # network, is not to keep the other ranks waiting.
         exit_process(int(error.code or 0) if isinstance(error, SystemExit) else 1)
     atexit.register(exit_process, 0)
     return result
-
-
-def _recording_errors_in_group(
-    parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> Any:
-    with recording_errors():  # before this rank leaves the group
-        return _broadcast_result(parallel, function, arguments)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.utils.distributed import get_socket_with_port
 
@@ -41,13 +42,10 @@ _POLL_INTERVAL = 0.5
 """Seconds between two looks into the store, and between two heartbeats."""
 
 _HEARTBEAT_TIMEOUT = 30.0
-"""Seconds without a heartbeat after which a node is gone."""
+"""Seconds after which a node without a heartbeat, or a store that does not answer, is gone."""
 
 _CAUSE_TIMEOUT = 40.0
 """Seconds to wait for another node to report the cause: its agent first gives its other ranks 30 s to end."""
-
-_CONNECT_TIMEOUT = 30.0
-"""Seconds for one attempt to connect."""
 
 _CLOSE_TIMEOUT = 10.0
 """Seconds that node 0 serves the store for nodes that are not done yet."""
@@ -356,9 +354,9 @@ def _connect(nodes: Nodes, wait: _Wait) -> tuple[str, TCPStore]:
     """
     while True:
         try:
-            with socket.create_connection((nodes.address, nodes.port), timeout=_CONNECT_TIMEOUT) as connection:
+            with socket.create_connection((nodes.address, nodes.port), timeout=_HEARTBEAT_TIMEOUT) as connection:
                 address = connection.getpeername()[0]
-            return address, TCPStore(nodes.address, nodes.port, timeout=timedelta(seconds=_CONNECT_TIMEOUT))
+            return address, TCPStore(nodes.address, nodes.port, timeout=timedelta(seconds=_HEARTBEAT_TIMEOUT))
         except socket.gaierror as error:
             raise ConfigError(f"the address of node 0, {nodes.address}, is not known: {error.strerror}") from error
         except (OSError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.constants import default_pg_timeout
 
 from megacore.parallel.launch.restarts import join_round
@@ -56,7 +57,7 @@ def process_group(device: torch.device, *, timeout: timedelta | None = None) -> 
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
         store, rank, world_size, _ = join_round(timeout or default_pg_timeout)
-        store = dist.PrefixStore(f"group {next(_GROUP_NUMBERS)}", store)
+        store = PrefixStore(f"group {next(_GROUP_NUMBERS)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

@@ -14,8 +14,11 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megacore.errors import WorkerError
 
@@ -23,7 +26,7 @@ _MAX_POLL_INTERVAL = 0.25
 """Seconds between two looks into the store."""
 
 
-_joined: list[tuple[dist.Store, int, int, bool]] = []
+_joined: list[tuple[Store, int, int, bool]] = []
 """The result of :func:`join_round`, once there is one."""
 
 
@@ -39,7 +42,7 @@ def was_restarted(timeout: timedelta) -> bool:
     return dist.is_torchelastic_launched() and join_round(timeout)[-1]
 
 
-def join_round(timeout: timedelta) -> tuple[dist.Store, int, int, bool]:
+def join_round(timeout: timedelta) -> tuple[Store, int, int, bool]:
     """Wait for the other processes of this round, the first time.
 
     Returns:
@@ -50,8 +53,8 @@ def join_round(timeout: timedelta) -> tuple[dist.Store, int, int, bool]:
     """
     if not _joined:
         # Where torchrun does not share its store, rank 0 serves one for as long as this client is open.
-        server, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"megacore/{os.environ['TORCHELASTIC_RUN_ID']}", server)
+        server, rank, world_size = next(rendezvous("env://"))
+        store = PrefixStore(f"megacore/{os.environ['TORCHELASTIC_RUN_ID']}", server)
         name = uuid.uuid4().hex
         is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if rank == 0:
@@ -59,11 +62,11 @@ def join_round(timeout: timedelta) -> tuple[dist.Store, int, int, bool]:
             is_restart = is_restart or first != name
         words = exchange([name, is_restart], store, rank, world_size, timeout=timeout)
         is_restart = any(restarted for _, restarted in words)
-        _joined.append((dist.PrefixStore(words[0][0], store), rank, world_size, is_restart))
+        _joined.append((PrefixStore(words[0][0], store), rank, world_size, is_restart))
     return _joined[0]
 
 
-def exchange(word: object, store: dist.Store, rank: int, world_size: int, *, timeout: timedelta) -> list:
+def exchange(word: object, store: Store, rank: int, world_size: int, *, timeout: timedelta) -> list[Any]:
     """Wait for all processes of this round, and return the words of all ranks, in their order. They travel as JSON.
 
     Keys that rank 0 finds in the store may be of a process that is gone, so it answers all of them, and counts only
@@ -86,7 +89,8 @@ def exchange(word: object, store: dist.Store, rank: int, world_size: int, *, tim
         exchanged = store.get(own_name).decode()
         store.set(f"{exchanged}/{rank}", json.dumps(word))
         _wait_for([exchanged], store, rank, deadline)
-        return json.loads(store.get(exchanged))
+        words: list[Any] = json.loads(store.get(exchanged))
+        return words
 
     def answer_requests() -> None:
         if store.check(requests):
@@ -101,7 +105,7 @@ def exchange(word: object, store: dist.Store, rank: int, world_size: int, *, tim
 
 
 def _wait_for(
-    keys: list[str], store: dist.Store, rank: int, deadline: float, *, meanwhile: Callable[[], None] = lambda: None
+    keys: list[str], store: Store, rank: int, deadline: float, *, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     """Wait until all ``keys`` are in the store. ``Store.wait`` would block signals meanwhile."""
     interval = 0.01

@@ -32,9 +32,15 @@ SEQUENCE = 1
 """The sequence axis of activations."""
 
 
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Call a function of autograd, whose ``apply`` torch leaves untyped."""
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result
+
+
 def sum_gradients(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Pass ``x``, which is equal on all ranks, into a computation that differs between them."""
-    return x if parallel.tp_mesh is None else _SumGradients.apply(x, parallel.tp_group)
+    return x if parallel.tp_mesh is None else apply_function(_SumGradients, x, parallel.tp_group)
 
 
 def sum_shared_gradients(local: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor:
@@ -45,22 +51,22 @@ def sum_shared_gradients(local: Tensor, spec: ParameterSpec, parallel: ParallelC
     """
     assert spec.shard_dim is not None
     group = parallel.tp_subgroup(spec.ranks_per_unit(parallel.tp_size))
-    return _SumSharedGradients.apply(local, spec.shard_dim + 1, spec.num_shared, group)
+    return apply_function(_SumSharedGradients, local, spec.shard_dim + 1, spec.num_shared, group)
 
 
 def all_reduce(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Sum the ranks' ``x``."""
-    return x if parallel.tp_mesh is None else _AllReduce.apply(x, parallel.tp_group)
+    return x if parallel.tp_mesh is None else apply_function(_AllReduce, x, parallel.tp_group)
 
 
 def gather_sequence(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Join the ranks' slices of the sequence: ``[batch, sequence / tp, ...]`` to ``[batch, sequence, ...]``."""
-    return x if parallel.tp_mesh is None else _GatherSequence.apply(x, parallel.tp_group)
+    return x if parallel.tp_mesh is None else apply_function(_GatherSequence, x, parallel.tp_group)
 
 
 def scatter_sequence(x: Tensor, parallel: ParallelContext) -> Tensor:
     """Sum the ranks' ``x`` and keep this rank's slice of the sequence."""
-    return x if parallel.tp_mesh is None else _ScatterSequence.apply(x, parallel.tp_group)
+    return x if parallel.tp_mesh is None else apply_function(_ScatterSequence, x, parallel.tp_group)
 
 
 def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -108,7 +114,8 @@ class _SumSharedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        own, shared = gradient.split([gradient.shape[ctx.dim] - ctx.num_shared, ctx.num_shared], dim=ctx.dim)
+        sizes = [gradient.shape[ctx.dim] - ctx.num_shared, ctx.num_shared]
+        own, shared = torch.split(gradient, sizes, dim=ctx.dim)
         return torch.cat([own, _all_reduced(shared, ctx.group)], dim=ctx.dim), None, None, None
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacore.parallel.context import ParallelContext
+from megacore.parallel.tensor.collectives import apply_function
 from megacore.parallel.tensor.layers import enter_parallel_region
 from megacore.parallel.tensor.sharding import chunk_bounds
 
@@ -46,8 +47,15 @@ def linear_cross_entropy(
     first, _ = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
     group = parallel.tp_group if parallel.tp_mesh is not None else None
     is_differentiated = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
-    return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), token_weights.flatten(), first, group, *is_differentiated
+    return apply_function(
+        _LinearCrossEntropy,
+        hidden.flatten(0, -2),
+        weight,
+        targets.flatten(),
+        token_weights.flatten(),
+        first,
+        group,
+        *is_differentiated,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megacore.parallel.context import ParallelContext
-from megacore.parallel.tensor.collectives import sum_gradients, sum_shared_gradients
+from megacore.parallel.tensor.collectives import apply_function, sum_gradients, sum_shared_gradients
 from megacore.parallel.tensor.sharding import ParameterSpec
 
 
@@ -77,7 +77,7 @@ class ParallelModule(nn.Module):
             return self._to_compute_dtype(local)
         if name not in self.casts:
             self.casts[name] = local.detach().to(self.compute_dtype)
-        return _CachedCast.apply(local, self.casts[name])
+        return apply_function(_CachedCast, local, self.casts[name])
 
     def _to_compute_dtype(self, tensor: Tensor) -> Tensor:
         return tensor if self.compute_dtype is None else tensor.to(self.compute_dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megacore.parallel.context import ParallelContext
-from megacore.parallel.tensor.collectives import SEQUENCE, gathered_sequence, split_sequence
+from megacore.parallel.tensor.collectives import SEQUENCE, apply_function, gathered_sequence, split_sequence
 
 
 def overlapping_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: ParallelContext) -> Tensor:
@@ -32,7 +32,7 @@ def overlapping_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, para
     """
     if parallel.tp_mesh is None:
         return F.linear(hidden, weight, bias)
-    return _OverlappingLinear.apply(hidden, weight, bias, parallel.tp_group, parallel.sequence_parallel)
+    return apply_function(_OverlappingLinear, hidden, weight, bias, parallel.tp_group, parallel.sequence_parallel)
 
 
 class _OverlappingLinear(torch.autograd.Function):

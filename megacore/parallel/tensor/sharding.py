@@ -225,7 +225,7 @@ class ParameterSpec:
             return slice(units.start * inner, units.stop * inner), slice(0, columns)
         numbers = torch.arange(rows).view(outer, self.num_units, inner)[:, units]
         if parts:
-            entries = numbers.unflatten(-1, (self.shape[self.shard_dim + 1], -1))
+            entries = numbers.view(*numbers.shape[:-1], self.shape[self.shard_dim + 1], -1)
             numbers = torch.cat([entries[:, :, part] for part in parts], dim=2)
         return numbers.flatten(), slice(0, columns)
 
