@@ -436,7 +436,7 @@ def test_a_turn_for_which_there_is_no_room_is_taken_back(generator):
     )  # fmt: skip
     assert messages[0]["content"] == "Hi"
     assert len(refusals) == 1
-    assert re.search("tokens, and the context of the model 256", refusals[0])
+    assert re.search("tokens, and the context of the model is 256", refusals[0])
 
 
 def test_a_tokenizer_without_a_chat_template_cannot_converse_unless_it_is_given_one(checkpoint, tmp_path):
@@ -498,7 +498,7 @@ def test_the_command_answers_with_chat(checkpoint):
     ("options", "said"),
     [
         (("--prompt", ""), 'the prompt "" has no token'),
-        (("--prompt", "a", "--system", "b"), "--system and --chat-template are for --chat"),
+        (("--prompt", "a", "--system", "b"), "--system and --chat-template require --chat"),
         (("--prompt", "a", "--top-p", "0.5"), "top-k and top-p have no effect without a temperature"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read as text"),
         (("--prompt", "a", "--stop", ""), "a stop text is empty"),

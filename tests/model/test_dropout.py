@@ -164,7 +164,7 @@ def model_of(layer: nn.Module) -> DecoderModel:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ComputeOptions(hidden_dropout=0.1), r"hidden_dropout is 0\.1, and the layers of any have no HiddenDropout"),
+        (ComputeOptions(hidden_dropout=0.1), r"hidden_dropout is 0\.1, but the layers of any have no HiddenDropout"),
         (ComputeOptions(attention_dropout=0.1), r"SelfAttention, which the layers of any do not use"),
         (ComputeOptions(recompute="selective"), r"recompute to none or full"),
     ],
