@@ -112,7 +112,7 @@ class Checkpoint:
         """
         stored = self.manifest.specs
         differing = sorted(stored.keys() ^ specs.keys())
-        differing += [name for name in stored.keys() & specs.keys() if not stored[name].describes_as(specs[name])]
+        differing += [name for name in stored.keys() & specs.keys() if not stored[name].is_same_parameter(specs[name])]
         if differing:
             listed = ", ".join(differing[:8]) + (" and more" if len(differing) > 8 else "")
             raise CheckpointError(

@@ -31,7 +31,7 @@ from megacore.cli.train import train
 from megacore.cli.translate import translate
 from megacore.cli.verify import verify
 from megacore.errors import MegacoreError, ReaderGoneError
-from megacore.signals import Leave
+from megacore.signals import SIGNALS, ExitOnSignal
 
 _ERROR_DELAY = 10.0
 """Seconds that all but the first process of a node wait before they print an error and exit.
@@ -86,20 +86,20 @@ for command in (
 
 def main() -> None:
     """The ``megacore`` program. SIGTERM and SIGINT unwind the stack, so that half-written output is removed."""
-    leave = Leave()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+    exit_on_signal = ExitOnSignal()
+    for number in SIGNALS:
+        signal.signal(number, exit_on_signal)
     try:
         cli()
     except BaseException as error:
-        if leave.received:  # a library that is interrupted may have turned the exit into an error of its own
-            sys.exit(leave.exit_code)
-        if isinstance(error, SystemExit) and "RANK" in os.environ:  # of torchrun or srun
+        if exit_on_signal.received:  # a library may have turned the exit into an error of its own
+            sys.exit(exit_on_signal.exit_code)
+        if isinstance(error, SystemExit) and "RANK" in os.environ:  # started by torchrun or srun
             from megacore.parallel import exit_process
 
             exit_process(int(error.code or 0))
         raise
     finally:
-        if not leave.is_granted:
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if not exit_on_signal.ignores_signals:
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)  # nothing is left to unwind while the interpreter ends

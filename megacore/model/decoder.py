@@ -158,11 +158,11 @@ class DecoderModel(nn.Module):
             return vocab_parallel_logits(hidden, self.head.local("weight"), parallel)
         if token_weights is None:
             return token_scores(
-                hidden, self.head.held("weight"), targets, vocab_size=self.config.vocab_size, parallel=parallel
+                hidden, self.head.local_uncast("weight"), targets, vocab_size=self.config.vocab_size, parallel=parallel
             )
         return linear_cross_entropy(
             hidden,
-            self.head.held("weight"),
+            self.head.local_uncast("weight"),
             targets,
             token_weights,
             vocab_size=self.config.vocab_size,

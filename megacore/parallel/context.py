@@ -1,32 +1,25 @@
-"""Where this process stands among the others: a value that is passed to whoever needs it, never looked up."""
+"""The place of this process on the mesh of all processes, and what those share beside tensors.
+
+The context is a value that is passed to all code that needs it, never looked up.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from fcntl import ioctl
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megacore.parallel.launch.rounds import is_started_by_torchrun, store_of_group
 from megacore.parallel.sizes import ParallelSizes
 
+T = TypeVar("T")
+
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
-"""The axes of the mesh; ranks next to each other differ in the last."""
-
-_SOMEWHERE_ELSE = "192.0.2.1"
-"""An address of documentation's own (RFC 5737): the route to it is that to any other machine."""
-
-_SIOCGIFADDR = 0x8915
-"""Linux's request for an interface's IPv4 address (netdevice(7))."""
+"""The axes of the mesh; adjacent ranks differ in the last."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +27,10 @@ class ParallelContext:
     """The place of this process on the mesh of all processes.
 
     Attributes:
-        device: where this process computes.
-        sizes: of the axes.
-        mesh: all processes, with the axes :data:`AXES`; ``None`` for a process on its own.
-        timeout: how long a collective waits for a process that does not come; ``None`` for torch's own.
+        device: The device of this process.
+        sizes: The sizes of the axes.
+        mesh: All processes, with the axes :data:`AXES`; ``None`` for a process on its own.
+        timeout: Time limit of a collective that waits for a process; ``None`` for torch's own.
     """
 
     device: torch.device
@@ -48,17 +41,17 @@ class ParallelContext:
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
-        """One process that holds the whole model."""
+        """Return the context of one process that holds the whole model."""
         return cls(device=torch.device(device))
 
     @classmethod
     def of_world(
         cls, sizes: ParallelSizes, *, device: torch.device, timeout: timedelta | None = None
     ) -> ParallelContext:
-        """The place of this process in an initialized process group.
+        """Return the place of this process in the initialized process group.
 
         Raises:
-            LayoutError: when ``sizes`` do not take as many processes as there are.
+            LayoutError: When ``sizes`` take another number of processes than the group has.
         """
         sizes.check_world(dist.get_world_size())
         if sizes.world == 1:
@@ -72,7 +65,7 @@ class ParallelContext:
 
     @property
     def rank(self) -> int:
-        """Among all processes."""
+        """Return the rank among all processes."""
         return 0 if self.mesh is None else self.mesh.get_rank()
 
     @property
@@ -85,7 +78,7 @@ class ParallelContext:
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:
-        """The one-dimensional mesh of the tensor-parallel ranks; ``None`` where each layer is in one process."""
+        """Return the one-dimensional mesh of the tensor-parallel ranks; ``None`` if each layer is in one process."""
         return None if self.mesh is None or self.tp_size == 1 else self.mesh["tp"]
 
     @property
@@ -110,7 +103,7 @@ class ParallelContext:
 
     @property
     def dp_rank(self) -> int:
-        """Which part of a global batch this process sees."""
+        """Return the number of the part of a global batch that this process sees."""
         return self._coordinate("dp_replicate") * self.sizes.dp_shard + self._coordinate("dp_shard")
 
     @property
@@ -122,12 +115,12 @@ class ParallelContext:
         return self._coordinate("dp_shard")
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The processes that differ from this one along ``axis`` only."""
+        """Return the group of the processes that differ from this one along ``axis`` only."""
         assert self.mesh is not None, "a single process has no group"
         return self.mesh.get_group(axis)
 
     def tp_subgroup(self, size: int) -> dist.ProcessGroup:
-        """The ``size`` consecutive tensor-parallel ranks that this one is among; all of them must ask for it."""
+        """Return the group of ``size`` consecutive tensor-parallel ranks with this one; all of them must ask for it."""
         if size == self.tp_size:
             return self.tp_group
         if size not in self._subgroups:
@@ -137,66 +130,27 @@ class ParallelContext:
         return self._subgroups[size]
 
     def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
-        """A group of these ``ranks`` of all processes; those, and no others, must ask for it."""
+        """Create a group of these ``ranks`` of all processes; those, and no others, must ask for it."""
         return dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
 
     def _coordinate(self, axis: str) -> int:
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
 
 
-def local_device() -> torch.device:
-    """The device of this process: its own GPU where there are any, else the CPU."""
-    if torch.cuda.is_available():
-        # srun --gpus-per-task shows each process a single GPU.
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
-    return torch.device("cpu")
+def broadcast_object(value: T, parallel: ParallelContext, *, axis: str | None = None) -> T:
+    """Return the ``value`` of the first process, among all or along ``axis`` of the mesh, on each. It is pickled."""
+    if parallel.mesh is None:
+        return value
+    group = None if axis is None else parallel.group(axis)
+    objects = [value]
+    dist.broadcast_object_list(objects, group=group, group_src=0, device=parallel.device)
+    return objects[0]
 
 
-@contextmanager
-def process_group(device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), and leave them at the end.
-
-    ``timeout`` is how long a collective waits for a process that does not come; by default torch's own.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
-        # Left alone, gloo takes the address that this machine's own name stands for, which may well be 127.0.1.1.
-        master = os.environ["MASTER_ADDR"]
-        interface = interface_towards(master)
-        if interface is not None and interface == "lo" and not _names_this_machine_only(master):
-            interface = interface_towards(_SOMEWHERE_ELSE)  # the master, which takes its own name for 127.0.1.1
-        if interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if is_started_by_torchrun():
-        store, rank, world_size = store_of_group(timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _names_this_machine_only(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.")
-
-
-def interface_towards(host: str) -> str | None:
-    """The network interface that leads from this machine to ``host``, by IPv4; ``None`` where none does."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing: the kernel looks up the route
-        except OSError:
-            return None
-        own_address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                answer = ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # an interface without an address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own_address:
-                return name
-    return None
+def any_rank(condition: bool, parallel: ParallelContext) -> bool:
+    """Return whether ``condition`` holds on at least one process. A collective of all processes."""
+    if parallel.mesh is None:
+        return condition
+    reduced = torch.tensor(condition, dtype=torch.int32, device=parallel.device)
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    return bool(reduced)

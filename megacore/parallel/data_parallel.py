@@ -16,15 +16,15 @@ from megacore.parallel.tensor.module import local_tensor, parameter_specs
 from megacore.parallel.tensor.sharding import Box, ParameterSpec, chunk_bounds
 
 BUCKET_BYTES = 25 * 2**20
-"""The least that a buffer of gradients has, and the most but for its last parameter."""
+"""Minimum size of a buffer of gradients; without its last parameter it is smaller."""
 
 
 class GradientBuckets:
     """The gradients of replicated parameters, in contiguous buffers that are summed over the replicas one at a time.
 
-    A buffer is on its way as soon as the last of its gradients is complete, while the backward pass computes others.
-    The gradients are views of the buffers, so that nothing is copied: they are set to zero by :meth:`zero`, never to
-    ``None``.
+    The sum of a buffer starts as soon as the last of its gradients is complete, while the backward pass computes
+    others. The gradients are views of the buffers, so that nothing is copied: :meth:`zero` sets them to zero, and they
+    are never ``None``.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -44,9 +44,9 @@ class GradientBuckets:
             bucket.buffer.zero_()
 
     def expect(self, num_backwards: int | None) -> None:
-        """Announce how often each gradient will be added to before it is complete.
+        """Set how often each gradient will be added to before it is complete.
 
-        ``None`` for a backward pass that does not tell when it has added to a gradient: the sums then begin at
+        ``None`` is for a backward pass that calls no hooks when it has added to a gradient: the sums then start at
         :meth:`finish`.
         """
         self._num_backwards = num_backwards
@@ -80,11 +80,11 @@ class _Bucket:
         self.work: dist.Work | None = None
         self.buffer = locals_[0].new_zeros(sum(local.numel() for local in locals_))
         for parameter, view in zip(parameters, self.buffer.split([x.numel() for x in locals_]), strict=True):
-            parameter.grad = _as_parameter_is(view, parameter)
+            parameter.grad = _view_like_parameter(view, parameter)
 
 
 def _in_buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype and together at least :data:`BUCKET_BYTES`."""
+    """Group consecutive parameters of one dtype into buckets of at least :data:`BUCKET_BYTES`."""
     buckets: list[list[nn.Parameter]] = []
     num_bytes = BUCKET_BYTES
     for parameter in parameters:
@@ -96,8 +96,8 @@ def _in_buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def _as_parameter_is(flat: Tensor, parameter: nn.Parameter) -> Tensor:
-    """``flat`` in the shape of ``parameter``, and a DTensor where that is one."""
+def _view_like_parameter(flat: Tensor, parameter: nn.Parameter) -> Tensor:
+    """View ``flat`` in the shape of ``parameter``, as a DTensor if that is one."""
     local = flat.view(local_tensor(parameter).shape)
     if not isinstance(parameter, DTensor):
         return local
@@ -116,15 +116,16 @@ def shard(
 ) -> None:
     """Shard the parameters of ``module`` over the axis ``dp_shard``, and sum their gradients over data parallelism.
 
-    They are gathered together for its forward and backward pass, in ``compute_dtype`` if that is not ``None``;
+    The parameters of a module are gathered together for its forward and backward pass, in ``compute_dtype`` if that is
+    not ``None``;
     gradients are summed in the dtype of the parameters. Parameters of submodules that are sharded already are left to
     these: so the layers come first, and the whole model last. See ``torch.distributed.fsdp.fully_shard``.
 
     Args:
-        module: whose parameters have their values.
-        parallel: whose mesh they are sharded over.
-        compute_dtype: that parameters are gathered in.
-        reshard_after_forward: give the memory of gathered parameters back until the backward pass needs them.
+        module: The module, whose parameters have their values.
+        parallel: The mesh to shard over.
+        compute_dtype: The dtype of the gathered parameters.
+        reshard_after_forward: True to free the gathered parameters until the backward pass needs them.
     """
     assert parallel.mesh is not None
     axes = ("dp_replicate", "dp_shard") if parallel.sizes.dp_replicate > 1 else ("dp_shard",)
@@ -133,24 +134,24 @@ def shard(
         parameters[name]: sharded_dim(spec, tuple(local_tensor(parameters[name]).shape), parallel)
         for name, spec in parameter_specs(module).items()
     }
-    [held_dtype] = {parameter.dtype for parameter in dims}
+    [param_dtype] = {parameter.dtype for parameter in dims}
     fully_shard(
         module,
         mesh=parallel.mesh[axes],
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=held_dtype, cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=param_dtype, cast_forward_inputs=False),
         reshard_after_forward=reshard_after_forward,
         shard_placement_fn=lambda parameter: Shard(dims[parameter]),
     )
     assert isinstance(module, FSDPModule)
-    # The loss is a sum over all processes' shares, not a mean.
+    # The loss is the sum of the shares of all processes, not a mean.
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
 
 
 def sharded_dim(spec: ParameterSpec, local_shape: tuple[int, ...], parallel: ParallelContext) -> int:
-    """The axis along which a parameter is sharded: the first where that goes, else the longest that it divides.
+    """Return the axis along which a parameter is sharded: the first if possible, else the longest divisible one.
 
-    Not the axis that tensor parallelism cuts, nor the one in which replicas lie, where another one can be had.
+    The axis that tensor parallelism cuts and the one with replicas are avoided if another one is possible.
     """
     avoided: set[int] = set()
     if parallel.tp_size > 1 and spec.shard_dim is not None:
@@ -162,29 +163,29 @@ def sharded_dim(spec: ParameterSpec, local_shape: tuple[int, ...], parallel: Par
 
 
 def local_boxes(parameter: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> list[Box]:
-    """The boxes of the whole parameter that this process holds in its part; none where its shard is empty."""
+    """Return the boxes of the whole parameter that make up this process's part; none if its shard is empty."""
     boxes = spec.boxes(parallel.tp_size, parallel.tp_rank)
     dim = _shard_dim(parameter, parallel)
     if dim is not None:
         size = spec.local_shape(parallel.tp_size, parallel.tp_rank)[dim]
         start, stop = chunk_bounds(size, parallel.sizes.dp_shard, parallel.dp_shard_rank)
-        boxes = [box.within(dim, start, stop) for box in boxes]
+        boxes = [box.narrow(dim, start, stop) for box in boxes]
     return [box for box in boxes if not box.is_empty]
 
 
 def _shard_dim(parameter: Tensor, parallel: ParallelContext) -> int | None:
-    """The axis along which a parameter is sharded over data parallelism; ``None`` where it is not."""
+    """Return the axis along which a parameter is sharded over data parallelism; ``None`` if it is not."""
     if parallel.sizes.dp_shard == 1 or not isinstance(parameter, DTensor):
         return None
     names = parameter.device_mesh.mesh_dim_names
     assert names is not None
     placement = parameter.placements[names.index("dp_shard")]
-    assert isinstance(placement, Shard | _StridedShard)  # the latter where tensor parallelism cuts the same axis
+    assert isinstance(placement, Shard | _StridedShard)  # the latter if tensor parallelism cuts the same axis
     return placement.dim
 
 
 def gather_parameter(parameter: Tensor, parallel: ParallelContext) -> Tensor:
-    """This process's tensor-parallel part of a parameter, whole: on the first of those that share it, for it only.
+    """Gather the tensor-parallel part of a parameter on the first of the processes that shard it.
 
     A collective of the processes along ``dp_shard``; the others get an empty tensor.
     """

@@ -13,16 +13,16 @@ from megacore.parallel.tensor.sharding import ParameterSpec
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """This process's part of each gradient, as plain tensors that share its memory."""
+    """Return this process's part of each gradient, as plain tensors that share its memory."""
     return [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def local_square_norm(
     parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ParameterSpec], parallel: ParallelContext
 ) -> Tensor:
-    """What this process adds to the square of the gradient's norm, ``[]``, in float64.
+    """Return this process's contribution to the squared norm of the gradient, ``[]``, in float64.
 
-    Of entries that several processes hold, only the first of them counts.
+    Entries that several processes hold are counted by the first of them only.
     """
     counted = [
         own
@@ -43,7 +43,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def _own_part(gradient: Tensor, spec: ParameterSpec, parallel: ParallelContext) -> Tensor | None:
-    """What of this process's ``gradient`` no tensor-parallel rank before it holds."""
+    """Return the part of ``gradient`` that no lower tensor-parallel rank holds; ``None`` if there is none."""
     if spec.shard_dim is None:
         return gradient if parallel.tp_rank == 0 else None
     share = spec.ranks_per_unit(parallel.tp_size)

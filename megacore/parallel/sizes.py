@@ -1,4 +1,4 @@
-"""How many processes share what: the sizes of the four kinds of parallelism, and whether they fit a world."""
+"""The sizes of the four kinds of parallelism, and whether they fit the number of processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class ParallelSizes:
     """The sizes of the axes that processes are laid out on, the slowest first: pp, dp_replicate, dp_shard, tp.
 
     Attributes:
-        pp: pipeline-parallel: processes that hold different layers.
-        dp_replicate: data-parallel: groups that hold a whole copy of the parameters each.
-        dp_shard: data-parallel: processes of such a group that hold a part of its copy each.
-        tp: tensor-parallel: processes that share each layer.
-        sequence_parallel: between the parallel layers, each tensor-parallel process holds a slice of the sequence
-            instead of all of it (Korthikanti et al., 2022, arXiv:2205.05198).
+        pp: Pipeline-parallel size: processes that hold different layers.
+        dp_replicate: Data-parallel groups, each with a whole copy of the parameters.
+        dp_shard: Data-parallel processes of such a group, each with a part of its copy.
+        tp: Tensor-parallel size: processes that share each layer.
+        sequence_parallel: True if, between the parallel layers, each tensor-parallel process holds a slice of the
+            sequence instead of all of it (Korthikanti et al., 2022, arXiv:2205.05198).
     """
 
     pp: int = 1
@@ -28,12 +28,12 @@ class ParallelSizes:
 
     @property
     def dp(self) -> int:
-        """Data-parallel size: processes that see different samples."""
+        """Return the data-parallel size: the number of processes that see different samples."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def world(self) -> int:
-        """Processes in all."""
+        """Return the number of all processes."""
         return self.pp * self.dp * self.tp
 
     @classmethod
@@ -46,17 +46,17 @@ class ParallelSizes:
         dp_shard: int | None = 1,
         sequence_parallel: bool = False,
     ) -> ParallelSizes:
-        """The sizes that ``world`` processes have at ``tp`` and ``pp``; what is left is data-parallel.
+        """Return the sizes of ``world`` processes at ``tp`` and ``pp``; the rest is data-parallel.
 
         Args:
-            world: number of processes.
-            tp: tensor-parallel size.
-            pp: pipeline-parallel size.
-            dp_shard: processes that share a copy of the parameters; ``None`` for all data-parallel ones.
-            sequence_parallel: see the class.
+            world: Number of processes.
+            tp: Tensor-parallel size.
+            pp: Pipeline-parallel size.
+            dp_shard: Number of processes that share a copy of the parameters; ``None`` for all data-parallel ones.
+            sequence_parallel: The attribute of that name.
 
         Raises:
-            LayoutError: when the sizes do not fit, with those that would.
+            LayoutError: When the sizes do not fit, with those that would.
         """
         if world % (tp * pp):
             raise LayoutError(
@@ -77,7 +77,7 @@ class ParallelSizes:
         """Refuse a world of another size than these sizes take.
 
         Raises:
-            LayoutError: says what was started, what is needed, and what the processes there are could be.
+            LayoutError: When it has, with the number that is needed and the sizes that would fit.
         """
         if world == self.world:
             return
@@ -100,7 +100,7 @@ def _multiples(number: int) -> str:
 
 
 def _choice(world: int) -> str:
-    """What a user can do about the sizes, with that many processes."""
+    """Return advice on the sizes that fit ``world`` processes."""
     if world == 1:
         return "choose tp 1 and pp 1"
     *some, last = [str(size) for size in range(1, world + 1) if world % size == 0]

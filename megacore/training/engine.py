@@ -212,7 +212,8 @@ class Engine:
         def forward_of(model: DecoderModel) -> Callable[[Tensor | None, int], Tensor]:
             def stage(hidden: Tensor | None, number: int) -> Tensor:
                 input_ids, inputs = micro_batches[number]
-                return model(input_ids if hidden is None else hidden, **inputs)
+                output: Tensor = model(input_ids if hidden is None else hidden, **inputs)
+                return output
 
             return stage
 

@@ -84,7 +84,7 @@ def train(
         run = read_run_config(Path(run))
     resolved = resolve_run(run, resume=resume, load=None if load is None else Path(load), nodes=nodes)
     log_startup_notes(resolved.notes, nodes, on_note)
-    return run_on_ranks(
+    result: TrainResult = run_on_ranks(
         train_on_rank,
         resolved,
         on_step,
@@ -95,6 +95,7 @@ def train(
         settings=resolved.shared_settings,
         on_note=on_note,
     )
+    return result
 
 
 def train_on_rank(
@@ -189,7 +190,7 @@ class Trainer:
 
         From here on, signals are requests to stop. An evaluation that was interrupted is repeated.
         """
-        self._stop = listeners.enter_context(stop_requests(told=self._is_first))
+        self._stop = listeners.enter_context(stop_requests(acknowledge=self._is_first))
         is_resumed = self._resolved.start.is_resumed
         if is_resumed:
             self.checkpoints.restore()

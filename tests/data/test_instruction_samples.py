@@ -168,3 +168,18 @@ def test_padding_a_sample_by_nothing_leaves_it_as_it_is(tmp_path):
     sample = InstructionSamples(dataset(tmp_path), 9, packing=True, pads=False)[0]
     same = padded(sample, len(sample.loss_mask))
     assert same.tokens.tolist() == sample.tokens.tolist() and same.segments.tolist() == sample.segments.tolist()
+
+
+def test_another_loss_weight_keeps_the_samples(tmp_path):
+    """A new selection would drop the first conversation, of whose first five tokens none is the assistant's."""
+    for name, columns in (("text", [[1, 2, 3, 4, 5, 6], [7, 8, 9]]), ("role", [[1, 1, 1, 1, 1, 2], [1, 2, 2]])):
+        with IndexedDatasetWriter(tmp_path / f"chats-{name}", "uint16") as writer:
+            for column in columns:
+                writer.add_document(column)
+    samples = InstructionSamples(InstructionDataset(tmp_path / "chats"), 4, scalar_loss_mask=0.5)
+
+    assistant_only = samples.with_scalar_loss_mask(0.0)
+
+    assert [list(assistant_only[i].tokens) for i in range(2)] == [list(samples[i].tokens) for i in range(2)]
+    assert [list(assistant_only[i].loss_mask) for i in range(2)] == [[0, 0, 0, 0], [1, 1, 0, 0]]
+    assert [list(samples[i].loss_mask) for i in range(2)] == [[0.5, 0.5, 0.5, 0.5], [1, 1, 0, 0]]

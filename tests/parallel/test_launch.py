@@ -112,7 +112,7 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout():
     with pytest.raises(WorkerError) as raised:
         run_on_ranks(hang_on, 1, sizes=ParallelSizes(tp=2), timeout=timedelta(seconds=5))
 
-    assert str(raised.value).startswith("rank 0 waited in vain for rank 1, which hangs or is gone:\nTraceback")
+    assert str(raised.value).startswith("rank 0 timed out waiting for rank 1, which hangs or is gone:\nTraceback")
     assert "Timed out waiting 5000ms" in str(raised.value)
 
 

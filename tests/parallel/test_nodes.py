@@ -26,10 +26,10 @@ from free_port import free_port
 from megacore.checkpoint import Checkpoint
 from megacore.cli import cli
 from megacore.errors import ConfigError, DataError, LayoutError, MegacoreError, WorkerError
-from megacore.parallel import ONE_NODE, Nodes, ParallelSizes, run_on_ranks
-from megacore.parallel.context import interface_towards
+from megacore.parallel import Nodes, ParallelSizes, run_on_ranks
 from megacore.parallel.launch.failures import Failure
-from megacore.parallel.launch.nodes import Link, joined_nodes
+from megacore.parallel.launch.nodes import JoinedNodes, join_nodes
+from megacore.parallel.launch.process_group import interface_towards
 from megacore.training import read_run_config
 from megacore.training.resolved import parallel_sizes
 from tiny_llama import published_model, write_dataset
@@ -298,24 +298,26 @@ def test_when_node_0_is_gone_the_ranks_of_the_other_one_are_ended_and_its_comman
     assert all((tmp_path / f"rank-{rank}-cleaned-up").exists() for rank in (0, 1))
 
 
-LOST = Failure("WorkerError", "rank 0 waited in vain", is_echo=True)
+LOST = Failure("WorkerError", "rank 0 timed out", is_echo=True)
 
 
-def on_both_nodes(settings: list[dict[str, Any]], *bodies: Callable[[Link], Any], count: int = 2) -> list[Future[Any]]:
+def on_both_nodes(
+    settings: list[dict[str, Any]], *bodies: Callable[[JoinedNodes], Any], count: int = 2
+) -> list[Future[Any]]:
     """Let nodes meet in threads of this process; what came of their blocks, in order."""
     port = free_port()
 
-    def node(rank: int, body: Callable[[Link], Any]) -> Any:
-        with joined_nodes(Nodes(count, rank, port=port), settings[rank], timeout=timedelta(seconds=20)) as link:
-            return body(link)
+    def node(rank: int, body: Callable[[JoinedNodes], Any]) -> Any:
+        with join_nodes(Nodes(count, rank, port=port), settings[rank], timeout=timedelta(seconds=20)) as joined:
+            return body(joined)
 
     with ThreadPoolExecutor() as threads:
         return [threads.submit(node, rank, body) for rank, body in enumerate(bodies)]
 
 
-def test_the_mistake_that_a_rank_of_one_node_found_is_told_on_all_others_whose_ranks_lost_their_connection():
+def test_the_mistake_that_a_rank_of_one_node_found_reaches_all_nodes_whose_ranks_lost_their_connection():
     mistake = Failure("DataError", "line 7: not a number")
-    bodies = [lambda link, failure=failure: link.settle(failure).error() for failure in (LOST, LOST, mistake)]
+    bodies = [lambda joined, failure=failure: joined.settle(failure).error() for failure in (LOST, LOST, mistake)]
 
     outcomes = on_both_nodes([{}, {}, {}], *bodies, count=3)
 
@@ -323,20 +325,30 @@ def test_the_mistake_that_a_rank_of_one_node_found_is_told_on_all_others_whose_r
     assert {str(outcome.result()) for outcome in outcomes} == {"line 7: not a number"}
 
 
-def test_a_node_that_goes_without_a_word_is_named_where_ranks_lost_their_connection():
-    def vanish(link: Link) -> None:
-        [connection] = link._connections.values()
-        socket.socket(fileno=os.dup(connection.fileno())).shutdown(socket.SHUT_RDWR)
+def test_a_node_without_a_heartbeat_is_named_where_ranks_lost_their_connection(monkeypatch):
+    monkeypatch.setattr("megacore.parallel.launch.nodes._HEARTBEAT_TIMEOUT", 3.0)
+    monkeypatch.setattr("megacore.parallel.launch.nodes._CLOSE_TIMEOUT", 0.0)
+    is_over = threading.Event()
 
-    first, _ = on_both_nodes([{}, {}], lambda link: link.settle(LOST), vanish)
+    def settle(joined: JoinedNodes) -> Failure:
+        try:
+            return joined.settle(LOST)
+        finally:
+            is_over.set()
+
+    def vanish(joined: JoinedNodes) -> None:
+        joined._is_over.set()  # as if the process were gone
+        is_over.wait(60)
+
+    first, _ = on_both_nodes([{}, {}], settle, vanish)
 
     assert first.result().message == "node 1 is gone: its command was killed"
 
 
 def test_node_0_reaches_torchs_store_where_the_others_do_whatever_its_own_name_stands_for():
-    first, second = on_both_nodes([{}, {}], *[lambda link: link.store] * 2)
+    first, second = on_both_nodes([{}, {}], *[lambda joined: joined.endpoint] * 2)
 
-    (first_host, first_port), (second_host, second_port) = first.result(), second.result()
+    (first_host, first_port), (second_host, second_port) = (node.result().split(":") for node in (first, second))
     assert (first_host, second_host) == ("127.0.0.1", "localhost")
     assert first_port == second_port
 
@@ -344,19 +356,19 @@ def test_node_0_reaches_torchs_store_where_the_others_do_whatever_its_own_name_s
 # --- nodes that do not fit
 
 
-def test_nodes_that_were_told_different_things_are_refused_on_both_with_the_keys_that_differ():
-    outcomes = on_both_nodes([{"lr": 1, "layout": "tp 2"}, {"lr": 2, "layout": "tp 2"}], *[lambda link: None] * 2)
+def test_nodes_with_different_settings_are_refused_on_both_with_the_keys_that_differ():
+    outcomes = on_both_nodes([{"lr": 1, "layout": "tp 2"}, {"lr": 2, "layout": "tp 2"}], *[lambda joined: None] * 2)
 
     for outcome in outcomes:
         with pytest.raises(ConfigError, match=r"^the nodes were not started alike: lr is 2 on node 1 and 1 on node 0$"):
             outcome.result()
 
 
-def test_a_second_command_of_the_same_rank_is_refused_and_the_run_goes_on():
+def test_a_second_command_of_the_same_rank_is_refused_and_the_run_continues():
     port = free_port()
 
     def meet(rank: int) -> str:
-        with joined_nodes(Nodes(3, rank, port=port), {}, timeout=timedelta(seconds=20)):
+        with join_nodes(Nodes(3, rank, port=port), {}, timeout=timedelta(seconds=20)):
             return "met"
 
     with ThreadPoolExecutor() as threads:
@@ -373,7 +385,7 @@ def test_a_second_command_of_the_same_rank_is_refused_and_the_run_goes_on():
     ]
 
 
-def test_who_connects_without_being_a_node_is_ignored():
+def test_a_connection_from_elsewhere_is_ignored():
     port = free_port()
 
     def knock() -> None:
@@ -383,7 +395,7 @@ def test_who_connects_without_being_a_node_is_ignored():
                 return
 
     def meet(rank: int) -> None:
-        with joined_nodes(Nodes(2, rank, port=port), {}, timeout=timedelta(seconds=20)):
+        with join_nodes(Nodes(2, rank, port=port), {}, timeout=timedelta(seconds=20)):
             pass
 
     stranger = threading.Thread(target=knock)
@@ -400,7 +412,7 @@ def meeting(nodes: Nodes) -> MegacoreError:
     """What a node says that nobody answers."""
     with (
         pytest.raises(MegacoreError) as raised,
-        joined_nodes(nodes, {}, timeout=timedelta(seconds=1)),
+        join_nodes(nodes, {}, timeout=timedelta(seconds=1)),
     ):
         pass
     return raised.value
@@ -417,39 +429,50 @@ def test_a_node_that_does_not_come_is_named_after_the_timeout():
     assert str(unanswered).startswith(f"node 0 did not answer at localhost:{port} in time: ")
 
 
-def test_a_run_starts_at_a_port_that_an_earlier_one_of_this_process_had(monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_runs_of_one_process_start_one_after_another_at_the_same_port(monkeypatch, count):
     port = free_port()
-    create_server = socket.create_server
-    monkeypatch.setattr(socket, "create_server", lambda address, **how: create_server((address[0], port), **how))
+    monkeypatch.setattr(
+        "megacore.parallel.launch.nodes.get_socket_with_port", lambda: socket.create_server(("localhost", port))
+    )
+
+    def node(rank: int) -> str:
+        with join_nodes(Nodes(count, rank, port=port), {}, timeout=timedelta(seconds=30)) as joined:
+            if rank == 0:
+                assert joined.endpoint.endswith(f":{port}")
+                TCPStore("localhost", port, is_master=True, multi_tenant=True).set("who", "torch's rendezvous")
+            return joined.run_id
+
+    ids = []
     for _ in range(3):
-        with joined_nodes(ONE_NODE, {}, timeout=timedelta(seconds=30)) as link:
-            assert link.store == ("localhost", port)
-            TCPStore(*link.store, is_master=True, multi_tenant=True).set("who", "torch's rendezvous")
+        with ThreadPoolExecutor() as threads:
+            [run_id] = set(threads.map(node, range(count)))
+        ids.append(run_id)
+    assert len(set(ids)) == 3
 
 
 @pytest.mark.parametrize(
     ("rank", "note"),
     [(0, r"^node 0 waits for nodes 1, 2, for 1 seconds more at most$"), (1, r"^node 0 does not answer at localhost:")],
 )
-def test_who_waits_for_a_node_is_told_which_one(monkeypatch, rank, note):
-    monkeypatch.setattr("megacore.parallel.launch.nodes._REMINDER", 0.4)
+def test_notes_name_the_node_that_is_missing(monkeypatch, rank, note):
+    monkeypatch.setattr("megacore.parallel.launch.nodes._NOTE_INTERVAL", 0.4)
     notes: list[str] = []
 
     with (
         pytest.raises(WorkerError),
-        joined_nodes(Nodes(3, rank, port=free_port()), {}, timeout=timedelta(seconds=1), on_note=notes.append),
+        join_nodes(Nodes(3, rank, port=free_port()), {}, timeout=timedelta(seconds=1), on_note=notes.append),
     ):
         pass
 
     assert re.search(note, notes[0])
 
 
-@pytest.mark.parametrize("told", ["no object", {"kind": "WorkerError"}, {"kind": 1, "message": []}])
-def test_what_another_node_tells_in_another_form_is_told_as_it_is(told):
-    assert str(Failure.told(told).error()) == f"another node failed: {told}"
+def test_a_kind_of_error_that_is_unknown_here_is_a_worker_error():
+    assert type(Failure("NewerError", "line 7").error()) is WorkerError
 
 
-def test_a_port_that_is_taken_and_an_address_that_is_not_known_are_told_at_once():
+def test_a_port_that_is_taken_and_an_address_that_is_not_known_are_errors_at_once():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         assert str(meeting(Nodes(2, 0, port=port))).startswith(f"node 0 cannot listen at port {port}: ")

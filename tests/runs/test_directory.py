@@ -16,7 +16,7 @@ from megacore.runs import MetricsFile, RunDirectory, read_metrics
 from megacore.training import read_run_config
 from megacore.training.config import explicit_tables
 from megacore.training.loggers.dispatch import open_run_log
-from recorded_steps import steps_on_rank, train_steps
+from recorded_steps import StepRecorder, steps_on_rank, train_steps
 from tiny_run import prepare, run_of
 
 
@@ -29,7 +29,9 @@ def place(tmp_path_factory) -> Path:
 def trained(place) -> tuple[Path, list]:
     directory = place / "runs" / "first"  # neither exists
     run = run_of(place, place / "first out", f"output.directory={directory}")
-    return directory, megacore.train(run)
+    recorder = StepRecorder(place / "first steps")
+    megacore.train(run, on_step=recorder)
+    return directory, recorder.steps()
 
 
 RUNS = {

@@ -138,7 +138,7 @@ class _Worker:
 
     def receive(self) -> EncodedPiece:
         try:
-            result = self.connection.recv()
+            result: EncodedPiece | MegacoreError = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
         if isinstance(result, MegacoreError):

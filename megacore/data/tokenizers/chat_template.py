@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -293,7 +294,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace of a chat template cannot have an attribute {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a namespace of a chat template cannot have an attribute {name!r}")
         super().__setitem__(name, value)
 
 

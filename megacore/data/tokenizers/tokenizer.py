@@ -147,11 +147,15 @@ class SentencePieceTokenizer(Tokenizer):
         codes = array("I", [*range(1, 0xD800), *range(0xE000, 0x110000)])  # all but surrogates
         every_character = codes.tobytes().decode(f"utf-32-{sys.byteorder[0]}e")  # ten times as fast as chr for each
         text = f"x  y{every_character} "
-        return self._processor.normalize(text).lstrip("▁") != text.replace(" ", "▁")
+        normalized: str = self._processor.normalize(text)
+        return normalized.lstrip("▁") != text.replace(" ", "▁")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         threads = 1 if len(texts) == 1 else self.num_threads
-        return self._processor.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=threads)
+        ids: list[list[int]] = self._processor.encode(
+            list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=threads
+        )
+        return ids
 
     def token_id(self, token: str) -> int | None:
         piece = self._processor.piece_to_id(token)  # the unknown token, if there is no such piece
@@ -175,10 +179,10 @@ class SentencePieceTokenizer(Tokenizer):
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(token_id) for token_id in ids])
+        return str(self._processor.decode([int(token_id) for token_id in ids]))
 
     def is_byte(self, token_id: int) -> bool:
-        return self._processor.is_byte(token_id)
+        return bool(self._processor.is_byte(token_id))
 
     @property
     def adds_bos(self) -> bool:
@@ -270,7 +274,7 @@ class JsonTokenizer(Tokenizer):
             return False
         without = self._tokenizer.encode("a")
         with_special = self._post_processor.process(without).ids
-        return with_special[:1] == [self.bos_id] != without.ids[:1]
+        return bool(with_special[:1] == [self.bos_id] != without.ids[:1])
 
 
 def load_tokenizer(path: str | Path, new_tokens: NewTokens = NewTokens()) -> Tokenizer:  # noqa: B008 (it is frozen)

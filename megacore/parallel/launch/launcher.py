@@ -1,4 +1,4 @@
-"""Running a function on several processes, of this machine and of others, through torch's elastic launcher."""
+"""Run a function on several processes, of this machine and of others, with torch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -25,22 +25,29 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megacore.errors import ConfigError, LayoutError
-from megacore.parallel.context import ParallelContext, local_device, process_group
-from megacore.parallel.launch.failures import cause, has_cause, report_unresponsive_ranks, reporting, started_ranks
-from megacore.parallel.launch.nodes import ONE_NODE, Nodes, joined_nodes
+from megacore.parallel.context import ParallelContext
+from megacore.parallel.launch.failures import (
+    find_cause,
+    has_cause,
+    has_failed_rank,
+    recording_errors,
+    report_unresponsive_ranks,
+    started_ranks,
+)
+from megacore.parallel.launch.nodes import ONE_NODE, Nodes, join_nodes
+from megacore.parallel.launch.process_group import exit_process, local_device, process_group
 from megacore.parallel.launch.slurm import srun_variables
-from megacore.parallel.launch.stopping import SIGNALS, LeaveCleanly, exit_process, grant
 from megacore.parallel.sizes import ParallelSizes
-from megacore.signals import SAME_REQUEST
+from megacore.signals import SAME_REQUEST, SIGNALS, ExitOnSignal
 
 _LAUNCHER = ("torch.distributed.elastic", "torch.multiprocessing")
-"""The loggers of torch's launcher begin with this."""
+"""Prefixes of the loggers of torch's launcher."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process."""
+"""Variables that torchrun sets for each process."""
 
-_LOOK_FOR_SIGNALS = 0.1
-"""Seconds."""
+_SIGNAL_POLL_INTERVAL = 0.1
+"""Seconds between two looks for signals to pass on."""
 
 HALF_AN_HOUR = timedelta(minutes=30)
 
@@ -61,69 +68,69 @@ def run_on_ranks(
     each started rank imports the main module: a script guards what it does with ``if __name__ == "__main__":``.
 
     Args:
-        function: is called on every rank, as one of a module.
-        arguments: for it.
-        sizes: how the ranks are laid out.
-        nodes: each starts an equal share of the ranks, in a call of its own, which returns the same.
-        timeout: how long the nodes wait for each other at the start, and a rank for another one.
-        settings: by name, what must be the same on all nodes; JSON.
-        on_note: is told, now and then, which nodes have not come yet.
+        function: A function of a module, called on every rank.
+        arguments: Its further arguments.
+        sizes: The layout of the ranks.
+        nodes: All nodes. Each starts an equal share of the ranks in a call of its own, which returns the same.
+        timeout: Time limit for the nodes to start, and for a rank that waits for another one.
+        settings: Settings by name that must be equal on all nodes; JSON.
+        on_note: Called now and then, while waiting, with a note on the nodes that have not come yet.
 
     Raises:
-        MegacoreError: what the first rank to fail raised, in the kind of :mod:`megacore.errors` that it is.
-        WorkerError: when a rank died of something else, or a node did.
+        MegacoreError: What the first rank to fail raised, in the kind of :mod:`megacore.errors` that it derives from.
+        WorkerError: When a rank died of something else, or a node did.
     """
     if launched := launched_environment(nodes):
         os.environ.update(launched)
-        return _on_this_rank(_among_launched, (function, arguments), sizes, timeout)
+        return _on_this_rank(_on_joined_rank, (function, arguments), sizes, timeout)
     if sizes.world == nodes.count == 1:
         return function(ParallelContext.single(local_device()), *arguments)
     ranks_here, left_over = divmod(sizes.world, nodes.count)
     if left_over:
         raise LayoutError(f"{sizes} takes {sizes.world} processes, which {nodes.count} nodes cannot share equally")
     where = f" on node {nodes.rank}" if nodes.count > 1 else ""
-    with tempfile.TemporaryDirectory(prefix="megacore-ranks-") as directory, _undisturbed():
-        reports = Path(directory)
+    with tempfile.TemporaryDirectory(prefix="megacore-ranks-") as directory, _launcher_isolated():
+        logs = Path(directory)
         try:
-            told = {"layout": str(sizes)} | dict(settings or {})
-            with joined_nodes(nodes, told, timeout=timeout, on_note=on_note) as link:
+            common = {"layout": str(sizes)} | dict(settings or {})
+            with join_nodes(nodes, common, timeout=timeout, on_note=on_note) as joined:
                 config = LaunchConfig(
                     min_nodes=nodes.count,
                     max_nodes=nodes.count,
                     nproc_per_node=ranks_here,
-                    run_id="megacore",
+                    run_id=joined.run_id,
                     rdzv_backend="static",
-                    rdzv_endpoint="{}:{}".format(*link.store),
+                    rdzv_endpoint=joined.endpoint,
                     rdzv_configs={"rank": nodes.rank, "timeout": timeout.total_seconds()},
                     max_restarts=0,
                     logs_specs=DefaultLogsSpecs(log_dir=directory),
-                    signals_to_handle="SIGHUP,SIGQUIT",  # the others are passed on, not taken for the end
+                    signals_to_handle="SIGHUP,SIGQUIT",  # SIGTERM and SIGINT are passed on instead
                 )
                 try:
-                    with _passing_on_signals(reports) as received, link.ending_ranks():
-                        results = elastic_launch(config, _on_started_rank)(reports, function, arguments, sizes, timeout)
+                    with _passing_on_signals(logs) as received, joined.interrupted_on_failure():
+                        results = elastic_launch(config, _on_started_rank)(function, arguments, sizes, timeout)
                 except ChildFailedError as failed:
                     rank, ended = failed.get_first_failure()
-                    if received and ended.exitcode >= 0 and not has_cause(reports):
+                    if received and ended.exitcode >= 0 and not has_cause(logs):
                         number = signal.Signals(received[0])
                         raise SignalException(f"stopped by {number.name}", number) from None
-                    failure = cause(rank, ended, reports, where=where)
-                    raise link.settle(failure).error() from None
+                    failure = find_cause(rank, ended, logs, where=where)
+                    raise joined.settle(failure).error() from None
                 return results[min(results)]
         except SignalException as stopped:
-            if link.failure_elsewhere is not None:
-                raise link.failure_elsewhere.error() from None
+            if joined.failure_elsewhere is not None:
+                raise joined.failure_elsewhere.error() from None
             if stopped.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + stopped.sigval)
 
 
 def launched_environment(nodes: Nodes = ONE_NODE) -> Mapping[str, str]:
-    """The variables by which torchrun or srun tells this process of its place; empty where it starts the others itself.
+    """Return torchrun's variables for a process that torchrun or srun has started; empty for any other process.
 
     Raises:
-        ConfigError: when torchrun has started it, and it is told of several nodes all the same; when only some of
-            torchrun's variables are there.
+        ConfigError: When torchrun has started this process and ``nodes`` are several, or only some of the variables
+            are set.
     """
     if "RANK" in os.environ:
         if missing := [name for name in _TORCHRUN if name not in os.environ]:
@@ -140,7 +147,7 @@ def launched_environment(nodes: Nodes = ONE_NODE) -> Mapping[str, str]:
 
 
 def is_first_process(nodes: Nodes = ONE_NODE) -> bool:
-    """Whether this process speaks for all that were started for the work; one on its own does."""
+    """Return whether this process, of all that were started for the work, is the one that prints."""
     return nodes.rank == 0 and launched_environment(nodes).get("RANK", "0") == "0"
 
 
@@ -156,57 +163,58 @@ def _on_this_rank(
         return function(parallel, *arguments)
 
 
-def _told_to_all(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """What ``function`` returns on rank 0, on every rank."""
+def _broadcast_result(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Return on every rank what ``function`` returns on rank 0."""
     result = [function(parallel, *arguments)]
     if parallel.mesh is not None:
         dist.broadcast_object_list(result, src=0)
     return result[0]
 
 
-def _among_launched(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _on_joined_rank(parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Do the work in a process that torchrun or srun has started."""
     with report_unresponsive_ranks(parallel):
-        return _told_to_all(parallel, function, arguments)
+        return _broadcast_result(parallel, function, arguments)
 
 
 def _on_started_rank(
-    reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
+    function: Callable[..., Any], arguments: tuple[Any, ...], sizes: ParallelSizes, timeout: timedelta
 ) -> Any:
-    """What the launcher calls in each process that it starts."""
-    leave_cleanly = LeaveCleanly(reports)
+    """Do the work in a process that torch's launcher has started for this command."""
+    exit_on_signal = ExitOnSignal(has_failed_rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started this rank passes it on
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave_cleanly)
-    # When that command is killed, this rank leaves too. torch has asked for a SIGINT then.
+        signal.signal(number, exit_on_signal)
+    # When that command is killed, this rank exits too. torch has asked for a SIGINT then.
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGHUP)  # type: ignore[attr-defined]
     try:
-        with reporting(reports):
+        with recording_errors():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            result = _on_this_rank(_reporting, (reports, function, arguments), sizes, timeout)
-    except Exception:
-        # It is reported. torch would write it to one more file, which it leaves behind; and nothing that a logger has
-        # registered for the exit, such as to wait for a network, is to keep the other ranks waiting.
-        exit_process(1)
+            result = _on_this_rank(_recording_errors_in_group, (function, arguments), sizes, timeout)
+    except (Exception, SystemExit) as error:
+        # torch would overwrite the error file; and what a logger has registered for the exit, such as to wait for a
+        # network, is not to keep the other ranks waiting.
+        exit_process(int(error.code or 0) if isinstance(error, SystemExit) else 1)
     atexit.register(exit_process, 0)
     return result
 
 
-def _reporting(
-    parallel: ParallelContext, reports: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+def _recording_errors_in_group(
+    parallel: ParallelContext, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    with reporting(reports):  # before this rank leaves the group
-        return _told_to_all(parallel, function, arguments)
+    with recording_errors():  # before this rank leaves the group
+        return _broadcast_result(parallel, function, arguments)
 
 
 @contextmanager
-def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
-    """Pass a SIGTERM or SIGINT on to the ranks, once, as a SIGTERM; a later one ends them, and this process, at once.
+def _passing_on_signals(logs: Path) -> Iterator[list[int]]:
+    """Pass the first SIGTERM or SIGINT on to the ranks, as a SIGTERM; a later one ends them and this process at once.
 
-    Yields the signals that came. The ranks are born with them blocked, so that none is lost while they import torch,
-    nor ends that with a traceback: a terminal sends its SIGINT to them too.
+    Yields the signals that arrived. The ranks are started with them blocked, so that none is lost while they import
+    torch, nor ends that with a traceback: a terminal sends its SIGINT to them too.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be taken
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can install handlers
         yield received
         return
     received_at = 0.0
@@ -223,13 +231,14 @@ def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
             raise SignalException(f"stopped by {signal.Signals(number).name}", signal.Signals(number))
 
     def pass_on() -> None:
-        # This thread, unlike the one that starts the ranks, lets signals come. Python calls their handlers in that one.
+        # Signals are blocked in the main thread, which starts the ranks, but not in this one. Python calls their
+        # handlers in the main thread all the same.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        told: set[int] = set()
-        while not is_over.wait(_LOOK_FOR_SIGNALS):
+        signalled: set[int] = set()
+        while not is_over.wait(_SIGNAL_POLL_INTERVAL):
             if received:
-                for pid in started_ranks(reports) - told:
-                    told.add(pid)
+                for pid in set(started_ranks(logs).values()) - signalled:
+                    signalled.add(pid)
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
 
@@ -243,15 +252,15 @@ def _passing_on_signals(reports: Path) -> Iterator[list[int]]:
         is_over.set()
         thread.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if received:
-            grant(handlers.values(), received_at)
         for number, handler in handlers.items():
+            if received and isinstance(handler, ExitOnSignal):
+                handler.complete_request(received_at)
             signal.signal(number, handler)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep the launcher from logging errors that reach the caller anyway, and give back the signals that it takes."""
+def _launcher_isolated() -> Iterator[None]:
+    """Keep torch's launcher from logging errors that reach the caller anyway, and restore the signal handlers."""
     # One by one: torch gives each of the launcher's loggers a level of its own.
     loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(_LAUNCHER)]
     levels = [logger.level for logger in loggers]
@@ -264,6 +273,6 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if threading.current_thread() is threading.main_thread():  # elsewhere neither can set them
+        if threading.current_thread() is threading.main_thread():  # else neither of them can install handlers
             for number, handler in handlers.items():
                 signal.signal(number, handler)

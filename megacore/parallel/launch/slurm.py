@@ -1,6 +1,6 @@
-"""What SLURM's srun tells a process of its place among the others, in torchrun's words.
+"""The variables that SLURM's srun sets for a process, translated into those of torchrun.
 
-The variables are those of srun(1), "OUTPUT ENVIRONMENT VARIABLES"; only a process of a step has those with ``STEP``.
+They are those of srun(1), "OUTPUT ENVIRONMENT VARIABLES"; only a process of a step has those with ``STEP``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 
 _PORTS = range(10_000, 30_000)
-"""Below those that Linux gives to connections."""
+"""Ports below those that Linux assigns to connections."""
 
 
 def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for one of several tasks of a job step; empty for any other process.
+    """Return torchrun's variables for one of several tasks of a job step; empty for any other process.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` stay as they are where they are set.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` keep their values if they are set.
     """
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
@@ -32,17 +32,17 @@ def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of hosts: ``"node01"`` of ``"node[01-03,07],login"``."""
+    """Return the first of a list of hosts: ``"node01"`` of ``"node[01-03,07],login"``."""
     [first] = re.findall(r"^(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def expand_counts(counts: str) -> list[int]:
-    """One count a node: ``[2, 2, 1]`` of ``"2(x2),1"``."""
+    """Return one count per node: ``[2, 2, 1]`` of ``"2(x2),1"``."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def step_port(job: int, step: int) -> str:
-    """A port that the processes of a step agree on and that other steps on the machine are unlikely to have."""
+    """Return a port that is equal in all processes of a step and unlikely to be that of another step on the machine."""
     return str(_PORTS[(job * 31 + step) % len(_PORTS)])

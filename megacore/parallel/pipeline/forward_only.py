@@ -1,4 +1,4 @@
-"""Pipeline stages run forward only, whatever schedule they are trained by."""
+"""The forward-only pass of micro-batches through the pipeline stages, for any pipeline schedule."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from megacore.parallel.context import ParallelContext
 
 Place = tuple[int, int]
-"""A stage and a micro-batch."""
+"""A stage, and a micro-batch on it."""
 
 
 def forward_plan(owners: Sequence[int], num_micro_batches: int) -> list[dict[int, Place]]:
-    """What each process computes at each step: of the micro-batches that have come to its stages, the furthest.
+    """Return what each process computes at each step: the micro-batch on its stages that has come furthest.
 
     Args:
-        owners: of each stage, the process that has it.
-        num_micro_batches: that go through all stages.
+        owners: The process of each stage.
+        num_micro_batches: Number of micro-batches, which pass all stages.
     """
-    num_done, num_there = [0] * len(owners), [num_micro_batches] + [0] * len(owners)
+    num_done, num_ready = [0] * len(owners), [num_micro_batches] + [0] * len(owners)
     plan = []
     while num_done[-1] < num_micro_batches:
         step: dict[int, Place] = {}
         for stage in reversed(range(len(owners))):
-            if owners[stage] not in step and num_done[stage] < num_there[stage]:
+            if owners[stage] not in step and num_done[stage] < num_ready[stage]:
                 step[owners[stage]] = (stage, num_done[stage])
         for stage, _ in step.values():
             num_done[stage] += 1
-            num_there[stage + 1] += 1
+            num_ready[stage + 1] += 1
         plan.append(step)
     return plan
 
@@ -44,26 +44,26 @@ def run_forward(
     hidden_dtype: torch.dtype,
     parallel: ParallelContext,
 ) -> list[Tensor]:
-    """Send all micro-batches through all stages. For all processes of the axis ``pp``.
+    """Send all micro-batches through all stages. A collective of the processes along ``pp``.
 
     Args:
-        stages: those of this process, by number: each is called with what the stage before returned, ``None`` at the
-            first, and the number of the micro-batch.
-        owners: of each stage of the model, the process that has it, along ``pp``.
-        num_micro_batches: that go through all stages.
-        hidden_shape: of what goes from stage to stage.
-        hidden_dtype: likewise.
-        parallel: whose axis ``pp`` the stages are on.
+        stages: The stages of this process, by number: each is called with the output of the stage before (``None``
+            at the first) and the number of the micro-batch.
+        owners: The process along ``pp`` of each stage of the model.
+        num_micro_batches: Number of micro-batches.
+        hidden_shape: Shape of the hidden states between stages.
+        hidden_dtype: Their dtype.
+        parallel: The mesh with the axis ``pp``.
 
     Returns:
-        What the last stage returned for each micro-batch, on the process that has it; elsewhere nothing.
+        The outputs of the last stage, one for each micro-batch, on its process; an empty list elsewhere.
     """
     rank, group = parallel.pp_rank, parallel.group("pp")
     arrived: dict[Place, Tensor] = {}
     outputs: list[Tensor] = []
     for step in forward_plan(owners, num_micro_batches):
         messages = []
-        # In one order on all processes, so that what is sent and what is received are never waited for crosswise.
+        # The same order on all processes, so that two of them never wait for each other.
         for sender, (stage, micro_batch) in sorted(step.items()):
             receiver = owners[stage + 1] if stage + 1 < len(owners) else None
             if sender == rank:

@@ -1,4 +1,4 @@
-"""Pipeline stages: which layers each holds."""
+"""Pipeline stages: contiguous ranges of layers, and how to balance them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megacore.errors import LayoutError
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of consecutive layers; the first stage has the embedding too, the last the final norm and the head.
+    """A contiguous range of layers; the first stage has the embedding too, the last the final norm and the head.
 
     Attributes:
-        index: from 0.
-        num_stages: of the whole model.
-        start: number of its first layer.
-        stop: number after that of its last layer.
+        index: Number of the stage, from 0.
+        num_stages: Number of stages of the model.
+        start: Number of its first layer.
+        stop: Number after that of its last layer.
     """
 
     index: int
@@ -27,7 +27,7 @@ class Stage:
 
     @classmethod
     def whole(cls, num_layers: int) -> Stage:
-        """The only stage of a model that is not cut between layers."""
+        """Return the only stage of a model that is not cut between layers."""
         return cls(0, 1, 0, num_layers)
 
     @property
@@ -44,7 +44,7 @@ class Stage:
 
 
 def stages_from_counts(layers_per_stage: Sequence[int]) -> list[Stage]:
-    """Stages of so many layers each."""
+    """Return stages with these numbers of layers."""
     ends = accumulate(layers_per_stage, initial=0)
     return [Stage(index, len(layers_per_stage), *ends) for index, ends in enumerate(pairwise(ends))]
 
@@ -53,13 +53,13 @@ def balanced_stages(num_layers: int, num_stages: int, *, embedding: float = 0.0,
     """Spread layers over stages so that the heaviest stage is as light as it can be.
 
     Args:
-        num_layers: of the model.
-        num_stages: at most as many.
-        embedding: its weight, where a layer has the weight 1.
-        head: likewise; its parameters, and those of a tied copy, are computed with like those of a layer.
+        num_layers: Number of layers of the model.
+        num_stages: Number of stages, at most as many.
+        embedding: Weight of the embedding; a layer has the weight 1.
+        head: Weight of the head, whose parameters, tied or not, cost as much to compute with as those of a layer.
 
     Raises:
-        LayoutError: when there are more stages than layers.
+        LayoutError: When there are more stages than layers.
     """
     if not 1 <= num_stages <= num_layers:
         raise LayoutError(
@@ -71,7 +71,7 @@ def balanced_stages(num_layers: int, num_stages: int, *, embedding: float = 0.0,
     weights[0] += embedding
     weights[-1] += head
     for _ in range(num_layers - num_stages):
-        # Later stages where it makes no difference: the earlier a stage, the more micro-batches it holds at once.
+        # Later stages if it makes no difference: the earlier a stage, the more micro-batches it holds at once.
         lightest = min(range(num_stages), key=lambda stage: (weights[stage], -stage))
         counts[lightest] += 1
         weights[lightest] += 1

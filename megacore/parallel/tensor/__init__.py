@@ -1,1 +1,5 @@
-"""Tensor parallelism: how parameters are sharded, and the layers that compute on the shards."""
+"""Tensor parallelism: each layer cut over several ranks.
+
+Start with ``sharding`` (how a parameter is cut), then ``module`` (modules that declare their parameters so) and
+``layers`` (the linear layers and the embedding); ``collectives``, ``overlap`` and ``loss`` are what these compute with.
+"""

@@ -1,6 +1,6 @@
-"""Collectives over the tensor-parallel group that autograd sees through. In a single process each is the identity.
+"""Differentiable collectives over the tensor-parallel group. In a single process each is the identity.
 
-Each comes with its conjugate as backward (Shoeybi et al., 2019, arXiv:1909.08053; Korthikanti et al., 2022,
+The backward pass of each is its conjugate (Shoeybi et al., 2019, arXiv:1909.08053; Korthikanti et al., 2022,
 arXiv:2205.05198):
 
     ==================  ===================  ====================
@@ -63,29 +63,29 @@ def scatter_sequence(x: Tensor, parallel: ParallelContext) -> Tensor:
     return x if parallel.tp_mesh is None else _ScatterSequence.apply(x, parallel.tp_group)
 
 
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    # A gradient that autograd hands us may be shared with another node of the graph: never reduce it in place.
+def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # A gradient of autograd may be shared with another node of the graph: never reduce it in place.
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
 def gathered_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The slices of all ranks of ``group``, joined; autograd does not see it."""
+    """Return the joined slices of all ranks of ``group``, without a graph."""
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=SEQUENCE)
 
 
-def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = parts_of_sequence(x, group)
+def _reduce_scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = split_sequence(x, group)
     total = torch.empty_like(parts[0])
     dist.reduce_scatter(total, parts, group=group)
     return total
 
 
-def parts_of_sequence(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The slice of each rank of ``group``, contiguous."""
+def split_sequence(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Return the slice of each rank of ``group``, contiguous."""
     return [part.contiguous() for part in x.chunk(group.size(), dim=SEQUENCE)]
 
 
@@ -97,7 +97,7 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradient, ctx.group), None
+        return _all_reduced(gradient, ctx.group), None
 
 
 class _SumSharedGradients(torch.autograd.Function):
@@ -109,13 +109,13 @@ class _SumSharedGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         own, shared = gradient.split([gradient.shape[ctx.dim] - ctx.num_shared, ctx.num_shared], dim=ctx.dim)
-        return torch.cat([own, _summed(shared, ctx.group)], dim=ctx.dim), None, None, None
+        return torch.cat([own, _all_reduced(shared, ctx.group)], dim=ctx.dim), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _summed(x, group)
+        return _all_reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -130,14 +130,14 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _scattered(gradient, ctx.group), None
+        return _reduce_scattered(gradient, ctx.group), None
 
 
 class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _scattered(x, group)
+        return _reduce_scattered(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

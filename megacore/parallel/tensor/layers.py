@@ -17,7 +17,7 @@ from megacore.parallel.tensor.sharding import chunk_bounds
 
 
 def enter_parallel_region(hidden: Tensor, parallel: ParallelContext) -> Tensor:
-    """From what lies between the parallel layers to what each rank needs in one: ``[batch, sequence, hidden]``."""
+    """Make the hidden states between parallel layers the input of a parallel layer: ``[batch, sequence, hidden]``."""
     return gather_sequence(hidden, parallel) if parallel.sequence_parallel else sum_gradients(hidden, parallel)
 
 
@@ -35,8 +35,9 @@ class ColumnParallelLinear(ParallelModule):
     ``[batch, sequence, local_out_features]``.
 
     Attributes:
-        overlaps: sum the input's gradient over the ranks while the weight's is computed; not for a backward pass that
-            computes the two apart. See :func:`~megacore.parallel.tensor.overlap.overlapping_linear`.
+        overlaps: True if the input's gradient is summed over the ranks while the weight's is computed; False for a
+            backward pass that computes the two separately. See
+            :func:`~megacore.parallel.tensor.overlap.overlapping_linear`.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class ColumnParallelLinear(ParallelModule):
 class RowParallelLinear(ReplicatedModule):
     """``y = x W^T + b`` with the inputs cut over the ranks, and the partial results summed.
 
-    The weight is ``[out_features, *in_shape]`` and is cut along the first axis of ``in_shape``, and where that is too
-    short along the next, which is in ``num_subunits`` parts. The bias is not cut and is added once, after the sum.
-    Takes this rank's inputs, flattened: ``[batch, sequence, local_in_features]``.
+    The weight is ``[out_features, *in_shape]`` and is cut along the first axis of ``in_shape``, and, if that is
+    too short, along the next one, which has ``num_subunits`` parts. The bias is not cut and is added once, after the
+    sum. The input is this rank's part, flattened: ``[batch, sequence, local_in_features]``.
     """
 
     def __init__(
@@ -108,13 +109,13 @@ class VocabParallelEmbedding(ParallelModule):
         self.first, self.last = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``[batch, sequence]`` token ids to ``[batch, sequence, hidden]``."""
-        # Rows are cast after they are looked up, so that a token's many gradients are summed in the table's own dtype.
-        table = self.held("weight")
+        """Look up token ids, ``[batch, sequence]``, and return ``[batch, sequence, hidden]``."""
+        # Rows are cast after the lookup, so that the many gradients of a token are summed in the dtype of the table.
+        table = self.local_uncast("weight")
         if self.parallel.tp_size == 1:
-            return self._to_compute_with(F.embedding(input_ids, table))
+            return self._to_compute_dtype(F.embedding(input_ids, table))
         elsewhere = (input_ids < self.first) | (input_ids >= self.last)
-        rows = self._to_compute_with(F.embedding((input_ids - self.first).masked_fill(elsewhere, 0), table))
+        rows = self._to_compute_dtype(F.embedding((input_ids - self.first).masked_fill(elsewhere, 0), table))
         return leave_parallel_region(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.parallel)
 
 
@@ -126,10 +127,10 @@ class VocabParallelHead(ParallelModule):
         self.declare("weight", (vocab_size, hidden_size), shard_dim=0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """This rank's logits, ``[batch, sequence, local_vocab]``."""
+        """Return this rank's logits, ``[batch, sequence, local_vocab]``."""
         return vocab_parallel_logits(hidden, self.local("weight"), self.parallel)
 
 
 def vocab_parallel_logits(hidden: Tensor, weight: Tensor, parallel: ParallelContext) -> Tensor:
-    """``hidden`` times this rank's rows, ``weight``, of the head; with a tied head the embedding's own rows."""
+    """Multiply ``hidden`` by this rank's rows of the head, ``weight``; for a tied head, those of the embedding."""
     return F.linear(enter_parallel_region(hidden, parallel), weight)

@@ -1,4 +1,4 @@
-"""Cross-entropy of the head's logits, in chunks of tokens, over a vocabulary that is cut over tensor-parallel ranks."""
+"""Cross-entropy of the head's logits, in chunks of tokens, with the vocabulary cut over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megacore.parallel.tensor.layers import enter_parallel_region
 from megacore.parallel.tensor.sharding import chunk_bounds
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""Of the logits that exist at once, in 32 bit, by the type of device: a GPU has more to keep busy."""
+"""Bytes of logits, in 32 bit, that exist at once, by the type of device: a GPU needs larger chunks to be busy."""
 
 
 def linear_cross_entropy(
@@ -25,22 +25,22 @@ def linear_cross_entropy(
     vocab_size: int,
     parallel: ParallelContext,
 ) -> Tensor:
-    """The weighted sum of the targets' negative log-likelihoods, ``[1]``, in nats, equal on all ranks.
+    """Return the weighted sum of the targets' negative log-likelihoods, ``[1]``, in nats, equal on all ranks.
 
-    Logits exist for a few tokens at a time only, and each rank's part of the vocabulary on that rank only: of a token,
-    the ranks exchange a maximum, a sum and the logit of the target. The gradients are computed on the way, since the
-    logits would otherwise have to be computed again. That is why the result cannot be scaled afterwards, and the
-    gradient that reaches it must be 1: scale ``token_weights`` instead.
+    Logits exist for a few tokens at a time only, and each rank's part of the vocabulary on that rank only: the ranks
+    exchange a maximum, a sum and the logit of the target per token. The gradients are computed in the forward pass,
+    since the logits would otherwise be computed twice. So the result cannot be scaled, and the gradient that reaches
+    it must be 1: scale ``token_weights`` instead.
 
     Args:
-        hidden: what lies between the parallel layers, ``[batch, sequence, hidden]``, in the dtype to compute in;
-            under sequence parallelism this rank's slice of the sequence.
-        weight: this rank's rows of the head, ``[local_vocab, hidden]``; its gradient is in its own dtype.
-        targets: token ids, ``[batch, sequence]``, of the whole sequence.
-        token_weights: of the sum, like ``targets``, in 32 or 64 bit: 1 / (number of tokens) for a mean, 0 for a token
-            that is not to be learned.
-        vocab_size: of the whole model.
-        parallel: whose tensor-parallel ranks the vocabulary is cut over.
+        hidden: Hidden states between parallel layers, ``[batch, sequence, hidden]``, in the compute dtype; under
+            sequence parallelism this rank's slice of the sequence.
+        weight: This rank's rows of the head, ``[local_vocab, hidden]``; the gradient has the same dtype.
+        targets: Token ids, ``[batch, sequence]``, of the whole sequence.
+        token_weights: Weights of the sum, shaped like ``targets``, in 32 or 64 bit: 1 / (number of tokens) for a mean,
+            0 for a token without loss.
+        vocab_size: Size of the whole vocabulary.
+        parallel: The mesh with the tensor-parallel ranks.
     """
     hidden = enter_parallel_region(hidden, parallel)
     first, _ = chunk_bounds(vocab_size, parallel.tp_size, parallel.tp_rank)
@@ -54,13 +54,13 @@ def linear_cross_entropy(
 def token_scores(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, parallel: ParallelContext
 ) -> Tensor:
-    """Of each target the negative log-likelihood, in nats, and 1 where it is the most probable token, else 0.
+    """Return for each target its negative log-likelihood, in nats, and 1 if it is the most probable token, else 0.
 
-    As :func:`linear_cross_entropy`, whose arguments these are, without a graph; logits are never gathered. Of tokens
-    that are equally probable the first one counts as the most probable, as with ``argmax``.
+    The arguments are those of :func:`linear_cross_entropy`. There is no graph, and logits are never gathered. Among
+    equally probable tokens the first one counts as the most probable, as with ``argmax``.
 
     Returns:
-        ``[batch, sequence, 2]``, in 64 bit where that is computed in, else in 32, equal on all ranks.
+        ``[batch, sequence, 2]``, in 64 bit if ``hidden`` is, else in 32 bit, equal on all ranks.
     """
     with torch.no_grad():
         hidden = enter_parallel_region(hidden, parallel).flatten(0, -2)
@@ -73,24 +73,24 @@ def token_scores(
         for start in range(0, len(ids), chunk):
             tokens = slice(start, start + chunk)
             logits = (hidden[tokens] @ rows.t()).to(wide)
-            scores[tokens, 1] = (_most_probable(logits, first, group) == ids[tokens]).to(wide)
+            scores[tokens, 1] = (_argmax_over_vocab(logits, first, group) == ids[tokens]).to(wide)
             ones = torch.ones(len(logits), dtype=wide, device=hidden.device)
-            scores[tokens, 0], _ = _of_chunk(logits, ids[tokens] - first, ones, group, with_gradient=False)
+            scores[tokens, 0], _ = _chunk_losses(logits, ids[tokens] - first, ones, group, with_gradient=False)
         return scores.view(*targets.shape, 2)
 
 
-def _most_probable(logits: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The token of the highest of the logits, ``[tokens, local_vocab]``, of all ranks."""
+def _argmax_over_vocab(logits: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the token with the highest logit on any rank; ``logits`` is ``[tokens, local_vocab]``."""
     maxima, tops = logits.max(dim=-1)
     tops = tops + first
     if group is None:
         return tops
-    # In 32 bit, numbers of tokens are exact up to 2^24.
+    # Token ids in 32 bit floats are exact up to 2^24.
     own = torch.stack([maxima, tops.to(maxima.dtype)])
     gathered = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(gathered, own, group=group)
     maxima, numbers = torch.stack(gathered, dim=1).unbind()
-    # Of equal maxima that of the first rank, whose tokens come first.
+    # Among equal maxima that of the first rank, whose token ids are lower.
     return numbers.gather(0, maxima.argmax(dim=0, keepdim=True)).squeeze(0).long()
 
 
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * rows.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             tokens = slice(start, start + chunk)
-            losses, gradient = _of_chunk(
+            losses, gradient = _chunk_losses(
                 hidden[tokens] @ rows.t(), targets[tokens] - first, token_weights[tokens], group, with_gradient
             )
             total += losses.sum()
@@ -137,10 +137,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_gradient, weight_gradient, *[None] * 6
 
 
-def _of_chunk(
+def _chunk_losses(
     logits: Tensor, local_targets: Tensor, token_weights: Tensor, group: dist.ProcessGroup | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The weighted losses of a chunk of tokens, and the gradient of their ``logits``, ``[tokens, local_vocab]``."""
+    """Return the weighted losses of a chunk of tokens, and the gradient of ``logits``, ``[tokens, local_vocab]``."""
     dtype = logits.dtype
     logits = logits.to(token_weights.dtype)
     elsewhere = (local_targets < 0) | (local_targets >= logits.shape[-1])
@@ -148,7 +148,7 @@ def _of_chunk(
     target_logits = logits.gather(-1, local_targets).squeeze(-1).masked_fill(elsewhere, 0.0)
     maxima = logits.amax(dim=-1)
     exponentials = logits.sub_(maxima.unsqueeze(-1)).exp_()
-    maximum, normalizer, target_logits = _joined(maxima, exponentials.sum(dim=-1), target_logits, group)
+    maximum, normalizer, target_logits = _reduce_over_vocab(maxima, exponentials.sum(dim=-1), target_logits, group)
     losses = (normalizer.log() + maximum - target_logits) * token_weights
     if not with_gradient:
         return losses, exponentials
@@ -157,10 +157,10 @@ def _of_chunk(
     return losses, exponentials.to(dtype)
 
 
-def _joined(
+def _reduce_over_vocab(
     maxima: Tensor, sums: Tensor, target_logits: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over all ranks: the maximum, the sum of the exponentials less that maximum, and the logit of the target."""
+    """Return over all ranks: the maximum, the sum of exponentials relative to it, and the logit of the target."""
     if group is None:
         return maxima, sums, target_logits
     own = torch.stack([maxima, sums, target_logits])

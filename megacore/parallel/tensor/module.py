@@ -1,4 +1,4 @@
-"""Modules whose parameters know how they are cut.
+"""Modules that declare how their parameters are cut.
 
 A parameter is declared once, with its whole shape and the axis that tensor parallelism cuts. Everything else (convert,
 split, load, save, train) reads the cut from that declaration. Modules are built on the meta device, so that a model of
@@ -23,10 +23,10 @@ class ParallelModule(nn.Module):
     """A module that declares its parameters by their whole shape.
 
     Attributes:
-        compute_dtype: what parameters are computed with in, where that is not what they are held in: 16 bit with
-            parameters in 32 bit, whose gradients then are in 32 bit too.
-        caches_casts: cast a parameter once and use the copy for all micro-batches until :func:`clear_cast_cache`;
-            otherwise each micro-batch keeps a copy of its own until its backward pass.
+        compute_dtype: The dtype of the computation if it differs from that of the parameters: 16 bit for parameters in
+            32 bit, whose gradients are in 32 bit too.
+        caches_casts: True to cast a parameter once, for all micro-batches until :func:`clear_cast_cache`; otherwise
+            each micro-batch keeps a copy of its own until its backward pass.
     """
 
     def __init__(self, parallel: ParallelContext) -> None:
@@ -47,48 +47,48 @@ class ParallelModule(nn.Module):
         num_subunits: int = 1,
         num_shared: int = 0,
     ) -> None:
-        """Create parameter ``name``, without values, of this rank's part of ``shape``. See :class:`ParameterSpec`."""
+        """Create parameter ``name`` with this rank's part of ``shape``, without values. See :class:`ParameterSpec`."""
         spec = ParameterSpec(shape, shard_dim, row_dims, num_subunits, num_shared)
         self.specs[name] = spec
         local_shape = spec.local_shape(self.parallel.tp_size, self.parallel.tp_rank)
         self.register_parameter(name, nn.Parameter(torch.empty(local_shape, device="meta")))
 
     def local(self, name: str) -> Tensor:
-        """This rank's part of parameter ``name`` as a plain tensor to compute with.
+        """Return this rank's part of parameter ``name`` as a plain tensor in the compute dtype.
 
         Gradients flow back to the parameter; those of entries that other ranks hold too are summed over these.
         """
-        return self._cast(name, self.held(name))
+        return self._cast(name, self.local_uncast(name))
 
-    def held(self, name: str) -> Tensor:
-        """As :meth:`local`, in the dtype that the parameter is held in."""
-        spec, held = self.specs[name], self._held(name)
+    def local_uncast(self, name: str) -> Tensor:
+        """Return what :meth:`local` returns, in the dtype of the parameter."""
+        spec, local = self.specs[name], self._own_part(name)
         if spec.num_shared and spec.ranks_per_unit(self.parallel.tp_size) > 1:
-            return sum_shared_gradients(held, spec, self.parallel)
-        return held
+            return sum_shared_gradients(local, spec, self.parallel)
+        return local
 
-    def _held(self, name: str) -> Tensor:
+    def _own_part(self, name: str) -> Tensor:
         parameter = getattr(self, name)
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
-    def _cast(self, name: str, held: Tensor) -> Tensor:
-        """Parameter ``name``, of which this process holds ``held``, in the dtype to compute in."""
+    def _cast(self, name: str, local: Tensor) -> Tensor:
+        """Cast ``local``, this rank's part of parameter ``name``, to the compute dtype."""
         if not self.caches_casts or self.compute_dtype is None:
-            return self._to_compute_with(held)
+            return self._to_compute_dtype(local)
         if name not in self.casts:
-            self.casts[name] = held.detach().to(self.compute_dtype)
-        return _Cast.apply(held, self.casts[name])
+            self.casts[name] = local.detach().to(self.compute_dtype)
+        return _CachedCast.apply(local, self.casts[name])
 
-    def _to_compute_with(self, held: Tensor) -> Tensor:
-        return held if self.compute_dtype is None else held.to(self.compute_dtype)
+    def _to_compute_dtype(self, tensor: Tensor) -> Tensor:
+        return tensor if self.compute_dtype is None else tensor.to(self.compute_dtype)
 
 
-class _Cast(torch.autograd.Function):
-    """To ``cast``, which ``held`` was cast to before."""
+class _CachedCast(torch.autograd.Function):
+    """The cast of ``local`` whose result, ``cast``, was computed before."""
 
     @staticmethod
-    def forward(ctx: Any, held: Tensor, cast: Tensor) -> Tensor:
-        ctx.dtype = held.dtype
+    def forward(ctx: Any, local: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = local.dtype
         return cast.view_as(cast)
 
     @staticmethod
@@ -97,32 +97,32 @@ class _Cast(torch.autograd.Function):
 
 
 def clear_cast_cache(model: nn.Module) -> None:
-    """Give back the memory of the parameters that ``model`` has cast, as must be done before they change."""
+    """Free the casts of the parameters of ``model``, as must be done before the parameters change."""
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.casts.clear()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter or a gradient, as a plain tensor that shares its memory and has no history."""
+    """Return this process's part of a parameter or gradient: a plain tensor with the same memory and no graph."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 class ReplicatedModule(ParallelModule):
-    """A module whose parameters every rank holds whole."""
+    """A module with parameters that every rank holds whole."""
 
     def replicated(self, name: str) -> Tensor:
-        """Parameter ``name`` for use between the parallel layers.
+        """Return parameter ``name`` for use between the parallel layers.
 
         Under sequence parallelism each rank sees a slice of the sequence, so the gradients are summed over the ranks;
         otherwise they are equal on all of them already.
         """
-        held = self._held(name)
-        return self._cast(name, sum_gradients(held, self.parallel) if self.parallel.sequence_parallel else held)
+        whole = self._own_part(name)
+        return self._cast(name, sum_gradients(whole, self.parallel) if self.parallel.sequence_parallel else whole)
 
 
 def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
-    """The specs of all parameters of ``model``, by their full names, in the order of the modules.
+    """Return the specs of all parameters of ``model``, by their full names, in the order of the modules.
 
     A parameter that was not declared (of a plain ``torch.nn`` module in a plugin's layer) is not cut; such a module
     computes on plain tensors and works in a single process only.
@@ -144,10 +144,10 @@ def materialize(
     prefix: str = "",
     done: str | None = None,
 ) -> None:
-    """Give each parameter of ``module`` what ``values(name, spec)`` returns, this rank's part, one at a time.
+    """Set each parameter of ``module``, one at a time, to ``values(name, spec)``, which is this rank's part.
 
-    ``prefix`` comes before the names that parameters have in ``module``. Those that begin with ``done`` have their
-    values already.
+    ``prefix`` is put before the names of the parameters in ``module``. Names that begin with ``done`` are skipped: they
+    have their values already.
 
     With tensor parallelism the new parameters are DTensors, cut as declared, so that gradient clipping, optimizer
     state and distributed checkpoints know what each rank holds.

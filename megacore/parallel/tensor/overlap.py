@@ -1,4 +1,4 @@
-"""The column-parallel product with collectives that go on while its backward pass computes.
+"""The column-parallel linear function, with collectives that overlap the computation of its backward pass.
 
 From Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2.
 """
@@ -13,22 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megacore.parallel.context import ParallelContext
-from megacore.parallel.tensor.collectives import SEQUENCE, gathered_sequence, parts_of_sequence
+from megacore.parallel.tensor.collectives import SEQUENCE, gathered_sequence, split_sequence
 
 
 def overlapping_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: ParallelContext) -> Tensor:
-    """What :func:`~torch.nn.functional.linear` gives in the parallel region that ``hidden`` enters.
+    """Apply :func:`~torch.nn.functional.linear` in a parallel region that ``hidden`` enters.
 
-    It is a single node of autograd's graph, so that the sum of the input's gradient over the ranks is on its way while
-    the weight's is computed, and that under sequence parallelism only this rank's slice of the input is kept, which is
+    It is a single node of autograd's graph, so that the input's gradient is summed over the ranks while the
+    weight's is computed, and that under sequence parallelism only this rank's slice of the input is kept, which is
     gathered again while the input's gradient is computed. A backward pass that asks for the two gradients one after the
     other would compute both twice.
 
     Args:
-        hidden: what lies between the parallel layers, ``[batch, sequence, in_features]``.
-        weight: this rank's, ``[local_out_features, in_features]``.
-        bias: likewise, ``[local_out_features]``.
-        parallel: whose tensor-parallel ranks the outputs are cut over.
+        hidden: Hidden states between parallel layers, ``[batch, sequence, in_features]``.
+        weight: This rank's part of the weight, ``[local_out_features, in_features]``.
+        bias: This rank's part of the bias, ``[local_out_features]``.
+        parallel: The mesh with the tensor-parallel ranks.
     """
     if parallel.tp_mesh is None:
         return F.linear(hidden, weight, bias)
@@ -57,9 +57,9 @@ class _OverlappingLinear(torch.autograd.Function):
             gathering.wait()
             hidden = torch.cat(parts, dim=SEQUENCE)
         if needs_hidden and ctx.is_slice:
-            addends = parts_of_sequence(hidden_gradient, ctx.group)
-            hidden_gradient = torch.empty_like(addends[0])
-            summing = dist.reduce_scatter(hidden_gradient, addends, group=ctx.group, async_op=True)
+            slices = split_sequence(hidden_gradient, ctx.group)
+            hidden_gradient = torch.empty_like(slices[0])
+            summing = dist.reduce_scatter(hidden_gradient, slices, group=ctx.group, async_op=True)
         elif needs_hidden:
             summing = dist.all_reduce(hidden_gradient, group=ctx.group, async_op=True)
         rows = gradient.flatten(0, -2)

@@ -1,7 +1,7 @@
-"""How a parameter is cut over tensor-parallel ranks: along one axis, as ``torch.chunk`` cuts.
+"""The cut of a parameter over tensor-parallel ranks: along one axis, as ``torch.chunk`` cuts.
 
-Every parameter is seen in two ways. As the model holds it, fused parts have axes of their own, ``[kv_groups, rows,
-hidden]`` say, so that a cut is a ``narrow``. As files hold it, it is a matrix ``[rows, columns]``: the first
+Every parameter is seen in two ways. In the model, fused parts have axes of their own, ``[kv_groups, rows,
+hidden]`` say, so that a cut is a ``narrow``. In files, it is a matrix ``[rows, columns]``: the first
 ``row_dims`` axes flattened, then the rest.
 """
 
@@ -34,17 +34,17 @@ class Box:
     """A part of a tensor that is a box of another, larger one.
 
     Attributes:
-        offsets: where it begins in the larger one.
-        sizes: along each axis.
-        part_offsets: where it begins in the part.
+        offsets: Start in the larger tensor, along each axis.
+        sizes: Size along each axis.
+        part_offsets: Start in the part, along each axis.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     part_offsets: tuple[int, ...]
 
-    def within(self, dim: int, start: int, stop: int) -> Box:
-        """What lies in the entries ``start`` to ``stop`` of the part along ``dim``, which are a part of their own."""
+    def narrow(self, dim: int, start: int, stop: int) -> Box:
+        """Return the box of a smaller part: the entries ``start`` to ``stop`` of this one's part along ``dim``."""
         first = self.part_offsets[dim]
         begin, end = max(first, start), min(first + self.sizes[dim], stop)
         offset = self.offsets[dim] + begin - first
@@ -65,20 +65,20 @@ def _replaced(numbers: tuple[int, ...], dim: int, number: int) -> tuple[int, ...
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """The shape of a parameter of the whole model, and how tensor parallelism cuts it.
+    """The shape of a parameter of the whole model, and its cut by tensor parallelism.
 
-    The axis ``shard_dim`` counts units, each of which goes to one rank. Where there are more ranks than units, a unit
-    with ``num_subunits`` > 1 is dealt to several ranks: of the entries of the next axis, the last ``num_shared`` go to
-    each of them, and the others are dealt out in equal parts. So the query heads that share a key-value head can be on
+    The axis ``shard_dim`` counts units, each of which goes to one rank. If there are more ranks than units, a unit
+    with ``num_subunits`` > 1 is divided among several ranks: each of them gets the last ``num_shared`` entries of the
+    next axis, and an equal part of the others. So the query heads that share a key-value head can be on
     different ranks, each with a replica of that head. Replicas exist in memory only: files hold one.
 
     Attributes:
-        shape: of the uncut parameter.
-        shard_dim: the axis that tensor parallelism cuts; ``None`` where every rank holds the whole.
-        row_dims: how many leading axes number the rows of the matrix; the rest number its columns. A vector has its
-            one axis in the rows.
-        num_subunits: into how many parts a unit can be dealt out; 1 where it cannot.
-        num_shared: entries of the axis after ``shard_dim`` that each rank of a unit holds.
+        shape: Shape of the uncut parameter.
+        shard_dim: Axis that tensor parallelism cuts; ``None`` if every rank holds the whole.
+        row_dims: Number of leading axes that are the rows of the matrix; the rest are its columns. The one axis of a
+            vector is in the rows.
+        num_subunits: Number of parts that a unit can be divided into; 1 if it cannot.
+        num_shared: Number of entries of the axis after ``shard_dim`` that each rank of a unit holds.
     """
 
     shape: tuple[int, ...]
@@ -89,29 +89,29 @@ class ParameterSpec:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """``(rows, columns)``; a vector of n is a matrix of ``(n, 1)``."""
+        """Return ``(rows, columns)``; a vector of n is a matrix of ``(n, 1)``."""
         return math.prod(self.shape[: self.row_dims]), math.prod(self.shape[self.row_dims :])
 
     @property
     def flat_shape(self) -> tuple[int, ...]:
-        """The shape that published checkpoints have: ``[rows, columns]``, or ``[rows]`` for a vector."""
+        """Return the shape in published checkpoints: ``[rows, columns]``, or ``[rows]`` for a vector."""
         return self.matrix_shape if self.row_dims < len(self.shape) else self.matrix_shape[:1]
 
-    def describes_as(self, other: ParameterSpec) -> bool:
-        """Whether both describe one parameter; how far it can be cut beyond its units does not matter for that."""
+    def is_same_parameter(self, other: ParameterSpec) -> bool:
+        """Return whether both describe the same parameter; it may be divisible beyond its units in one of them only."""
         return (self.shape, self.shard_dim, self.row_dims) == (other.shape, other.shard_dim, other.row_dims)
 
     @property
     def num_units(self) -> int:
-        """Units along ``shard_dim``; 1 where nothing is cut."""
+        """Return the number of units along ``shard_dim``; 1 if nothing is cut."""
         return 1 if self.shard_dim is None else self.shape[self.shard_dim]
 
     def ranks_per_unit(self, tp_size: int) -> int:
-        """How many ranks a unit is dealt out to: 1, unless there are more ranks than units."""
+        """Return the number of ranks that a unit is divided among: 1, unless there are more ranks than units."""
         return 1 if self.shard_dim is None or tp_size <= self.num_units else tp_size // self.num_units
 
     def can_be_cut_over(self, tp_size: int) -> bool:
-        """Whether a cut over ``tp_size`` ranks leaves each with something of the parameter."""
+        """Return whether a cut over ``tp_size`` ranks leaves each rank a part of the parameter."""
         if self.shard_dim is None:
             return tp_size >= 1
         if not 1 <= tp_size <= self.num_units:
@@ -120,17 +120,17 @@ class ParameterSpec:
         return chunk_bounds(self.num_units, tp_size, tp_size - 1)[0] < self.num_units
 
     def local_shape(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
-        """The shape of the part that rank ``tp_rank`` of ``tp_size`` holds, replicas included."""
+        """Return the shape of the part that rank ``tp_rank`` of ``tp_size`` holds, replicas included."""
         return self._shape_of(tp_size, tp_rank, with_replicas=True)
 
     def stored_shape(self, tp_size: int, tp_rank: int) -> tuple[int, ...]:
-        """The shape of the part that the file of rank ``tp_rank`` of ``tp_size`` holds; see :meth:`stored_block`."""
+        """Return the shape of the part in the file of rank ``tp_rank`` of ``tp_size``; see :meth:`stored_block`."""
         return self._shape_of(tp_size, tp_rank, with_replicas=False)
 
     def global_shape(self, tp_size: int) -> tuple[int, ...]:
-        """What the parts of all ranks are together, joined along ``shard_dim``: ``shape``, unless there are replicas.
+        """Return the shape of the joined parts of all ranks along ``shard_dim``: ``shape``, unless there are replicas.
 
-        As ``torch.distributed.tensor`` sees the parameter.
+        This is the shape of the parameter as a DTensor.
         """
         share = self.ranks_per_unit(tp_size)
         if share == 1 or self.shard_dim is None:
@@ -139,22 +139,22 @@ class ParameterSpec:
         return (*local[: self.shard_dim], tp_size, *local[self.shard_dim + 1 :])
 
     def block(self, tp_size: int, tp_rank: int) -> tuple[Rows, slice]:
-        """The rows and columns of the matrix that rank ``tp_rank`` of ``tp_size`` holds, replicas included."""
+        """Return the rows and columns of the matrix that rank ``tp_rank`` of ``tp_size`` holds, replicas included."""
         return self._block(tp_size, tp_rank, with_replicas=True)
 
     def stored_block(self, tp_size: int, tp_rank: int) -> tuple[Rows, slice]:
-        """The rows and columns that the file of rank ``tp_rank`` of ``tp_size`` holds: each is in one file only.
+        """Return the rows and columns that the file of rank ``tp_rank`` of ``tp_size`` holds: each is in one file only.
 
-        What several ranks hold is in the file of the first of them; see :meth:`is_stored_by`.
+        Entries that several ranks hold are in the file of the first of them; see :meth:`is_stored_by`.
         """
         return self._block(tp_size, tp_rank, with_replicas=False)
 
     def is_stored_by(self, tp_rank: int) -> bool:
-        """Whether the file of ``tp_rank`` holds some of the parameter: what is not cut is stored once, by rank 0."""
+        """Return whether the file of ``tp_rank`` holds a part of the parameter; without a cut only rank 0 does."""
         return self.shard_dim is not None or tp_rank == 0
 
     def subunit_bounds(self, tp_size: int, tp_rank: int) -> tuple[int, int]:
-        """The half-open range of subunits, counted through all units, that rank ``tp_rank`` holds."""
+        """Return the half-open range of subunits, counted through all units, that rank ``tp_rank`` holds."""
         share = self.ranks_per_unit(tp_size)
         if share == 1:
             first, last = chunk_bounds(self.num_units, tp_size, tp_rank)
@@ -163,7 +163,7 @@ class ParameterSpec:
         return tp_rank * size, (tp_rank + 1) * size
 
     def boxes(self, tp_size: int, tp_rank: int) -> list[Box]:
-        """The boxes of the whole parameter that the part of rank ``tp_rank`` consists of, replicas included."""
+        """Return the boxes of the whole parameter that make up the part of rank ``tp_rank``, replicas included."""
         zeros = (0,) * len(self.shape)
         if self.shard_dim is None:
             return [Box(zeros, self.shape, zeros)]
@@ -182,15 +182,15 @@ class ParameterSpec:
         return boxes
 
     def _parts(self, tp_size: int, tp_rank: int, *, with_replicas: bool) -> tuple[slice, list[slice]]:
-        """The units of a rank, and the parts of each along the axis after ``shard_dim``; none where it is not cut."""
+        """Return the units of a rank, and its parts of each along the next axis; no parts if a unit is whole."""
         share = self.ranks_per_unit(tp_size)
         if share == 1:
             return slice(*chunk_bounds(self.num_units, tp_size, tp_rank)), []
         assert self.shard_dim is not None
         unit, part = divmod(tp_rank, share)
         size = self.shape[self.shard_dim + 1]
-        dealt = (size - self.num_shared) // share
-        parts = [slice(part * dealt, (part + 1) * dealt)]
+        own_size = (size - self.num_shared) // share
+        parts = [slice(part * own_size, (part + 1) * own_size)]
         if self.num_shared and (with_replicas or part == 0):
             parts.append(slice(size - self.num_shared, size))
         return slice(unit, unit + 1), parts
@@ -231,7 +231,7 @@ class ParameterSpec:
 
 
 def join_parts(parts: Sequence[torch.Tensor], spec: ParameterSpec) -> torch.Tensor:
-    """The uncut parameter, made of the parts that all ranks hold, in their order."""
+    """Join the parts of all ranks, in their order, to the uncut parameter."""
     rows, columns = spec.matrix_shape
     whole = parts[0].new_empty(rows, columns)
     for rank, part in enumerate(parts):
@@ -244,7 +244,7 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
     """Refuse a tensor-parallel size that would leave a rank without its part of some parameter.
 
     Raises:
-        LayoutError: names the parameter and the sizes that work.
+        LayoutError: When it would, with the parameter and the sizes that work.
     """
     cut = [spec for spec in specs.values() if spec.shard_dim is not None]
     failing = [name for name, spec in specs.items() if spec.shard_dim is not None and not spec.can_be_cut_over(tp_size)]
@@ -263,7 +263,7 @@ def check_tensor_parallel(specs: Mapping[str, ParameterSpec], tp_size: int) -> N
 
 
 def describe_imbalance(specs: Mapping[str, ParameterSpec], tp_size: int) -> str | None:
-    """Say in a line how unequal the ranks' parts are; ``None`` where tp divides everything."""
+    """Describe in a line how unequal the ranks' parts are; ``None`` if tp divides everything."""
     uneven: dict[str, str] = {}
     for name, spec in specs.items():
         size = spec.num_units
@@ -272,4 +272,4 @@ def describe_imbalance(specs: Mapping[str, ParameterSpec], tp_size: int) -> str 
             uneven.setdefault(name.rsplit(".", 2)[-2], f"{size} as {' + '.join(map(str, parts))}")
     if not uneven:
         return None
-    return f"tp {tp_size} cuts unevenly: " + ", ".join(f"{name} {how}" for name, how in uneven.items())
+    return f"tp {tp_size} cuts unevenly: " + ", ".join(f"{name} {sizes}" for name, sizes in uneven.items())

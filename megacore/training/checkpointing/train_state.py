@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megacore.checkpoint import Checkpoint
-from megacore.parallel import ParallelContext, attribute, local_boxes, local_tensor
+from megacore.parallel import ParallelContext, local_boxes, local_tensor, set_failed_rank
 from megacore.training.checkpointing.storage import (
     PlacedLoadPlanner,
     PlacedSavePlanner,
@@ -105,8 +107,8 @@ def write_tensors(
     is_alone = parallel.mesh is None
     warnings.filterwarnings("ignore", message=_SINGLE_PROCESS_WARNING)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=PlacedSavePlanner(), process_group=group, no_dist=is_alone)
-    except dcp.CheckpointException as failed:
+        save(tensors, storage_writer=writer, planner=PlacedSavePlanner(), process_group=group, no_dist=is_alone)
+    except CheckpointException as failed:
         error = _cause(failed)
         writer.abandon(error)
         raise error from None
@@ -119,16 +121,16 @@ def _load(tensors: dict[str, PlacedTensor], checkpoint: Checkpoint, parallel: Pa
     is_alone = parallel.mesh is None
     warnings.filterwarnings("ignore", message=_SINGLE_PROCESS_WARNING)
     try:
-        dcp.load(tensors, storage_reader=SafetensorsReader(checkpoint), planner=PlacedLoadPlanner(), no_dist=is_alone)
-    except dcp.CheckpointException as failed:
+        load(tensors, storage_reader=SafetensorsReader(checkpoint), planner=PlacedLoadPlanner(), no_dist=is_alone)
+    except CheckpointException as failed:
         raise _cause(failed) from None
 
 
-def _cause(failed: dcp.CheckpointException) -> BaseException:
+def _cause(failed: CheckpointException) -> BaseException:
     """Return the error of the first rank that failed."""
     rank = min(failed.failures)
     error, _ = failed.failures[rank]
-    attribute(error, rank)
+    set_failed_rank(error, rank)
     return error
 
 

@@ -49,7 +49,7 @@ def evaluate(
         run = read_run_config(Path(run))
     resolved = resolve_evaluation(run, load=None if load is None else Path(load), nodes=nodes)
     log_startup_notes(resolved.notes, nodes, on_note)
-    return run_on_ranks(
+    evaluations: list[Evaluation] = run_on_ranks(
         evaluate_on_rank,
         resolved,
         on_evaluation,
@@ -59,6 +59,7 @@ def evaluate(
         settings=resolved.shared_settings,
         on_note=on_note,
     )
+    return evaluations
 
 
 def evaluate_on_rank(

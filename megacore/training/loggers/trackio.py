@@ -31,4 +31,4 @@ class TrackioLogger:
 
     def close(self) -> None:
         with redirect_stdout(sys.stderr):
-            trackio.finish()
+            trackio.finish()  # type: ignore[no-untyped-call]  # the library annotates no return type
