@@ -253,7 +253,7 @@ def check(ranks, place: Path, out: Path, combination: Combination, dtype: str, e
     run = run_of(place, out, combination.learned, dtype, *combination.layout())
     tolerance = {"fp64": 1e-10, "fp32": 1e-5}[dtype]
 
-    outcomes = ranks.run(trained_and_evaluated, run, sizes=parallel_sizes(run.parallel))
+    outcomes = ranks.run(trained_and_evaluated, run, sizes=parallel_sizes(run.parallel), timeout=180)
 
     (steps, evaluations), *others = outcomes
     assert len(steps) == STEPS
