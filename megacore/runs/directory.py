@@ -83,11 +83,7 @@ class RunDirectory:
             write_file(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Read the run file.
-
-        Raises:
-            DataError: There is none, or it is damaged.
-        """
+        """Read the run file. Raises :class:`DataError` if there is none, or it is damaged."""
         try:
             tables = tomllib.loads(self.run_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
