@@ -42,7 +42,7 @@ def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = Non
     """Write a self-contained HTML page on ``runs``, and return its path.
 
     Args:
-        runs: The directories that ``output.directory`` named; the runs may still be going on.
+        runs: The directories that ``output.directory`` named; the runs need not have ended.
         out: The page, by default ``report.html`` in the directory of a single run. An earlier report is replaced.
 
     Raises:
