@@ -10,25 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megacore.checkpoint import Checkpoint as Checkpoint
-    from megacore.checkpoint import inspect as inspect
-    from megacore.checkpoint import split as split
+    from megacore.checkpoint import Checkpoint as Checkpoint, inspect as inspect, split as split
     from megacore.config import ModelConfig as ModelConfig
-    from megacore.data import tokenize as tokenize
-    from megacore.data import tokenize_chat as tokenize_chat
+    from megacore.data import tokenize as tokenize, tokenize_chat as tokenize_chat
     from megacore.errors import MegacoreError as MegacoreError
     from megacore.generation import generate as generate
-    from megacore.hookspecs import ModelFamily as ModelFamily
-    from megacore.hookspecs import hookimpl as hookimpl
-    from megacore.plugins import get_family as get_family
-    from megacore.plugins import list_families as list_families
+    from megacore.hookspecs import ModelFamily as ModelFamily, hookimpl as hookimpl
+    from megacore.plugins import get_family as get_family, list_families as list_families
     from megacore.runs import report as report
-    from megacore.training import evaluate as evaluate
-    from megacore.training import train as train
+    from megacore.training import evaluate as evaluate, train as train
     from megacore.verification import verify as verify
-    from megacore.weights import convert as convert
-    from megacore.weights import export as export
-    from megacore.weights import translate as translate
+    from megacore.weights import convert as convert, export as export, translate as translate
 
 _HOME = {
     "Checkpoint": "megacore.checkpoint",

@@ -4,23 +4,15 @@ Start with ``manifest.py``, which describes a checkpoint, and ``reading.py``, wh
 converting, splitting, loading and exporting share: matrices that are read block by block.
 """
 
-from megacore.checkpoint.inspection import inspect
-from megacore.checkpoint.layout import Layout
-from megacore.checkpoint.manifest import Manifest, ModelDescription, build_manifest, history_entry, read_manifest
-from megacore.checkpoint.reading import Checkpoint
-from megacore.checkpoint.splitting import split
-from megacore.checkpoint.writing import Parameter, write_checkpoint
-
-__all__ = [
-    "Checkpoint",
-    "Layout",
-    "Manifest",
-    "ModelDescription",
-    "Parameter",
-    "build_manifest",
-    "history_entry",
-    "inspect",
-    "read_manifest",
-    "split",
-    "write_checkpoint",
-]
+from megacore.checkpoint.inspection import inspect as inspect
+from megacore.checkpoint.layout import Layout as Layout
+from megacore.checkpoint.manifest import (
+    Manifest as Manifest,
+    ModelDescription as ModelDescription,
+    build_manifest as build_manifest,
+    history_entry as history_entry,
+    read_manifest as read_manifest,
+)
+from megacore.checkpoint.reading import Checkpoint as Checkpoint
+from megacore.checkpoint.splitting import split as split
+from megacore.checkpoint.writing import Parameter as Parameter, write_checkpoint as write_checkpoint

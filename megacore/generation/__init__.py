@@ -4,9 +4,7 @@ Start with ``launch.py``, the public call ``generate``. ``text_generator.py`` ho
 the loop over tokens.
 """
 
-from megacore.generation.chat import converse
-from megacore.generation.launch import generate, run_with_generator
-from megacore.generation.sampling import Sampling
-from megacore.generation.text_generator import Generated, Limits, TextGenerator
-
-__all__ = ["Generated", "Limits", "Sampling", "TextGenerator", "converse", "generate", "run_with_generator"]
+from megacore.generation.chat import converse as converse
+from megacore.generation.launch import generate as generate, run_with_generator as run_with_generator
+from megacore.generation.sampling import Sampling as Sampling
+from megacore.generation.text_generator import Generated as Generated, Limits as Limits, TextGenerator as TextGenerator

@@ -4,97 +4,75 @@ Start with ``context`` (the place of a process) and ``sizes``, then ``tensor``, 
 the kinds of parallelism, and ``launch`` for how the processes start.
 """
 
-from megacore.parallel.context import ParallelContext, any_rank, broadcast_object
-from megacore.parallel.data_parallel import GradientBuckets, gather_parameter, local_boxes, shard
-from megacore.parallel.gradients import local_gradients, local_square_norm, scale_gradients
-from megacore.parallel.launch.failures import is_lost_connection, set_failed_rank
-from megacore.parallel.launch.launcher import is_first_process, launched_environment, run_on_ranks
-from megacore.parallel.launch.nodes import ONE_NODE, Nodes
-from megacore.parallel.launch.process_group import exit_process, local_device, process_group
-from megacore.parallel.launch.restarts import was_restarted
-from megacore.parallel.pipeline.forward_only import run_forward
-from megacore.parallel.pipeline.schedule import SCHEDULES, Pipeline, check_schedule, local_stages, stage_owners
-from megacore.parallel.pipeline.stages import Stage, balanced_stages, stages_from_counts
-from megacore.parallel.sizes import ParallelSizes
-from megacore.parallel.tensor.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-    vocab_parallel_logits,
+from megacore.parallel.context import (
+    ParallelContext as ParallelContext,
+    any_rank as any_rank,
+    broadcast_object as broadcast_object,
 )
-from megacore.parallel.tensor.loss import linear_cross_entropy, token_scores
+from megacore.parallel.data_parallel import (
+    GradientBuckets as GradientBuckets,
+    gather_parameter as gather_parameter,
+    local_boxes as local_boxes,
+    shard as shard,
+)
+from megacore.parallel.gradients import (
+    local_gradients as local_gradients,
+    local_square_norm as local_square_norm,
+    scale_gradients as scale_gradients,
+)
+from megacore.parallel.launch.failures import (
+    is_lost_connection as is_lost_connection,
+    set_failed_rank as set_failed_rank,
+)
+from megacore.parallel.launch.launcher import (
+    is_first_process as is_first_process,
+    launched_environment as launched_environment,
+    run_on_ranks as run_on_ranks,
+)
+from megacore.parallel.launch.nodes import ONE_NODE as ONE_NODE, Nodes as Nodes
+from megacore.parallel.launch.process_group import (
+    exit_process as exit_process,
+    local_device as local_device,
+    process_group as process_group,
+)
+from megacore.parallel.launch.restarts import was_restarted as was_restarted
+from megacore.parallel.pipeline.forward_only import run_forward as run_forward
+from megacore.parallel.pipeline.schedule import (
+    SCHEDULES as SCHEDULES,
+    Pipeline as Pipeline,
+    check_schedule as check_schedule,
+    local_stages as local_stages,
+    stage_owners as stage_owners,
+)
+from megacore.parallel.pipeline.stages import (
+    Stage as Stage,
+    balanced_stages as balanced_stages,
+    stages_from_counts as stages_from_counts,
+)
+from megacore.parallel.sizes import ParallelSizes as ParallelSizes
+from megacore.parallel.tensor.layers import (
+    ColumnParallelLinear as ColumnParallelLinear,
+    RowParallelLinear as RowParallelLinear,
+    VocabParallelEmbedding as VocabParallelEmbedding,
+    VocabParallelHead as VocabParallelHead,
+    vocab_parallel_logits as vocab_parallel_logits,
+)
+from megacore.parallel.tensor.loss import linear_cross_entropy as linear_cross_entropy, token_scores as token_scores
 from megacore.parallel.tensor.module import (
-    ParallelModule,
-    ReplicatedModule,
-    clear_cast_cache,
-    local_tensor,
-    materialize,
-    parameter_specs,
+    ParallelModule as ParallelModule,
+    ReplicatedModule as ReplicatedModule,
+    clear_cast_cache as clear_cast_cache,
+    local_tensor as local_tensor,
+    materialize as materialize,
+    parameter_specs as parameter_specs,
 )
 from megacore.parallel.tensor.sharding import (
-    Box,
-    ParameterSpec,
-    Rows,
-    check_tensor_parallel,
-    chunk_bounds,
-    describe_imbalance,
-    join_parts,
+    Box as Box,
+    ParameterSpec as ParameterSpec,
+    Rows as Rows,
+    check_tensor_parallel as check_tensor_parallel,
+    chunk_bounds as chunk_bounds,
+    describe_imbalance as describe_imbalance,
+    join_parts as join_parts,
 )
-from megacore.signals import StopRequest, stop_requests
-
-__all__ = [
-    "ONE_NODE",
-    "SCHEDULES",
-    "Box",
-    "ColumnParallelLinear",
-    "GradientBuckets",
-    "Nodes",
-    "ParallelContext",
-    "ParallelModule",
-    "ParallelSizes",
-    "ParameterSpec",
-    "Pipeline",
-    "ReplicatedModule",
-    "RowParallelLinear",
-    "Rows",
-    "Stage",
-    "StopRequest",
-    "VocabParallelEmbedding",
-    "VocabParallelHead",
-    "any_rank",
-    "balanced_stages",
-    "broadcast_object",
-    "check_schedule",
-    "check_tensor_parallel",
-    "chunk_bounds",
-    "clear_cast_cache",
-    "describe_imbalance",
-    "exit_process",
-    "gather_parameter",
-    "is_first_process",
-    "is_lost_connection",
-    "join_parts",
-    "launched_environment",
-    "linear_cross_entropy",
-    "local_boxes",
-    "local_device",
-    "local_gradients",
-    "local_square_norm",
-    "local_stages",
-    "local_tensor",
-    "materialize",
-    "parameter_specs",
-    "process_group",
-    "run_forward",
-    "run_on_ranks",
-    "scale_gradients",
-    "set_failed_rank",
-    "shard",
-    "stage_owners",
-    "stages_from_counts",
-    "stop_requests",
-    "token_scores",
-    "vocab_parallel_logits",
-    "was_restarted",
-]
+from megacore.signals import StopRequest as StopRequest, stop_requests as stop_requests

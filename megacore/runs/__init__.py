@@ -3,8 +3,11 @@
 Start with ``directory`` for the files, and with ``report`` for the page that is made of them.
 """
 
-from megacore.runs.directory import RunDirectory
-from megacore.runs.metrics_file import MetricsFile, RunMetrics, Series, read_metrics
-from megacore.runs.report import report
-
-__all__ = ["MetricsFile", "RunDirectory", "RunMetrics", "Series", "read_metrics", "report"]
+from megacore.runs.directory import RunDirectory as RunDirectory
+from megacore.runs.metrics_file import (
+    MetricsFile as MetricsFile,
+    RunMetrics as RunMetrics,
+    Series as Series,
+    read_metrics as read_metrics,
+)
+from megacore.runs.report import report as report

@@ -4,22 +4,9 @@ Start reading at ``trainer.py``, which holds the loop; ``resolved.py`` computes 
 ``engine.py`` takes one optimizer step. ``config`` is the run file, section by section.
 """
 
-from megacore.training.batches import Batch, batches
-from megacore.training.config import RunConfig, read_run_config
-from megacore.training.engine import Engine
-from megacore.training.evaluation.evaluate import evaluate
-from megacore.training.step_metrics import Evaluation, Step, TrainResult
-from megacore.training.trainer import train
-
-__all__ = [
-    "Batch",
-    "Engine",
-    "Evaluation",
-    "RunConfig",
-    "Step",
-    "TrainResult",
-    "batches",
-    "evaluate",
-    "read_run_config",
-    "train",
-]
+from megacore.training.batches import Batch as Batch, batches as batches
+from megacore.training.config import RunConfig as RunConfig, read_run_config as read_run_config
+from megacore.training.engine import Engine as Engine
+from megacore.training.evaluation.evaluate import evaluate as evaluate
+from megacore.training.step_metrics import Evaluation as Evaluation, Step as Step, TrainResult as TrainResult
+from megacore.training.trainer import train as train

@@ -4,21 +4,17 @@ Start with ``comparison.py``, the public call ``verify``. The references are wha
 ``load_reference``.
 """
 
-from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
-from megacore.verification.meta_reference import MetaReference
-from megacore.verification.samples import dataset_samples, random_samples, text_samples
-from megacore.verification.standard_reference import load_standard_reference
-from megacore.verification.transformers_reference import TransformersReference
-
-__all__ = [
-    "Iteration",
-    "MetaReference",
-    "Tolerance",
-    "TransformersReference",
-    "VerificationReport",
-    "dataset_samples",
-    "load_standard_reference",
-    "random_samples",
-    "text_samples",
-    "verify",
-]
+from megacore.verification.comparison import (
+    Iteration as Iteration,
+    Tolerance as Tolerance,
+    VerificationReport as VerificationReport,
+    verify as verify,
+)
+from megacore.verification.meta_reference import MetaReference as MetaReference
+from megacore.verification.samples import (
+    dataset_samples as dataset_samples,
+    random_samples as random_samples,
+    text_samples as text_samples,
+)
+from megacore.verification.standard_reference import load_standard_reference as load_standard_reference
+from megacore.verification.transformers_reference import TransformersReference as TransformersReference

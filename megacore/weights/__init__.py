@@ -13,23 +13,29 @@ if TYPE_CHECKING:
     from megacore.weights.conversion import convert as convert
     from megacore.weights.exporting import export as export
     from megacore.weights.formats import recognise as recognise
-    from megacore.weights.rules import Copy as Copy
-    from megacore.weights.rules import FusedQKV as FusedQKV
-    from megacore.weights.rules import Rule as Rule
-    from megacore.weights.rules import Stacked as Stacked
-    from megacore.weights.rules import SwappedHalves as SwappedHalves
-    from megacore.weights.rules import WeightMap as WeightMap
-    from megacore.weights.rules import grouped_qkv_rows as grouped_qkv_rows
+    from megacore.weights.rules import (
+        Copy as Copy,
+        FusedQKV as FusedQKV,
+        Rule as Rule,
+        Stacked as Stacked,
+        SwappedHalves as SwappedHalves,
+        WeightMap as WeightMap,
+        grouped_qkv_rows as grouped_qkv_rows,
+    )
     from megacore.weights.standard_decoder import StandardDecoder as StandardDecoder
-    from megacore.weights.standard_decoder.hf import ROTARY_METHODS as ROTARY_METHODS
-    from megacore.weights.standard_decoder.hf import rotary_from_hf as rotary_from_hf
-    from megacore.weights.standard_decoder.hf import rotary_to_hf as rotary_to_hf
-    from megacore.weights.standard_decoder.hf import standard_config_from_hf as standard_config_from_hf
-    from megacore.weights.standard_decoder.hf import standard_config_to_hf as standard_config_to_hf
-    from megacore.weights.standard_decoder.hf import standard_hf_map as standard_hf_map
-    from megacore.weights.standard_decoder.meta import config_from_meta as config_from_meta
-    from megacore.weights.standard_decoder.meta import config_to_meta as config_to_meta
-    from megacore.weights.standard_decoder.meta import meta_map as meta_map
+    from megacore.weights.standard_decoder.hf import (
+        ROTARY_METHODS as ROTARY_METHODS,
+        rotary_from_hf as rotary_from_hf,
+        rotary_to_hf as rotary_to_hf,
+        standard_config_from_hf as standard_config_from_hf,
+        standard_config_to_hf as standard_config_to_hf,
+        standard_hf_map as standard_hf_map,
+    )
+    from megacore.weights.standard_decoder.meta import (
+        config_from_meta as config_from_meta,
+        config_to_meta as config_to_meta,
+        meta_map as meta_map,
+    )
     from megacore.weights.translation import translate as translate
 
 _NAMES = {

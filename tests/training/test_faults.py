@@ -488,7 +488,7 @@ def test_a_disk_that_is_full_keeps_the_old_checkpoint_and_training_goes_on(ranks
     told, error = results[0]
     assert "NO CHECKPOINT was saved after iteration 4, the 1st that failed: there is no room for " in told[0]
     assert all("after iteration 6, the 2nd that failed" in note for note in told[1:])  # if it is told before the end
-    assert error.startswith(f"{tmp_path / 'out'} is saved, but not the last training checkpoint, which ")
+    assert error.startswith(f"{tmp_path / 'out'} is saved, but not the last training checkpoint, from which ")
     assert "there is no room for" in error
     assert steps_in(started_from) == [2]
     Checkpoint(started_from / "latest").check()
@@ -517,7 +517,7 @@ def test_a_run_whose_result_cannot_be_written_saves_its_last_checkpoint(ranks, p
     kept = tmp_path / "out-checkpoints" / "iteration-0000005"
     assert set(errors) == {
         f"there is no room for {tmp_path / 'out'} (No space left on device): what was begun of it was removed. All of "
-        f"the training is in {kept}: once that is put right, --resume makes the result of it"
+        f"the training is in {kept}: once this is fixed, --resume makes the result of it"
     }
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
     Checkpoint(kept).check()

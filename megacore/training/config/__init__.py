@@ -4,45 +4,26 @@
 """
 
 from megacore.training.config.compute import (
-    DropoutSection,
-    KernelsSection,
-    LossScaleSection,
-    ModelSection,
-    ParallelSection,
-    RecomputeSection,
+    DropoutSection as DropoutSection,
+    KernelsSection as KernelsSection,
+    LossScaleSection as LossScaleSection,
+    ModelSection as ModelSection,
+    ParallelSection as ParallelSection,
+    RecomputeSection as RecomputeSection,
 )
-from megacore.training.config.data import DataSection, WeightedDataset
-from megacore.training.config.optimizer import OptimizerSection
+from megacore.training.config.data import DataSection as DataSection, WeightedDataset as WeightedDataset
+from megacore.training.config.optimizer import OptimizerSection as OptimizerSection
 from megacore.training.config.output import (
-    CheckpointsSection,
-    EvaluationSection,
-    FaultsSection,
-    LoggingSection,
-    OutputSection,
+    CheckpointsSection as CheckpointsSection,
+    EvaluationSection as EvaluationSection,
+    FaultsSection as FaultsSection,
+    LoggingSection as LoggingSection,
+    OutputSection as OutputSection,
 )
-from megacore.training.config.run_config import RunConfig, explicit_tables, read_run_config
-from megacore.training.config.section import Section
-from megacore.training.config.training import BatchSizes, TrainingSection
-
-__all__ = [
-    "BatchSizes",
-    "CheckpointsSection",
-    "DataSection",
-    "DropoutSection",
-    "EvaluationSection",
-    "FaultsSection",
-    "KernelsSection",
-    "LoggingSection",
-    "LossScaleSection",
-    "ModelSection",
-    "OptimizerSection",
-    "OutputSection",
-    "ParallelSection",
-    "RecomputeSection",
-    "RunConfig",
-    "Section",
-    "TrainingSection",
-    "WeightedDataset",
-    "explicit_tables",
-    "read_run_config",
-]
+from megacore.training.config.run_config import (
+    RunConfig as RunConfig,
+    explicit_tables as explicit_tables,
+    read_run_config as read_run_config,
+)
+from megacore.training.config.section import Section as Section
+from megacore.training.config.training import BatchSizes as BatchSizes, TrainingSection as TrainingSection

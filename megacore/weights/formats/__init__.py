@@ -13,7 +13,11 @@ from megacore.hookspecs import ModelFamily
 from megacore.weights.formats.hf import HuggingFaceFormat
 from megacore.weights.formats.megatron_llm import MegatronLlmFormat
 from megacore.weights.formats.meta import MetaFormat
-from megacore.weights.formats.published import CheckpointFormat, Publication, PublishedCheckpoint
+from megacore.weights.formats.published import (
+    CheckpointFormat as CheckpointFormat,
+    Publication as Publication,
+    PublishedCheckpoint as PublishedCheckpoint,
+)
 
 FORMATS: dict[str, CheckpointFormat] = {
     format.name: format for format in (HuggingFaceFormat(), MetaFormat(), MegatronLlmFormat())
@@ -42,13 +46,3 @@ def recognise(directory: Path) -> str:
         if format.recognises(directory):
             return name
     raise CheckpointError(f"{directory} holds no checkpoint in a known format ({', '.join(FORMATS)})")
-
-
-__all__ = [
-    "FORMATS",
-    "CheckpointFormat",
-    "Publication",
-    "PublishedCheckpoint",
-    "format_for",
-    "recognise",
-]

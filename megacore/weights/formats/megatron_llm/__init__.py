@@ -16,6 +16,4 @@ ranks' parts merged and layers numbered through the whole model.
 Start with ``rank_files``, which ``reading`` and ``writing`` use.
 """
 
-from megacore.weights.formats.megatron_llm.writing import MegatronLlmFormat
-
-__all__ = ["MegatronLlmFormat"]
+from megacore.weights.formats.megatron_llm.writing import MegatronLlmFormat as MegatronLlmFormat
