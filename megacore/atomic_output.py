@@ -39,12 +39,8 @@ _DISK_FAILURE = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM
 def lock_output(out: Path, *, refusal: str | None = None) -> Iterator[None]:
     """Hold the lock on the output ``out``, the file ``.NAME.lock`` beside it, which is removed at the end.
 
-    Args:
-        out: The output, which need not exist.
-        refusal: The error message when another process holds the lock.
-
     Raises:
-        OutputError: Another process holds the lock.
+        OutputError: Another process holds the lock; its message is ``refusal``, if given.
         OSError: The lock file cannot be created or locked.
     """
     lock = out.with_name(f".{out.name}.lock")
@@ -140,11 +136,7 @@ def require_name(out: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file, which replaces an earlier one as a whole.
-
-    Raises:
-        OutputError: The file cannot be written; then the earlier one is as it was.
-    """
+    """Write a text file, which replaces an earlier one as a whole, or raise :class:`OutputError` and leave that one."""
     staging = path.with_name(f".{path.name}.incomplete")
     with output_errors(path), lock_output(path):
         try:
@@ -211,11 +203,7 @@ class StagedFiles:
                     self._publish()
 
     def claim(self, prefix: Path, suffixes: Sequence[str] = ("",)) -> None:
-        """Reserve the files ``prefix`` + suffix, all or some of which this process will write.
-
-        Raises:
-            OutputError: One of them exists, or another process writes them.
-        """
+        """Reserve ``prefix`` + each suffix. Raises :class:`OutputError` if one exists or is being written."""
         if prefix != self.out:
             with output_errors(prefix):
                 self._stack.enter_context(lock_output(prefix))

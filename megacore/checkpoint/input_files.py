@@ -17,10 +17,7 @@ _BUFFER_BYTES = 4 << 20
 
 
 def require_readable(path: Path) -> None:
-    """Raise :class:`CheckpointError` if ``path`` is no file or may not be read.
-
-    safetensors and torch report a file without read permission as missing.
-    """
+    """Raise :class:`CheckpointError` if ``path`` is no file or may not be read, which libraries report as missing."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
@@ -30,11 +27,7 @@ def require_readable(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``.
-
-    Raises:
-        CorruptCheckpointError: when ``path`` holds no JSON object, or is far too large for one.
-    """
+    """Return the JSON object in ``path``. Raises :class:`CorruptCheckpointError` if it is none, or far too large."""
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes, far more than any such file")
     try:

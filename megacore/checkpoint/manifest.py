@@ -103,17 +103,12 @@ def history_entry(command: str, **details: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a checkpoint.
+    """The description of a checkpoint, with the fields of its :class:`ModelDescription`.
 
     Attributes:
-        family: Model family, whose plugin builds the layers.
-        config: Fields of its :class:`~megacore.config.ModelConfig`.
-        layout: The cut over tensor and pipeline parallel ranks.
         parameters: Parameters by native name, in the order of the model.
         files: Weight files by name.
         tokenizer: SHA-256 of each of the tokenizer's files, by name.
-        origin: Origin of the weights; see :class:`ModelDescription`.
-        history: One entry for each command that led to this checkpoint, the oldest first.
         rotary_layout: Arrangement of the rotary pairs in a head.
         training: State of the run of a training checkpoint, and where its tensors are. ``None`` for a checkpoint of
             weights alone, whose files follow ``layout``.
@@ -155,7 +150,12 @@ class Manifest:
                     "dtype": entry.dtype,
                     "shard_dim": entry.spec.shard_dim,
                     "row_dims": entry.spec.row_dims,
-                    **_subunits_to_json(entry.spec),
+                    # Only of a parameter whose units can be divided between ranks.
+                    **(
+                        {"num_subunits": entry.spec.num_subunits, "num_shared": entry.spec.num_shared}
+                        if entry.spec.num_subunits != 1
+                        else {}
+                    ),
                 }
                 for name, entry in self.parameters.items()
             },
@@ -233,18 +233,14 @@ class Manifest:
                     f"parameter {name} has invalid num_subunits {spec.num_subunits!r} or num_shared {spec.num_shared!r}"
                 )
             self.layout.stage_of(name)
-        if self.training is not None:
-            self._validate_training(self.training)
+            if self.training is not None:
+                stored = self.training.tensors[f"model.{name}"]
+                if (stored.shape, stored.dtype) != (spec.shape, entry.dtype):
+                    raise ValueError(f"parameter {name} has another shape or dtype than its stored tensor")
         if unknown := self.tokenizer.keys() - set(TOKENIZER_FILES):
             raise ValueError(f"{min(unknown)} is not the name of a tokenizer's file")
         if self.rotary_layout != "half":
             raise ValueError(f"rotary_layout {self.rotary_layout!r} is not known")
-
-    def _validate_training(self, training: TrainingRecord) -> None:
-        for name, entry in self.parameters.items():
-            stored = training.tensors[f"model.{name}"]
-            if (stored.shape, stored.dtype) != (entry.spec.shape, entry.dtype):
-                raise ValueError(f"parameter {name} has another shape or dtype than its stored tensor")
 
 
 def build_manifest(
@@ -261,23 +257,13 @@ def build_manifest(
     A checkpoint that is made from another one takes ``model`` from the :attr:`Manifest.description` of that one.
     """
     return Manifest(
-        family=model.family,
-        config=model.config,
+        **vars(model),
         layout=layout,
         parameters=dict(parameters),
         files=dict(files),
         tokenizer=dict(tokenizer),
-        origin=model.origin,
-        history=model.history,
         training=training,
     )
-
-
-def _subunits_to_json(spec: ParameterSpec) -> dict[str, int]:
-    """Return the entries of a parameter whose units can be divided between ranks; none for any other."""
-    if spec.num_subunits == 1:
-        return {}
-    return {"num_subunits": spec.num_subunits, "num_shared": spec.num_shared}
 
 
 def _has_valid_subunits(spec: ParameterSpec) -> bool:
@@ -299,8 +285,7 @@ _MAX_SUGGESTIONS = 8
 
 def _checkpoints_in(directory: Path) -> list[Path]:
     """Return the complete checkpoints in ``directory``, by name; unreadable entries are skipped."""
-    found = (manifest.parent for manifest in directory.glob(f"*/{MANIFEST_NAME}"))
-    return sorted(path for path in found if not path.name.startswith("."))
+    return sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}") if not path.parent.name.startswith("."))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -313,9 +298,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
         siblings = [path.name for path in _checkpoints_in(directory.parent)]
-        hint = (
-            f": {directory.parent} holds the checkpoints {', '.join(siblings[-_MAX_SUGGESTIONS:])}" if siblings else ""
-        )
+        names = ", ".join(siblings[-_MAX_SUGGESTIONS:])
+        hint = f": {directory.parent} holds the checkpoints {names}" if siblings else ""
         raise CheckpointError(f"{directory} is not a directory{hint}")
     if not path.is_file():
         hint = ""

@@ -8,7 +8,7 @@ only the bytes of that block. Stored tensors are memory-mapped, so a block of on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -94,7 +94,7 @@ class ConcatenatedRows(LazyMatrix):
         super().__init__(sum(part.rows for part in parts), parts[0].columns, parts[0].dtype)
         assert all(part.columns == self.columns and part.dtype == self.dtype for part in parts)
         self._parts = parts
-        self._firsts = _starts(part.rows for part in parts)
+        self._firsts = list(accumulate((part.rows for part in parts[:-1]), initial=0))
 
     def read(self, rows: Rows, columns: slice) -> Tensor:
         if isinstance(rows, slice):
@@ -119,7 +119,7 @@ class ConcatenatedColumns(LazyMatrix):
         super().__init__(parts[0].rows, sum(part.columns for part in parts), parts[0].dtype)
         assert all(part.rows == self.rows and part.dtype == self.dtype for part in parts)
         self._parts = parts
-        self._firsts = _starts(part.columns for part in parts)
+        self._firsts = list(accumulate((part.columns for part in parts[:-1]), initial=0))
 
     def read(self, rows: Rows, columns: slice) -> Tensor:
         pieces = [
@@ -131,11 +131,7 @@ class ConcatenatedColumns(LazyMatrix):
 
 
 def cast(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return ``block``, of tensor ``name``, in ``dtype``.
-
-    Raises:
-        CheckpointError: when a finite number would become infinite.
-    """
+    """Return ``block`` of ``name`` in ``dtype``. Raises :class:`CheckpointError` if a number becomes infinite."""
     if block.dtype == dtype:
         return block
     converted = block.to(dtype)
@@ -173,10 +169,6 @@ def block_of(matrix: LazyMatrix, rows: Rows, columns: slice) -> LazyMatrix:
     if isinstance(rows, slice) and rows == slice(0, matrix.rows):
         return matrix
     return RowsOf(matrix, rows)
-
-
-def _starts(sizes: Iterable[int]) -> list[int]:
-    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def _overlap(wanted: slice, first: int, size: int) -> slice | None:

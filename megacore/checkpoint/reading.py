@@ -22,10 +22,10 @@ from megacore.checkpoint.matrix import (
     block_of,
     num_rows,
 )
-from megacore.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, SafetensorsFile
+from megacore.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from megacore.checkpoint.training_record import Chunk, ChunkedMatrix, read_chunk
 from megacore.errors import CheckpointError, CorruptCheckpointError
-from megacore.parallel import ParameterSpec, Rows
+from megacore.parallel import ParameterSpec
 
 
 class Checkpoint:
@@ -71,8 +71,7 @@ class Checkpoint:
     def matrix(self, name: str) -> LazyMatrix:
         """Return parameter ``name`` as one matrix, joined over the ranks that it is cut over; nothing is read yet.
 
-        Raises:
-            CheckpointError: when there is no such parameter.
+        Raises :class:`CheckpointError` when there is no such parameter.
         """
         if name not in self.manifest.parameters:
             raise CheckpointError(f"{self.path} has no parameter {name}")
@@ -91,25 +90,20 @@ class Checkpoint:
         if spec.shard_dim >= spec.row_dims:
             return ConcatenatedColumns(parts)
         merged = ConcatenatedRows(parts)
-        order = _merging_order([rows for rows, _ in blocks])
-        return merged if order is None else RowsOf(merged, order)
+        if all(isinstance(rows, slice) for rows, _ in blocks):
+            return merged
+        # The ranks hold rows in another order than the whole.
+        numbers = [rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop) for rows, _ in blocks]
+        return RowsOf(merged, torch.cat(numbers).argsort())
 
     def read_local(self, name: str, spec: ParameterSpec, *, tp_size: int, tp_rank: int) -> Tensor:
-        """Read a copy of the part of parameter ``name`` that rank ``tp_rank`` of ``tp_size`` holds.
-
-        Raises:
-            CheckpointError: when there is no such parameter.
-        """
+        """Read a copy of the part of parameter ``name`` that rank ``tp_rank`` of ``tp_size`` holds."""
         block = block_of(self.matrix(name), *spec.block(tp_size, tp_rank))
         local = block.read(slice(0, block.rows), slice(0, block.columns))
         return local.reshape(spec.local_shape(tp_size, tp_rank)).clone()
 
     def check_parameters(self, specs: Mapping[str, ParameterSpec]) -> None:
-        """Check that the checkpoint has exactly the parameters ``specs`` of its model.
-
-        Raises:
-            CheckpointError: names the parameters that differ.
-        """
+        """Raise :class:`CheckpointError` unless the checkpoint has exactly the parameters ``specs`` of its model."""
         stored = self.manifest.specs
         differing = sorted(stored.keys() ^ specs.keys())
         differing += [name for name in stored.keys() & specs.keys() if not stored[name].is_same_parameter(specs[name])]
@@ -121,14 +115,9 @@ class Checkpoint:
             )
 
     def check(self, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Read every file and compare it with its digest in the manifest.
-
-        Raises:
-            CorruptCheckpointError: names every file that differs.
-        """
+        """Read every file, and raise :class:`CorruptCheckpointError` with the names of those that differ in digest."""
         expected = {self.path / name: file.record.sha256 for name, file in self.manifest.files.items()}
-        for name, digest in self.manifest.tokenizer.items():
-            expected[self.path / TOKENIZER_DIRECTORY / name] = digest
+        expected |= {path: self.manifest.tokenizer[name] for name, path in self.tokenizer_files().items()}
         damaged = [
             str(path)
             for path, digest in expected.items()
@@ -149,8 +138,13 @@ class Checkpoint:
             raise CorruptCheckpointError(f"{self.path}: no file contains {name} of tp rank {tp_rank}; make it again")
         entry = self.manifest.parameters[name]
         shape = entry.spec.stored_shape(self.manifest.layout.tp, tp_rank)
-        dtype = DTYPES[entry.dtype]
-        return StoredMatrix(rows, columns, dtype, lambda: self._load(file_name, name, shape, dtype))
+
+        def load() -> Tensor:
+            file = self._open(file_name)
+            file.require(name, shape, entry.dtype)
+            return file.tensor(name)
+
+        return StoredMatrix(rows, columns, DTYPES[entry.dtype], load)
 
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
         """Return a chunk of tensor ``name`` of a training checkpoint, mapped and not yet read."""
@@ -161,21 +155,6 @@ class Checkpoint:
         if file_name not in self._opened:
             self._opened[file_name] = SafetensorsFile(self.path / file_name)
         return self._opened[file_name]
-
-    def _load(self, file_name: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Map a tensor of a weight file. Its header must agree with the manifest."""
-        file = self._open(file_name)
-        file.require(name, shape, DTYPE_NAMES[dtype])
-        return file.tensor(name)
-
-
-def _merging_order(blocks: list[Rows]) -> Tensor | None:
-    """Return the order that sorts the concatenated rows of all ranks into the whole; ``None`` if they are sorted."""
-    if all(isinstance(rows, slice) for rows in blocks):
-        return None
-    return torch.cat(
-        [rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop) for rows in blocks]
-    ).argsort()
 
 
 @contextmanager

@@ -25,18 +25,12 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class ExtendedTokenizer:
-    """A model's tokenizer with tokens added.
-
-    Attributes:
-        directory: Directory of the tokenizer.
-        tokenizer: The tokenizer.
-        first: First id that is new to the model, which may have spare rows for it; ``None`` if neither the model nor
-            the dataset defines it.
-    """
+    """A model's tokenizer with tokens added."""
 
     directory: Path
     tokenizer: Tokenizer
     first: int | None
+    """First id that is new to the model, which may have spare rows for it; None if nothing defines it."""
 
     @classmethod
     def read(cls, path: Path | str, *, known: Mapping[str, Path]) -> ExtendedTokenizer:

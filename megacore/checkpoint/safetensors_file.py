@@ -28,12 +28,7 @@ from megacore.checkpoint.input_files import require_readable
 from megacore.checkpoint.matrix import LazyMatrix, StoredMatrix, cast
 from megacore.errors import CheckpointError, CorruptCheckpointError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that a parameter may have, by their safetensors names."""
 
 STORED_DTYPES = DTYPES | {"U8": torch.uint8}
@@ -90,15 +85,11 @@ def write_safetensors(
     advance: Callable[[int], None] = lambda num_bytes: None,
     limit_threads: bool = True,
 ) -> FileRecord:
-    """Write ``tensors`` to ``path`` and flush it to the disk.
+    """Write ``tensors`` to ``path``, in their order, and flush it to the disk.
 
     Reading and converting, hashing, and writing overlap in three threads; a few chunks of 4 MiB exist at a time.
-
-    Args:
-        path: File to write.
-        tensors: Tensors in the order of the file.
-        advance: Receives the bytes written since its last call.
-        limit_threads: Restrict torch to one thread meanwhile. Must be false if something else is computing.
+    ``advance`` receives the bytes written since its last call. ``limit_threads`` restricts torch to one thread
+    meanwhile, and must be false if something else is computing.
     """
     digest = hashlib.sha256()
     header = _header(tensors)
@@ -157,11 +148,7 @@ class SafetensorsFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor.
-
-        Raises:
-            CheckpointError: when no parameter may have that dtype (quantized weights, for example).
-        """
+        """Return the dtype of a tensor. Raises :class:`CheckpointError` if no parameter may have it (quantized)."""
         found = self.dtype_name(name)
         if found not in DTYPES:
             raise CheckpointError(f"{self.path}: {name} has dtype {found}; parameters may be {', '.join(DTYPES)}")

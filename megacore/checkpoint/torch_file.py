@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -65,9 +66,7 @@ def foreign(qualified_name: str) -> Allowed:
 def read_torch_file(path: Path, *, allowed: Sequence[Allowed] = ()) -> Any:
     """Return the document in ``path``. Its tensors are mapped; elements are read when they are used.
 
-    Args:
-        path: File written by ``torch.save``.
-        allowed: Classes and functions that the file may contain beside tensors, containers, numbers and strings.
+    ``allowed`` are what the file may contain beside tensors, containers, numbers and strings.
 
     Raises:
         CheckpointError: when the file is missing or cannot be read, or contains something that is not allowed, which is
@@ -112,13 +111,10 @@ def output_tensor(name: str, tensor: Tensor) -> OutputTensor:
 
 
 def write_torch_file(path: Path, document: Any, *, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
-    """Write ``document`` to ``path`` in the format that ``torch.load`` reads.
+    """Write ``document`` to ``path`` in the format that ``torch.load`` reads, without flushing it to the disk.
 
-    Args:
-        path: File to write; it is not flushed to the disk.
-        document: Nested dictionaries and lists of plain values. An :class:`OutputTensor` in it becomes a tensor, whose
-            elements are written a few megabytes at a time.
-        advance: Receives the bytes written since its last call.
+    The document is nested dictionaries and lists of plain values. An :class:`OutputTensor` in it becomes a tensor,
+    whose elements are written a few megabytes at a time. ``advance`` receives the bytes written since its last call.
     """
     buffer = BytesIO()
     pickler = _DocumentPickler(buffer)
@@ -131,12 +127,12 @@ def write_torch_file(path: Path, document: Any, *, advance: Callable[[int], None
         _write_entry(archive, "version", [b"3\n"])
 
 
+@dataclass(frozen=True)
 class _Storage:
     """The storage that a pickled tensor refers to, with the number of its entry."""
 
-    def __init__(self, key: int, tensor: OutputTensor) -> None:
-        self.key = key
-        self.tensor = tensor
+    key: int
+    tensor: OutputTensor
 
 
 # The Python pickler, since the one in C imports every class whose name it writes.
@@ -172,11 +168,11 @@ class _DocumentPickler(pickle._Pickler):
         self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
 class _ForeignName:
     """The name of a class. It is callable because the pickler requires that of a constructor."""
 
-    def __init__(self, qualified_name: str) -> None:
-        self.qualified_name = qualified_name
+    qualified_name: str
 
     def __call__(self) -> None:
         raise AssertionError("a name is only written, never called")

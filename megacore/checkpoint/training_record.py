@@ -30,10 +30,6 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
-    def key(self, name: str) -> str:
-        """Return the name in the file of this chunk of tensor ``name``."""
-        return chunk_key(name, self.offsets)
-
 
 def chunk_key(name: str, offsets: Sequence[int]) -> str:
     """Return the name in the file of the chunk of tensor ``name`` that begins at ``offsets``."""
@@ -87,11 +83,7 @@ class TrainingRecord:
 
     @classmethod
     def from_json(cls, document: dict[str, Any], files: Sequence[str]) -> TrainingRecord:
-        """Parse a record; ``files`` are the names of the checkpoint's files.
-
-        Raises:
-            ValueError: when no megacore would write such a record.
-        """
+        """Parse a record of a checkpoint of ``files``. Raises ``ValueError`` when no megacore would write it."""
         known = set(files)
         tensors = {
             name: StoredTensor(
@@ -129,11 +121,8 @@ def _is_inside(chunk: Chunk, tensor: StoredTensor) -> bool:
 class ChunkedMatrix(LazyMatrix):
     """A parameter of a training checkpoint as a matrix, assembled from its chunks when a block is read.
 
-    Args:
-        name: Name of the tensor in its files.
-        tensor: The tensor's shape, dtype and chunks.
-        row_dims: Number of leading axes that are the rows.
-        open_file: Returns a file of the checkpoint by its name.
+    ``name`` is that of the tensor in its files, ``row_dims`` the number of leading axes that are the rows.
+    ``open_file`` returns a file of the checkpoint by its name.
     """
 
     def __init__(
@@ -161,12 +150,8 @@ class ChunkedMatrix(LazyMatrix):
 
 
 def read_chunk(file: SafetensorsFile, name: str, tensor: StoredTensor, chunk: Chunk) -> Tensor:
-    """Return a chunk of tensor ``name``, mapped and not yet read.
-
-    Raises:
-        CorruptCheckpointError: when its file does not contain it.
-    """
-    key = chunk.key(name)
+    """Map a chunk of tensor ``name``. Raises :class:`CorruptCheckpointError` when its file does not contain it."""
+    key = chunk_key(name, chunk.offsets)
     file.require(key, chunk.sizes, tensor.dtype)
     return file.tensor(key)
 

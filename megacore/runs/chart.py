@@ -16,24 +16,17 @@ COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#5
 _WIDTH, _HEIGHT = 760, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 10, 10, 26
 
-
 NUM_BUCKETS = 400
 """Number of buckets of equal width along the iterations, each about two pixels wide in a chart."""
 
 Point = tuple[float, float]
 
-_MAX_VALUE = 1e300
-"""Values up to this size have a finite extent."""
+_MAX_VALUE = 1e300  # values up to this size have a finite extent
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's values in a chart.
-
-    Attributes:
-        run: Index of the run, which determines the colour.
-        pieces: Unbroken sequences of points, iteration and value.
-    """
+    """The values of a run, whose index is ``run``, as unbroken sequences of points: iteration and value."""
 
     run: int
     pieces: list[list[Point]]
@@ -86,10 +79,8 @@ def ticks(low: float, high: float, *, about: int = 5) -> Iterator[float]:
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    number = math.ceil(low / step - 1e-9)
-    while number * step <= high + step * 1e-9:
-        yield number * step
-        number += 1
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    yield from (number * step for number in range(first, last + 1))
 
 
 def format_number(number: float) -> str:

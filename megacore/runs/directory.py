@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,7 @@ class RunDirectory:
             )
 
     def create(self, tables: Tables, versions: Mapping[str, Any], *, iteration: int) -> None:
-        """Write the run file and the versions of a run that starts after ``iteration``.
-
-        Raises:
-            OutputError: They cannot be written.
-        """
+        """Write the files of a start after ``iteration``. Raises :class:`OutputError` if they cannot be written."""
         with output_errors(self.run_file):
             self.path.mkdir(parents=True, exist_ok=True)
             if self.run_file.is_file() and self.settings() != tables:
@@ -83,11 +80,7 @@ class RunDirectory:
             write_file(self.versions_file, json.dumps({"starts": starts}, indent=2) + "\n")
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Read the run file.
-
-        Raises:
-            DataError: There is none, or it is damaged.
-        """
+        """Read the run file. Raises :class:`DataError` if there is none, or it is damaged."""
         try:
             tables = tomllib.loads(self.run_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -106,11 +99,7 @@ class RunDirectory:
         return tables
 
     def starts(self) -> list[dict[str, Any]]:
-        """Read the versions, devices and layout of each start; there may be none.
-
-        Raises:
-            DataError: The file cannot be read, or is damaged.
-        """
+        """Read the versions, devices and layout of each start, if any. Raises :class:`DataError` if damaged."""
         try:
             versions = json.loads(self.versions_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -118,7 +107,9 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.versions_file} cannot be read: {error}") from error
         starts = versions.get("starts") if isinstance(versions, dict) else None
-        if not isinstance(starts, list) or not all(_is_start(start) for start in starts):
+        if not isinstance(starts, list) or not all(
+            isinstance(start, dict) and isinstance(start.get("run_id", ""), str) for start in starts
+        ):
             raise DataError(
                 f'{self.versions_file} is damaged: "starts" must be a list of JSON objects, one per start. Restore the '
                 "file that the run has written, or remove it; then the report has no environment"
@@ -129,17 +120,11 @@ class RunDirectory:
         return DataError(f"{self.run_file} is damaged: {problem}. Restore the run file that the run has written")
 
 
-def _is_start(start: Any) -> bool:
-    return isinstance(start, dict) and isinstance(start.get("run_id", ""), str)
-
-
 def _is_json(value: Any) -> bool:
     """Return whether JSON can represent a value of TOML, which has dates and times too."""
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+    with suppress(TypeError):
+        return bool(json.dumps(value))
+    return False
 
 
 def differences(run_files: list[Tables]) -> dict[str, list[Any]]:

@@ -28,8 +28,7 @@ import orjson
 from megacore.atomic_output import lock_output, output_errors
 from megacore.errors import DataError
 
-_YEAR_10000 = 253_402_300_799
-"""The last second, counted from 1970, that ``datetime`` can represent."""
+_YEAR_10000 = 253_402_300_799  # the last second, counted from 1970, that ``datetime`` can represent
 
 
 class MetricsFile:
@@ -122,27 +121,18 @@ class Series:
 
 @dataclass
 class RunMetrics:
-    """The content of a metrics file, without superseded values.
-
-    Attributes:
-        steps: ``loss``, ``lr``, ``grad_norm`` and so on by iteration.
-        evaluations: Metrics by iteration, for each split.
-        starts: The iteration after which the run was started, for each start; 0 for the first one.
-        num_damaged: Number of skipped lines that are not a JSON object with a possible iteration and time.
-    """
+    """The metrics of each step and of the evaluations of each split, without superseded values."""
 
     steps: Series = field(default_factory=Series)
     evaluations: dict[str, Series] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
+    """The iteration after which the run was started, for each start; 0 for the first one."""
     num_damaged: int = 0
+    """Number of skipped lines that are not a JSON object with a possible iteration and time."""
 
 
 def read_metrics(path: Path) -> RunMetrics:
-    """Read a metrics file, of a run that may still be going on.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
+    """Read the metrics file of a run, which may still write it. Raises :class:`DataError` if it cannot be read."""
     metrics = RunMetrics()
     try:
         with path.open("rb") as file:

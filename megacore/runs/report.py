@@ -42,7 +42,7 @@ def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = Non
     """Write a self-contained HTML page on ``runs``, and return its path.
 
     Args:
-        runs: The directories that ``output.directory`` named; the runs may still be going on.
+        runs: The directories that ``output.directory`` named; the runs need not have ended.
         out: The page, by default ``report.html`` in the directory of a single run. An earlier report is replaced.
 
     Raises:
@@ -54,7 +54,10 @@ def report(runs: Path | str | Sequence[Path | str], out: Path | str | None = Non
         raise DataError("a report needs the directory of at least one run")
     if out is None and len(paths) > 1:
         raise OutputError("a report on several runs needs a name: give it with --out FILE.html")
-    opened = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    opened = []
+    for path, name in zip(paths, _names(paths), strict=True):
+        directory = RunDirectory(path)
+        opened.append(_Run(name, directory.settings(), directory.starts(), read_metrics(directory.metrics_file)))
     target = Path(out) if out is not None else paths[0] / "report.html"
     _require_replaceable(target)
     text = page("megacore: " + ", ".join(run.name for run in opened), _body(opened))
@@ -69,11 +72,6 @@ def _require_replaceable(out: Path) -> None:
         raise OutputError(f"{out} is a directory: give the report the name of a file")
     if out.exists() and MARK.encode() not in out.open("rb").readline():
         raise OutputError(f"{out} exists and is not a report, so it is not replaced: give the report another name")
-
-
-def _opened(path: Path, name: str) -> _Run:
-    directory = RunDirectory(path)
-    return _Run(name, directory.settings(), directory.starts(), read_metrics(directory.metrics_file))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -96,10 +94,7 @@ def _body(runs: Sequence[_Run]) -> Iterator[str]:
     yield '<div class="charts">'
     for key, (heading, unit) in _CHARTS.items():
         yield chart(heading, unit, [_curve(number, run.metrics.steps, key) for number, run in enumerate(runs)])
-    for split, key in dict.fromkeys(
-        (split, key) for run in runs for split, series in run.metrics.evaluations.items() for key in series.values
-    ):
-        evaluated = [run.metrics.evaluations.get(split, Series()) for run in runs]
+    for split, key, evaluated in _evaluations(runs):
         curves = [_curve(number, series, key) for number, series in enumerate(evaluated)]
         yield chart(f"{split}: {key.replace('_', ' ')}", "", curves)
     yield "</div>"
@@ -119,6 +114,14 @@ def _body(runs: Sequence[_Run]) -> Iterator[str]:
         yield f"<details><summary>Run file of {escape(run.name)}</summary>{table(['', ''], rows)}</details>"
 
 
+def _evaluations(runs: Sequence[_Run]) -> Iterator[tuple[str, str, list[Series]]]:
+    """Yield each split and metric of an evaluation, with the series of the split in each run."""
+    for split, key in dict.fromkeys(
+        (split, key) for run in runs for split, series in run.metrics.evaluations.items() for key in series.values
+    ):
+        yield split, key, [run.metrics.evaluations.get(split, Series()) for run in runs]
+
+
 def _curve(number: int, series: Series, key: str) -> Curve:
     values = series.values.get(key)
     return Curve(number, [] if values is None else thin_curve(series.iterations, values))
@@ -127,11 +130,8 @@ def _curve(number: int, series: Series, key: str) -> Curve:
 def _summary(runs: Sequence[_Run]) -> Iterator[tuple[str, ...]]:
     yield ("Iterations", *(_iterations(run) for run in runs))
     yield ("Final loss", *(_last(run.metrics.steps, "loss") for run in runs))
-    for split, key in dict.fromkeys(
-        (split, key) for run in runs for split, series in run.metrics.evaluations.items() for key in series.values
-    ):
-        final = [_last(run.metrics.evaluations.get(split, Series()), key) for run in runs]
-        yield (f"Final {split} {key.replace('_', ' ')}", *final)
+    for split, key, evaluated in _evaluations(runs):
+        yield (f"Final {split} {key.replace('_', ' ')}", *(_last(series, key) for series in evaluated))
     yield ("Tokens", *(_total(run.metrics.steps, "tokens") for run in runs))
     yield ("Training time (s)", *(_total(run.metrics.steps, "seconds") for run in runs))
     yield ("Last update", *(_when(run.metrics.steps) for run in runs))
@@ -168,10 +168,8 @@ def _value(value: Any) -> str:
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, str]:
     """Return the entries of a start as text, with tables in a line each."""
-    values = {key: value for key, value in entry.items() if key != "iteration"}
     return {
-        key: ", ".join(f"{name} {version}" for name, version in value.items())
-        if isinstance(value, dict)
-        else str(value)
-        for key, value in values.items()
+        key: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        for key, value in entry.items()
+        if key != "iteration"
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,20 @@ class Description:
     NUMBERS: ClassVar[tuple[str, ...]]
     """Names of the fields that must be integers."""
 
+    tokenizer_file: str
+    """File name of the tokenizer, without directories."""
+    tokenizer_sha256: str
+    vocab_size: int
+    """Upper bound (exclusive) of the ids that the tokenizer produces."""
+    num_tokens: int
+    megacore_version: str
+    new_tokens: dict[str, int] = field(default_factory=dict)
+    """The tokens that were added to the tokenizer, and their ids."""
+    tokenizer_directory: str | None = None
+    """Name of the directory beside the dataset that holds the tokenizer with these tokens."""
+    known_tokens_sha256: str | None = None
+    """Digest of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
+
     def to_json(self) -> str:
         """Return the content of the file."""
         content = {"format": self.FORMAT, "version": self.VERSION, **dataclasses.asdict(self)}
@@ -30,11 +45,7 @@ class Description:
 
     @classmethod
     def read(cls, prefix: str | Path) -> Self | None:
-        """Read the description of the dataset ``prefix``; return None if it has none, as those of other programs.
-
-        Raises:
-            DataError: The file is damaged, or of a newer version.
-        """
+        """Read the description of a dataset; None if it has none. Raises :class:`DataError` if damaged or too new."""
         path = Path(f"{prefix}.json")
         # Another program may have a file of this name, of any size; ours begins with the format.
         if not path.is_file():
@@ -50,17 +61,14 @@ class Description:
             raise DataError(
                 f"{path}: version {content.get('version')} of the description; this megacore reads {cls.VERSION}"
             )
-        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-        required = {
-            name
-            for name, entry in fields.items()
-            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        }
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        parameters = inspect.signature(cls).parameters.values()
+        required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
         if missing := sorted(required - content.keys()):
             raise DataError(f"{path}: is damaged: {', '.join(missing)} missing")
         if not all(isinstance(content[key], int) for key in cls.NUMBERS):
             raise DataError(f"{path}: is damaged: it has a field that is not an integer")
-        return cls(**{name: content[name] for name in fields.keys() & content.keys()})
+        return cls(**{name: content[name] for name in names & content.keys()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +79,12 @@ class DatasetDescription(Description):
     VERSION = 1
     NUMBERS = ("vocab_size", "num_documents", "num_tokens")
 
-    tokenizer_file: str
-    """File name of the tokenizer, without directories."""
-    tokenizer_sha256: str
-    vocab_size: int
-    """Upper bound (exclusive) of the ids that the tokenizer produces."""
     eod_id: int | None
     append_eod: bool
     """True if every document ends with ``eod_id``."""
     num_documents: int
-    num_tokens: int
-    megacore_version: str
     prepend_bos: bool = False
     """True if every document begins with the tokenizer's begin token."""
-    new_tokens: dict[str, int] = field(default_factory=dict)
-    """The tokens that were added to the tokenizer, and their ids."""
-    tokenizer_directory: str | None = None
-    """Name of the directory beside the dataset that holds the tokenizer with these tokens."""
-    known_tokens_sha256: str | None = None
-    """Digest of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
 
 
 def check_token_ids(ids: Tensor, vocab_size: int, where: str) -> Tensor:

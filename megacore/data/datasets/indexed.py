@@ -66,10 +66,7 @@ class IndexedDatasetWriter:
     hidden directory beside the output (:class:`~megacore.atomic_output.StagedFiles`); then they get their names,
     ``.idx`` last. An exception leaves nothing.
 
-    Args:
-        prefix: The prefix of the dataset.
-        dtype: The type that stores the ids.
-        files: The staged files to add the dataset to; by default it has its own.
+    ``files`` are the staged files to add the dataset to; by default it has its own.
 
     Raises:
         DataError: ``dtype`` is none of the format's integer types, or ids do not fit it.
@@ -259,15 +256,11 @@ class IndexedDataset:
     def num_documents(self) -> int:
         """The number of documents. Without marked boundaries each sequence is one; a rest after them is one too."""
         num_marked = len(self.document_indices) - 1
-        if num_marked == 0:
-            return len(self)
-        return num_marked + int(self.document_indices[-1] < len(self))
+        return num_marked + int(self.document_indices[-1] < len(self)) if num_marked else len(self)
 
     def document_start(self, number: int) -> int:
         """Return the position at which document ``number`` begins; for ``num_documents``, the end of the last one."""
-        if number == self.num_documents:
-            return self.num_tokens
-        sequence = int(self.document_indices[number]) if len(self.document_indices) > 1 else number
+        sequence = self._first_sequence(number)
         return int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else self.num_tokens
 
     def document_lengths(self) -> NDArray[np.int64]:
@@ -285,13 +278,7 @@ class IndexedDataset:
     def documents(self) -> Iterator[list[NDArray[Any]]]:
         """Yield the sequences of each document."""
         for number in range(self.num_documents):
-            if len(self.document_indices) == 1:
-                yield [self[number]]
-                continue
-            start = int(self.document_indices[number])
-            is_marked = number + 1 < len(self.document_indices)
-            stop = int(self.document_indices[number + 1]) if is_marked else len(self)
-            yield [self[sequence] for sequence in range(start, stop)]
+            yield [self[i] for i in range(self._first_sequence(number), self._first_sequence(number + 1))]
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Return the positions in ``[start, stop)`` at which a document with tokens begins, ascending."""
@@ -309,6 +296,12 @@ class IndexedDataset:
         number = self._first_document_from(position)
         candidates = [self.document_start(n) for n in (number - 1, number) if 0 <= n <= self.num_documents]
         return min(candidates, key=lambda start: abs(start - position), default=0)
+
+    def _first_sequence(self, number: int) -> int:
+        """Return the first sequence of document ``number``; for ``num_documents``, the number of sequences."""
+        if len(self.document_indices) == 1:
+            return number
+        return int(self.document_indices[number]) if number < len(self.document_indices) else len(self)
 
     def _first_document_from(self, position: int) -> int:
         # numpy's search would copy the whole array, which is not aligned in the file.

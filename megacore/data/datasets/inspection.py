@@ -32,11 +32,7 @@ def read_description(prefix: Path) -> DatasetDescription | InstructionDescriptio
 
 
 def inspect_dataset(prefix: Path) -> dict[str, Any]:
-    """Return the counts, the dtype, the quantiles of the lengths and the description of a dataset, as JSON values.
-
-    Raises:
-        DataError: The dataset is missing, truncated, damaged or of another format.
-    """
+    """Return the counts, the dtype, the quantiles of the lengths and the description of a dataset, as JSON values."""
     description = read_description(prefix)
     described = {"description": None if description is None else dataclasses.asdict(description)}
     if has_conversations(prefix):
@@ -46,7 +42,7 @@ def inspect_dataset(prefix: Path) -> dict[str, Any]:
             "tokens": conversations.text.num_tokens,
             "assistant_tokens": description.num_assistant_tokens
             if isinstance(description, InstructionDescription)
-            else _count_assistant_tokens(conversations),
+            else sum(np.count_nonzero(conversations[i][1] == Role.ASSISTANT) for i in range(len(conversations))),
             "dtype": conversations.text.dtype.name,
             "lengths": _quantiles(conversations.lengths),
             **described,
@@ -60,10 +56,6 @@ def inspect_dataset(prefix: Path) -> dict[str, Any]:
         "lengths": _quantiles(dataset.document_lengths()),
         **described,
     }
-
-
-def _count_assistant_tokens(dataset: InstructionDataset) -> int:
-    return sum(int(np.count_nonzero(dataset[number][1] == Role.ASSISTANT)) for number in range(len(dataset)))
 
 
 def _quantiles(lengths: NDArray[Any]) -> dict[str, int]:
@@ -91,11 +83,7 @@ class DatasetReader:
         if tokenizer is None and description is not None and description.tokenizer_directory is not None:
             tokenizer = prefix.with_name(description.tokenizer_directory)
         self._tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
-        if (
-            self._tokenizer is not None
-            and description is not None
-            and self._tokenizer.sha256 != description.tokenizer_sha256
-        ):
+        if self._tokenizer and description and self._tokenizer.sha256 != description.tokenizer_sha256:
             raise DataError(
                 f"{prefix} was made with another tokenizer ({description.tokenizer_file}, sha256 "
                 f"{description.tokenizer_sha256}) than {self._tokenizer.file}, which would print another text"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -39,33 +39,19 @@ class InstructionDescription(Description):
     VERSION = 1
     NUMBERS = ("vocab_size",)
 
-    tokenizer_file: str
-    """File name of the tokenizer, without directories."""
-    tokenizer_sha256: str
-    vocab_size: int
-    """Upper bound (exclusive) of the ids that the tokenizer produces."""
     markup: str
     """``template``, a chat template, or ``megatron-llm``, the markup of that program."""
     template_sha256: str | None
     """Digest of the chat template's text."""
     num_conversations: int
-    num_tokens: int
     num_assistant_tokens: int
-    megacore_version: str
-    new_tokens: dict[str, int] = field(default_factory=dict)
-    """The tokens that were added to the tokenizer, and their ids."""
-    tokenizer_directory: str | None = None
-    """Name of the directory beside the dataset that holds the tokenizer with these tokens."""
-    known_tokens_sha256: str | None = None
-    """Digest of the tokens that are not new; see :func:`~megacore.data.tokenizers.tokenizer.digest_of_tokens`."""
 
 
 class InstructionDataset:
     """Conversations by number: ``dataset[i]`` is the token ids and the roles of conversation ``i``, both ``[length]``.
 
     Attributes:
-        text: Dataset of the token ids.
-        roles: Dataset of the roles.
+        text, roles: The two datasets.
         lengths: Number of tokens of each conversation, int32, ``[conversations]``.
 
     Raises:
@@ -104,6 +90,7 @@ class InstructionDataset:
         return self.text[number], roles
 
 
+@dataclass
 class InstructionWriter:
     """Appends conversations to instruction data; see :func:`writing_instruction_data`.
 
@@ -112,17 +99,17 @@ class InstructionWriter:
         description: The description to write.
     """
 
-    def __init__(self, text: IndexedDatasetWriter, roles: IndexedDatasetWriter, files: StagedFiles) -> None:
-        self._text, self._roles = text, roles
-        self.files = files
-        self.description: InstructionDescription | None = None
+    text: IndexedDatasetWriter
+    roles: IndexedDatasetWriter
+    files: StagedFiles
+    description: InstructionDescription | None = None
 
     def add(self, ids: ArrayLike, roles: ArrayLike) -> None:
         """Append one conversation: its token ids and their roles, both ``[length]``."""
         ids, roles = np.asarray(ids), np.asarray(roles)
         assert ids.shape == roles.shape, "each token has a role"
-        self._text.add_document(ids)
-        self._roles.add_document(roles)
+        self.text.add_document(ids)
+        self.roles.add_document(roles)
 
 
 @contextmanager

@@ -24,11 +24,7 @@ def merge_datasets(
 
     Ids are stored in the widest of the datasets' types. Memory holds a few megabytes of ids and 12 bytes per document.
     ``out`` gets a description if all of them have one, and a copy of the tokenizer that lies beside them.
-
-    Args:
-        prefixes: The datasets to merge.
-        out: The prefix of the merged dataset.
-        advance: Called with the number of bytes of ids after each part.
+    ``advance`` is called with the number of bytes of ids after each part.
 
     Raises:
         DataError: A dataset cannot be read, or they were made with different tokenizers, or do not agree on whether

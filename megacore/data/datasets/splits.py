@@ -21,13 +21,10 @@ def split_tokens(dataset: IndexedDataset, weights: Sequence[float], seq_length: 
     so that no document is in two parts; if a requested part would then have no sample, all cuts are made at the exact
     token.
 
-    Args:
-        dataset: The dataset.
-        weights: Weights of any sum for :data:`SPLITS`, in their order; a missing weight, or 0, requests no part.
-        seq_length: The sequence length of the samples.
+    ``weights`` have any sum and belong to :data:`SPLITS`, in their order; a missing weight, or 0, requests no part.
 
     Raises:
-        DataError: A requested part would have no sample.
+        DataError: A requested part would have no sample of ``seq_length``.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     shares = {split: weight / sum(exact) for split, weight in zip(SPLITS, exact, strict=False) if weight}
@@ -38,9 +35,8 @@ def split_tokens(dataset: IndexedDataset, weights: Sequence[float], seq_length: 
         if all(len(part) > seq_length for part in parts.values()):
             return parts
     split, part = min(parts.items(), key=lambda item: len(item[1]))
-    needed = Fraction(seq_length + 1) / min(
-        shares.values()
-    )  # enough for the smallest weight, which need not be that of this split
+    # Enough for the smallest weight, which need not be that of this split.
+    needed = Fraction(seq_length + 1) / min(shares.values())
     raise DataError(
         f"{dataset.prefix}: data.split = {[float(weight) for weight in weights]} gives {len(part)} of its "
         f"{dataset.num_tokens} tokens to {split}, and a sample of data.seq_length {seq_length} takes {seq_length + 1}: "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megacore.data.datasets.indexed import token_dtype
 from megacore.data.datasets.instruction import InstructionDescription, Role, writing_instruction_data
 from megacore.data.preprocess.conversations import Conversation, MessageKeys, QuestionKeys, read_conversations
+from megacore.data.preprocess.encoder import batches
 from megacore.data.preprocess.readers import expand
 from megacore.data.preprocess.records import abbreviated, require_encodable
 from megacore.data.tokenizers.added_tokens import NewTokens
@@ -32,7 +33,6 @@ from megacore.data.tokenizers.tokenizer import (
 )
 from megacore.errors import DataError
 
-_BATCH_CHARACTERS = 1 << 20
 _BATCH_CONVERSATIONS = 1024
 
 Markup = Literal["template", "megatron-llm"]
@@ -43,9 +43,6 @@ class ChatSummary:
     """The result of :func:`tokenize_chat`.
 
     Attributes:
-        prefix: The output prefix.
-        num_conversations: Number of conversations.
-        num_tokens: Number of tokens.
         num_assistant_tokens: Number of the assistant's tokens, which are the targets.
         num_skipped: Number of malformed records, which were skipped.
         num_with_special_tokens: Number of conversations whose text spells special tokens, and was encoded to them.
@@ -65,29 +62,11 @@ class ChatSummary:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A text that is encoded separately.
-
-    Attributes:
-        text: The text.
-        spans: ``(start, stop, role)`` of its characters; all others are the prompter's.
-    """
+    """A text that is encoded separately."""
 
     text: str
     spans: list[tuple[int, int, Role]]
-
-
-class _Encoder(Protocol):
-    """Turns conversations into tokens."""
-
-    template_sha256: str | None
-    special_tokens: list[str]
-    """Tokens to which text that spells them is encoded."""
-
-    def segments(self, conversation: Conversation) -> list[_Segment]:
-        """Return the text of a conversation. Raises :class:`DataError` if the markup cannot represent it."""
-
-    def encode(self, segments: Sequence[_Segment]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield the ids and roles of each segment."""
+    """``(start, stop, role)`` of its characters; all others are the prompter's."""
 
 
 def tokenize_chat(
@@ -134,7 +113,7 @@ def tokenize_chat(
     tokenizer_directory = directory_beside(Path(out)) if loaded.new_tokens else None
     if tokenizer_directory is not None:
         is_saved(loaded, tokenizer_directory)  # raises before the work, not after it
-    encoder: _Encoder
+    encoder: _TemplateEncoder | _MegatronLlmEncoder
     if markup == "template":
         encoder = _TemplateEncoder(loaded, None if chat_template is None else Path(chat_template))
     elif chat_template is not None:
@@ -167,7 +146,7 @@ def tokenize_chat(
             yield conversation, segments
 
     with writing_instruction_data(out, token_dtype(loaded.vocab_size)) as writer:
-        for batch in _batches(rendered()):
+        for batch in batches(rendered(), _count_characters, _BATCH_CONVERSATIONS):
             encoded = encoder.encode([segment for _, segments in batch for segment in segments])
             for conversation, segments in batch:
                 encoded_segments = [next(encoded) for _ in segments]
@@ -215,25 +194,18 @@ def tokenize_chat(
     )
 
 
-def _batches(
-    rendered: Iterable[tuple[Conversation, list[_Segment]]],
-) -> Iterator[list[tuple[Conversation, list[_Segment]]]]:
-    batch: list[tuple[Conversation, list[_Segment]]] = []
-    num_characters = 0
-    for conversation, segments in rendered:
-        batch.append((conversation, segments))
-        num_characters += sum(len(segment.text) for segment in segments)
-        if num_characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_CONVERSATIONS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+def _count_characters(rendered: tuple[Conversation, list[_Segment]]) -> int:
+    return sum(len(segment.text) for segment in rendered[1])
 
 
 class _TemplateEncoder:
     """Encodes conversations in the markup of a chat template; the role of a token is that of its characters.
 
     A token with any character of the assistant is the assistant's.
+
+    Attributes:
+        special_tokens: Tokens to which text that spells them is encoded.
+        template_sha256: Digest of the template, if there is one.
     """
 
     def __init__(self, tokenizer: Tokenizer, template_file: Path | None) -> None:
@@ -246,12 +218,14 @@ class _TemplateEncoder:
         self.template_sha256: str | None = hashlib.sha256(self._template.source.encode()).hexdigest()
 
     def segments(self, conversation: Conversation) -> list[_Segment]:
+        """Return the text of a conversation. Raises :class:`DataError` if the markup cannot represent it."""
         template = self._template if conversation.tools is None else self._with_tools
         chat = template.render_marked(conversation.messages, tools=conversation.tools)
         spans = [(0, chat.system_stop, Role.SYSTEM)] if chat.system_stop else []
         return [_Segment(chat.text, spans + [(start, stop, Role.ASSISTANT) for start, stop in chat.assistant])]
 
     def encode(self, segments: Sequence[_Segment]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield the ids and roles of each segment."""
         encoded = self._tokenizer.encode_with_offsets([segment.text for segment in segments])
         for segment, (ids, spans) in zip(segments, encoded, strict=True):
             offsets = np.array(spans, np.int64).reshape(-1, 2)
@@ -264,7 +238,7 @@ class _TemplateEncoder:
 
 
 class _MegatronLlmEncoder:
-    """Encodes conversations in the markup of Megatron-LLM, each turn separately."""
+    """Encodes conversations in the markup of Megatron-LLM, each turn separately; see :class:`_TemplateEncoder`."""
 
     template_sha256: str | None = None
 

@@ -15,13 +15,7 @@ from megacore.errors import DataError
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation.
-
-    Attributes:
-        messages: Messages with ``role`` and usually ``content``.
-        tools: Tools that the assistant may call, as passed to the template.
-        where: File and line or row.
-    """
+    """Messages with ``role`` and usually ``content``, the tools for the template, and their file and line or row."""
 
     messages: list[Message]
     tools: list[Any] | None
@@ -126,11 +120,8 @@ def read_conversations(
 def _message(number: int, message: Any) -> Message:
     if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-        message = {
-            "role": _SHAREGPT_ROLES.get(message["from"], message["from"]),
-            "content": message.get("value"),
-            **rest,
-        }
+        role = _SHAREGPT_ROLES.get(message["from"], message["from"])
+        message = {"role": role, "content": message.get("value")} | rest
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(
             f'message {number} is {abbreviated(message)}; a message is {{"role": "user", "content": "…"}}, with a role '

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from megacore.data.tokenizers.tokenizer import SentencePieceTokenizer, load_toke
 
 # Batches are small, since libraries need about 100 bytes per token while they encode.
 _BATCH_CHARACTERS = 1 << 20
+_Item = TypeVar("_Item")
 
 MAX_REPORTED_PROBLEMS = 5
 """The maximum number of skipped documents that are reported one by one."""
@@ -42,8 +43,7 @@ class EncodedPiece(NamedTuple):
 
     Attributes:
         by_key: The documents of each key.
-        num_positions: Number of lines or rows of the piece.
-        num_problems: Number of malformed records.
+        num_positions: Number of lines or rows.
         problems: The first malformed records; unless they are skipped, the first one ends the work.
         engine: Description of the engine for messages.
         disagreement: Line or row of a document for which the engines produce different ids, or None. If there is one,
@@ -105,14 +105,15 @@ class PieceEncoder:
         documents = [document for document in found if isinstance(document, DocumentTexts)]
         for column in range(len(self._job.json_keys)):
             encoded_documents = EncodedDocuments()
+            located = [(document.position, document.texts[column]) for document in documents]
             # Only the beginning of a job, batch 0, is compared completely.
-            for part, batch in enumerate(_batches(documents, column)):
-                texts = [document.texts[column] for document in batch]
+            for part, batch in enumerate(batches(located, lambda item: len(item[1]))):
+                texts = [text for _, text in batch]
                 batch_number = number if part == 0 else -part
                 try:
                     self._add(encoded_documents, texts, self._engine.encode(texts, batch_number=batch_number))
                 except DisagreementError as disagreement:
-                    return encoded._replace(by_key=[], disagreement=batch[disagreement.index].position)
+                    return encoded._replace(by_key=[], disagreement=batch[disagreement.index][0])
             encoded.by_key.append(encoded_documents)
         return encoded
 
@@ -147,13 +148,16 @@ class PieceEncoder:
         return framed, lengths
 
 
-def _batches(documents: Sequence[DocumentTexts], column: int) -> Iterator[list[DocumentTexts]]:
-    batch: list[DocumentTexts] = []
+def batches(
+    items: Iterable[_Item], count_characters: Callable[[_Item], int], max_items: int | None = None
+) -> Iterator[list[_Item]]:
+    """Yield the items in batches of about :data:`_BATCH_CHARACTERS` and at most ``max_items``."""
+    batch: list[_Item] = []
     num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.texts[column])
-        if num_characters >= _BATCH_CHARACTERS:
+    for item in items:
+        batch.append(item)
+        num_characters += count_characters(item)
+        if num_characters >= _BATCH_CHARACTERS or len(batch) == max_items:
             yield batch
             batch, num_characters = [], 0
     if batch:

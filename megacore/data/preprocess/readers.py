@@ -35,24 +35,15 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece(ABC):
-    """A part of an input file, which is read only where it is needed.
-
-    Attributes:
-        path: The file.
-        num_input_bytes: Number of bytes of the file that the piece stands for, for progress.
-        is_first: True for the first piece of a file.
-    """
+    """A part of an input file, which is read only where it is needed."""
 
     path: Path
     num_input_bytes: int
+    """Number of bytes of the file that the piece stands for, for progress."""
     is_first: bool
 
     def read(self, keys: Sequence[str]) -> Reading:
-        """Read the records, with their values of ``keys`` at least.
-
-        Raises:
-            DataError: The file is damaged or cannot be read.
-        """
+        """Read the records and their values of ``keys`` at least. Raises :class:`DataError` if the file is damaged."""
         with _input_errors(self.path):
             return self._read(keys)
 
@@ -179,11 +170,7 @@ def total_size(paths: Iterable[Path]) -> int:
 
 
 def pieces(path: Path, text_keys: Sequence[str] = ()) -> Iterator[Piece]:
-    """Yield the pieces of one file, in order.
-
-    Args:
-        path: The file.
-        text_keys: String columns that a parquet file must have.
+    """Yield the pieces of one file, in order; ``text_keys`` are string columns that a parquet file must have.
 
     Raises:
         DataError: The file is damaged, cannot be read, is of an unsupported type, has no such columns, or needs a
@@ -224,12 +211,8 @@ def _json_lines(content: bytes) -> Reading:
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    records = [json_record(line, position=position) for position, line in enumerate(lines) if not _is_blank(line)]
+    records = [json_record(line, position=i) for i, line in enumerate(lines) if line and not line.isspace()]
     return Reading(records, len(lines))
-
-
-def _is_blank(line: bytes) -> bool:
-    return not line or line.isspace()
 
 
 def _line_blocks(path: Path, suffix: str) -> Iterator[LineBlock]:
@@ -250,11 +233,7 @@ def _line_blocks(path: Path, suffix: str) -> Iterator[LineBlock]:
 
 
 def _decompressed(path: Path, suffix: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the content of a file of one or several compressed members, with the compressed bytes of each part.
-
-    Raises:
-        DataError: The file is damaged or truncated.
-    """
+    """Yield the content of a file of one or several compressed members, with the compressed bytes of each part."""
     new_decompressor, errors = _COMPRESSED[suffix]()
     decompressor, has_begun, follows_another = new_decompressor(), False, False
     num_read = 0

@@ -32,8 +32,6 @@ class TokenizeSummary:
     """The result of :func:`tokenize`; numbers are totals of all datasets.
 
     Attributes:
-        prefix: The output prefix.
-        num_documents: Number of documents.
         num_tokens: Number of tokens, with begin and end-of-document tokens.
         num_text_bytes: UTF-8 bytes of the documents' text, without JSON syntax.
         num_empty_documents: Number of skipped documents without a token.
@@ -43,7 +41,6 @@ class TokenizeSummary:
         new_tokens: The tokens that were added to the tokenizer, and their ids.
         tokenizer_directory: Directory of the tokenizer with these tokens; None if there are none.
         engine: Description of the library that encoded.
-        seconds: Duration.
     """
 
     prefix: Path
@@ -312,16 +309,16 @@ def _located(piece: Piece, start: int, problem: Problem) -> str:
 
 def _require_begin_and_end(vocabulary: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
     """Raise :class:`DataError` if the tokenizer lacks the requested begin or end-of-document token."""
-    missing = []
     if append_eod and vocabulary.eod_id is None:
-        missing.append(("end-of-document token is not known, so none can be appended", "eos_token", "--append-eod"))
-    if prepend_bos and vocabulary.bos_id is None:
-        missing.append(("begin token is not known, so none can be prepended", "bos_token", "--prepend-bos"))
-    for problem, name, option in missing:
-        raise DataError(
-            f"{vocabulary.file}: its {problem}: name it as {name} in a tokenizer_config.json beside a tokenizer.json, "
-            f"or leave out {option}"
-        )
+        problem, name, option = "end-of-document token is not known, so none can be appended", "eos_token", "append-eod"
+    elif prepend_bos and vocabulary.bos_id is None:
+        problem, name, option = "begin token is not known, so none can be prepended", "bos_token", "prepend-bos"
+    else:
+        return
+    raise DataError(
+        f"{vocabulary.file}: its {problem}: name it as {name} in a tokenizer_config.json beside a tokenizer.json, "
+        f"or leave out --{option}"
+    )
 
 
 def _default_workers(paths: Iterable[Path]) -> int:

@@ -29,8 +29,6 @@ class InstructionSamples:
     :func:`~megacore.data.sampling.packing.pack`.
 
     Args:
-        dataset: The conversations.
-        seq_length: The maximum number of inputs of a sample.
         packing: Put several conversations into a sample.
         scalar_loss_mask: Loss weight of targets that are not the assistant's.
         overlong: Treatment of a conversation of more than ``seq_length + 1`` tokens.
@@ -76,16 +74,18 @@ class InstructionSamples:
             numbers = numbers.astype(np.int32)  # half the memory
         self.num_conversations = len(numbers)
         if not len(numbers):
-            cut_short = (
-                f" ({self.num_cut_short} with none of the assistant's before that)" if self.num_cut_short else ""
-            )
+            cut_short = f" ({self.num_cut_short} with none of the assistant's before that)" * bool(self.num_cut_short)
             raise DataError(
                 f"{dataset.prefix}: none of its {len(dataset)} conversations can be used: {self.num_overlong} have "
                 f"more than {seq_length + 1} tokens{cut_short}, {self.num_short} less than two; raise data.seq_length"
                 + (', or set data.overlong = "truncate"' if overlong == "drop" else "")
             )
         lengths = np.minimum(dataset.lengths[numbers], seq_length + 1)
-        self._rows = _pack_rows(numbers, lengths, seq_length + 1) if packing else _one_per_row(numbers)
+        self._rows = PackedRows(numbers, np.arange(len(numbers) + 1))  # one per row
+        if packing:
+            packed = pack(lengths, seq_length + 1)
+            is_complete = numbers[-1] == len(numbers) - 1
+            self._rows = packed if is_complete else PackedRows(numbers[packed.items], packed.starts)
         # All tokens of a row but the last are inputs.
         self.fill = (int(lengths.sum(dtype=np.int64)) - len(self._rows)) / (len(self._rows) * seq_length)
         self.packing = packing
@@ -94,7 +94,6 @@ class InstructionSamples:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return sample ``index``, padded to ``seq_length`` or as long as its contents."""
         conversations = [self._conversation(int(number)) for number in self._rows[index]]
         tokens = np.concatenate([ids for ids, _ in conversations])
         weights = np.concatenate([weights for _, weights in conversations])
@@ -129,14 +128,3 @@ def padded(sample: Sample, length: int) -> Sample:
     return Sample(
         np.pad(sample.tokens, (0, missing), constant_values=PADDING), np.pad(sample.loss_mask, (0, missing)), segments
     )
-
-
-def _pack_rows(numbers: NDArray[np.integer], lengths: NDArray[np.integer], capacity: int) -> PackedRows:
-    rows = pack(lengths, capacity)
-    if len(numbers) and numbers[-1] == len(numbers) - 1:
-        return rows  # nothing was dropped
-    return PackedRows(numbers[rows.items], rows.starts)
-
-
-def _one_per_row(numbers: NDArray[np.integer]) -> PackedRows:
-    return PackedRows(numbers, np.arange(len(numbers) + 1))

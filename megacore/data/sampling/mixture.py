@@ -19,12 +19,10 @@ samples depends on it."""
 
 
 class Turn(NamedTuple):
-    """The dataset of one position, and how often it came before."""
+    """The dataset of one position, in the order of the weights, and the number of its earlier positions."""
 
     dataset: int
-    """Index of the dataset, in the order of the weights."""
     number: int
-    """Number of earlier positions of this dataset."""
 
 
 class Mixture:
@@ -74,7 +72,7 @@ class Mixture:
         return Turn(datasets[place], numbers[place])
 
     def _deal(self, block: int) -> tuple[array[int], array[int]]:
-        """The dataset at each position of a block, and how many times its turn came before."""
+        """Return the dataset at each position of a block, and the number of its earlier positions."""
         start, stop = block * self._block_length, (block + 1) * self._block_length
         numbers, stops = self._turns_before(start), self._turns_before(stop)
         datasets, turns = array("l"), array("q")
@@ -112,10 +110,10 @@ class Mixture:
         """
         shares = [divmod(weight * position, self._total) for weight in self._weights]
         counts = [count for count, _ in shares]
-        current = [dataset for dataset, (_, fraction) in enumerate(shares) if fraction]
-        fractions = {dataset: shares[dataset][1] for dataset in current}
-        by_end = sorted(current, key=lambda dataset: (self._end(dataset, counts[dataset]), dataset))
-        by_begin = sorted(current, key=lambda dataset: (self._begin(dataset, counts[dataset]), dataset))
+        fractions = {dataset: fraction for dataset, (_, fraction) in enumerate(shares) if fraction}
+        # A stable sort: datasets with the same end or beginning keep their order.
+        by_end = sorted(fractions, key=lambda dataset: self._end(dataset, counts[dataset]))
+        by_begin = sorted(fractions, key=lambda dataset: self._begin(dataset, counts[dataset]))
         for dataset in _match_cells(self._cells(by_end, fractions), self._cells(by_begin, fractions)):
             counts[dataset] += 1
         return counts

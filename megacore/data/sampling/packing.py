@@ -11,12 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The items of each row.
-
-    Attributes:
-        items: Item numbers, row after row.
-        starts: Row ``r`` is ``items[starts[r] : starts[r + 1]]``; int64, ``[rows + 1]``.
-    """
+    """The item numbers of each row: row ``r`` is ``items[starts[r] : starts[r + 1]]``."""
 
     items: NDArray[np.integer]
     starts: NDArray[np.int64]
@@ -45,9 +40,7 @@ def pack(lengths: NDArray[np.integer], capacity: int) -> PackedRows:
     that are filled alike, as in Krell et al., 2021, arXiv:2107.02027. Apart from one sort of the lengths, its time
     depends on ``capacity`` only. The result depends on the arguments alone. Items of the same length keep their order.
 
-    Args:
-        lengths: The length of each item, ``[items]``, from 1 to ``capacity``.
-        capacity: The length of a row.
+    ``lengths``, ``[items]``, are from 1 to ``capacity``, the length of a row.
     """
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
     numbers_by_length = np.bincount(lengths, minlength=capacity + 1)

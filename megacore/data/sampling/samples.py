@@ -44,12 +44,9 @@ class WindowSamples:
 
     Documents begin where the dataset's boundaries say so, whatever the token ids.
 
-    Args:
-        windows: The windows.
-        resets_at_documents: Make each document a segment of its own.
-        eod_mask_loss: Exclude the first token of each document from the loss, since its input is the end of the
-            document before. (This is Megatron's option of the same name, for documents that end with an
-            end-of-document token: no loss where the *input* is that token. The token itself is a target.)
+    ``resets_at_documents`` makes each document a segment of its own. ``eod_mask_loss`` excludes the first token of each
+    document from the loss, since its input is the end of the document before. (This is Megatron's option of the same
+    name, for documents that end with an end-of-document token: no loss where the *input* is that token.)
     """
 
     def __init__(

@@ -21,10 +21,7 @@ class TokenWindows:
     :meth:`num_repeated` counts the targets that it repeats. Apart from it these are Megatron-LM's samples before
     shuffling. Since tokens lie back to back in the file, a sample is found by one multiplication.
 
-    Args:
-        dataset: The dataset.
-        seq_length: The number of inputs of a sample.
-        tokens: The range of the token stream to take samples from; by default all of it.
+    ``tokens`` is the range of the token stream to take samples from; by default all of it.
 
     Raises:
         DataError: ``seq_length`` is not positive, or the dataset is too short for one sample.

@@ -81,11 +81,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """Render a conversation or its beginning, optionally with the prompt for the assistant's next turn.
-
-        Raises:
-            DataError: The template refuses the conversation, or fails on it.
-        """
+        """Render a conversation. Raises :class:`DataError` if the template refuses it, or fails on it."""
         return self._split_off_marks(self._run(messages, tools, add_generation_prompt=add_generation_prompt))[0]
 
     def render_marked(self, messages: Sequence[Message], *, tools: list[Any] | None = None) -> RenderedChat:
@@ -142,7 +138,7 @@ class ChatTemplate:
     def _split_off_marks(self, output: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text without the marks of the tag, and the spans that they enclosed."""
         pieces = re.split(f"(</?{self._mark}>)", output)
-        text, position, begun = "", 0, []
+        position, begun = 0, []
         spans: list[tuple[int, int]] = []
         for piece in pieces:
             if piece == f"<{self._mark}>":
@@ -153,8 +149,7 @@ class ChatTemplate:
                     spans.append((start, position))
             else:
                 position += len(piece)
-        text = "".join(pieces[::2])
-        return text, spans
+        return "".join(pieces[::2]), spans
 
     def _turn(self, text: str, messages: Sequence[Message], number: int, tools: list[Any] | None) -> tuple[int, int]:
         """Return the span of turn ``number`` in the ``text`` of all messages."""
@@ -282,10 +277,12 @@ def _sandbox(*, begin: str, end: str) -> jinja2.sandbox.ImmutableSandboxedEnviro
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _now
-    environment.globals["namespace"] = _Namespace
-    environment.globals["dict"] = _new_dict
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=lambda form: datetime.now().strftime(form),
+        namespace=_Namespace,
+        dict=lambda *items, **named: dict(*items, **named),  # the class itself would expose more than templates need
+    )
     return environment
 
 
@@ -296,11 +293,6 @@ class _Namespace(jinja2.utils.Namespace):
         if name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace of a chat template cannot have an attribute {name!r}")
         super().__setitem__(name, value)
-
-
-def _new_dict(*items: Any, **named: Any) -> dict[Any, Any]:
-    """Build a dictionary; the class ``dict`` itself would expose more than templates need."""
-    return dict(*items, **named)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +312,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)

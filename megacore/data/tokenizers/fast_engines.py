@@ -33,12 +33,10 @@ class EncodedTexts(NamedTuple):
 
 
 class UnusedEngine(NamedTuple):
-    """The reason for which the fast engine is not used."""
+    """The reason for which the fast engine is not used, a clause; ``is_missing`` if it is not installed."""
 
     reason: str
-    """A clause for a message."""
     is_missing: bool = False
-    """True if the engine is not installed."""
 
 
 class FastEngine(ABC):
@@ -86,11 +84,7 @@ class Kitoken(FastEngine):
 
 
 class DisagreementError(Exception):
-    """The fast engine produced other ids than the defining library, so that none of its ids can be trusted.
-
-    Attributes:
-        index: Index of the text in the batch.
-    """
+    """The fast engine produced other ids for the text ``index`` of a batch, so that none of its ids can be trusted."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -117,11 +111,10 @@ class Engine:
     def encode(self, texts: Sequence[str], *, batch_number: int) -> EncodedTexts:
         """Encode a batch of texts; its number determines which excerpts are compared, with any number of processes.
 
-        Raises:
-            DisagreementError: The engines produce different ids.
+        Raises :class:`DisagreementError` if the engines produce different ids.
         """
         if self._fast is None:
-            return _encoded_by_definition(self._tokenizer, texts)
+            return _flattened(self._tokenizer.encode_batch(texts))
         for index, excerpt in _excerpts(texts, batch_number):
             found = _encoded_by(self._fast, [excerpt])
             if found is not None and found.ids.tolist() != self._tokenizer.encode(excerpt):
@@ -129,7 +122,7 @@ class Engine:
         if (encoded := _encoded_by(self._fast, texts)) is not None:
             return encoded
         # The defining library encodes texts that the engine refuses, as it does for bytes missing in the vocabulary.
-        each = [_encoded_by(self._fast, [text]) or _encoded_by_definition(self._tokenizer, [text]) for text in texts]
+        each = [_encoded_by(self._fast, [text]) or _flattened(self._tokenizer.encode_batch([text])) for text in texts]
         return EncodedTexts(
             np.concatenate([encoded.ids for encoded in each]), np.concatenate([encoded.lengths for encoded in each])
         )
@@ -171,10 +164,6 @@ def _encoded_by(engine: FastEngine, texts: Sequence[str]) -> EncodedTexts | None
     except BaseException as error:
         _raise_unless_refusal(error)
         return None
-
-
-def _encoded_by_definition(tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedTexts:
-    return _flattened(tokenizer.encode_batch(texts))
 
 
 def _raise_unless_refusal(error: BaseException) -> None:

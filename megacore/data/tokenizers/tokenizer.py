@@ -30,7 +30,6 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        file: The file that defines it.
         definition: Content of that file, with the added tokens.
         sha256: Hexadecimal digest of ``definition``.
         library: The library that defines the ids, and its version.
@@ -104,9 +103,6 @@ class SentencePieceTokenizer(Tokenizer):
     Text that spells a control token, such as ``</s>``, is encoded as plain characters; only user-defined symbols of the
     model are recognized in text. That is sentencepiece's own rule.
 
-    Attributes:
-        num_threads: Number of threads that encode a batch; -1 means one per core.
-
     Raises:
         DataError: The file is no such model, or files beside it define tokens with ids that it does not have.
     """
@@ -124,21 +120,19 @@ class SentencePieceTokenizer(Tokenizer):
             definition = extend_sentencepiece(definition, new_tokens, known=known, has_padding=processor.pad_id() >= 0)
             processor = _load_sentencepiece(definition, file)
         self._processor = processor
-        self.num_threads = -1
+        self.num_threads = -1  # that encode a batch: one per core
         vocab_size = processor.vocab_size()
         added = {processor.id_to_piece(piece): piece for piece in range(num_known, vocab_size)}
         # sentencepiece returns -1 for a token that the model does not have.
         bos_id, eos_id = processor.bos_id(), processor.eos_id()
         eod_id = self.token_id(EOD_TOKEN)
-        if eod_id is None and eos_id >= 0:
-            eod_id = eos_id
         super().__init__(
             file,
             definition=definition,
             vocab_size=vocab_size,
             new_tokens=added,
             bos_id=bos_id if bos_id >= 0 else None,
-            eod_id=eod_id,
+            eod_id=eos_id if eod_id is None and eos_id >= 0 else eod_id,
         )
 
     @property
@@ -337,11 +331,7 @@ def special_token_names(directory: Path) -> dict[str, str]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file beside a tokenizer, or an empty dictionary if there is no such file.
-
-    Raises:
-        DataError: The file is not JSON, or not an object.
-    """
+    """Return the JSON object in a file, or ``{}`` without the file. Raises :class:`DataError` if it holds no object."""
     if not path.is_file():
         return {}
     try:
