@@ -11,17 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megacore.checkpoint import Checkpoint
-from megacore.config import ModelConfig
 from megacore.model import DecoderModel, KeyValueCache, load_model
-from megacore.parallel import (
-    ParallelContext,
-    ParameterSpec,
-    join_parts,
-    materialize,
-    parameter_specs,
-    vocab_parallel_logits,
-)
-from megacore.plugins import Family
+from megacore.parallel import ParallelContext, ParameterSpec, join_parts, parameter_specs, vocab_parallel_logits
 from megacore.verification.comparison import gather_logits
 
 RTOL = 1.3e-6
@@ -45,28 +36,7 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def logits_with(
-    family: Family,
-    config: ModelConfig,
-    parameters: Mapping[str, Tensor],
-    input_ids: Tensor,
-    *,
-    layer_config: ModelConfig | None = None,
-    segments: Tensor | None = None,
-) -> Tensor:
-    """Return the logits of our model with these ``parameters``; its layers are built from ``layer_config``, if given.
-
-    ``segments`` are those of :class:`~megacore.model.DecoderModel`.
-    """
-    model = _model_with(family, config, parameters, layer_config=layer_config)
-    with torch.no_grad():
-        logits: Tensor = model(input_ids, segments=segments)
-    return logits
-
-
-def logits_token_by_token(
-    family: Family, config: ModelConfig, parameters: Mapping[str, Tensor], input_ids: Tensor, starts: list[int]
-) -> list[Tensor]:
+def logits_token_by_token(model: DecoderModel, input_ids: Tensor, starts: list[int]) -> list[Tensor]:
     """Return the logits of each row of ``input_ids`` from its position in ``starts``, ``[tokens, vocabulary]``.
 
     The tokens before it pass the layers as a prompt, packed with those of the other rows; then one token of every row
@@ -75,9 +45,8 @@ def logits_token_by_token(
     Raises:
         PluginError: when a layer does not cache keys and values.
     """
-    model = _model_with(family, config, parameters)
     length = input_ids.shape[1]
-    cache = KeyValueCache(config, model.parallel, max_length=length, device=input_ids.device, dtype=torch.float32)
+    cache = KeyValueCache(model.config, model.parallel, max_length=length, device=input_ids.device, dtype=torch.float32)
     with torch.no_grad():
         packed = torch.cat([row[:start] for row, start in zip(input_ids, starts, strict=True)]).unsqueeze(0)
         model.decoder(model.embedding(packed, None), cache.add_prompts(starts))
@@ -88,22 +57,6 @@ def logits_token_by_token(
             hidden = model.decoder(model.embedding(next_ids.unsqueeze(-1), None), cache.add_tokens())
             steps.append(vocab_parallel_logits(hidden, model.head.local("weight"), model.parallel))
     return list(torch.cat(steps, dim=1))
-
-
-def _model_with(
-    family: Family,
-    config: ModelConfig,
-    parameters: Mapping[str, Tensor],
-    *,
-    layer_config: ModelConfig | None = None,
-) -> DecoderModel:
-    def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext) -> torch.nn.Module:
-        return family.build_layer(layer_config or config, layer_index, parallel)
-
-    single = ParallelContext.single()
-    model = DecoderModel(config, build_layer, single)
-    materialize(model, single, lambda name, spec: parameters[name])
-    return model
 
 
 def logits_and_gradients(
