@@ -12,7 +12,7 @@ from megacore.model import ACTIVATIONS
 from megacore.testing import faults
 from megacore.testing.case import Case
 from megacore.testing.faults import Fault
-from megacore.testing.numerics import ATOL, RTOL, VISIBLE, agree, largest_difference
+from megacore.testing.numerics import ATOL, RTOL, agree, largest_difference
 from megacore.weights import grouped_qkv_rows
 from megacore.weights.rules import QKVOrder
 
@@ -28,11 +28,9 @@ def explain(case: Case) -> str:
     )
     repairs = [repair.description for repair in _candidates(case) if _repairs(repair, case)]
     if repairs:
-        return f"{difference}. They agree once\n" + "\n".join(f"  - {repair}" for repair in repairs)
-    hints = [*_unused_parameters(case), _position_hint(ours, theirs)]
-    return f"{difference}. No single change to the weights or settings fixes that.\n" + "\n".join(
-        f"  - {hint}" for hint in hints
-    )
+        return f"{difference}. They agree once" + "".join(f"\n  - {repair}" for repair in repairs)
+    hints = "".join(f"\n  - {hint}" for hint in (*_unused_parameters(case), _position_hint(ours, theirs)))
+    return f"{difference}. No single change to the weights or settings fixes that.{hints}"
 
 
 def _candidates(case: Case) -> Iterator[Fault]:
@@ -92,7 +90,7 @@ def _repairs(repair: Fault, case: Case) -> bool:
 def _unused_parameters(case: Case) -> Iterator[str]:
     for kind, names in faults.by_kind(case.parameters).items():
         doubled = {name: 2 * case.parameters[name] for name in names}
-        if not largest_difference(Fault(kind, doubled).logits(case), case.logits) > VISIBLE:
+        if not Fault(kind, doubled).is_visible(case):
             yield f"{kind} has no influence on our logits: does the layer's forward use it?"
 
 

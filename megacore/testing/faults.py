@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megacore.config import ModelConfig
 from megacore.testing.case import Case
+from megacore.testing.numerics import VISIBLE, largest_difference
 from megacore.weights import Stacked
 from megacore.weights.rules import SwappedHalves
 
@@ -36,6 +37,10 @@ class Fault:
         with torch.no_grad():
             logits: Tensor = case.model(self.parameters, self.config, self.layer_config)(case.input_ids)
         return logits
+
+    def is_visible(self, case: Case) -> bool:
+        """Return whether the fault changes some logit visibly."""
+        return largest_difference(self.logits(case), case.logits) > VISIBLE
 
 
 def transposed_weights(case: Case) -> Iterator[Fault]:

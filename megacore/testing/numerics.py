@@ -19,8 +19,7 @@ RTOL = 1.3e-6
 ATOL = 1e-5
 """Bounds of float32, for numbers of order 1."""
 
-VISIBLE = 10 * ATOL
-"""Minimum change of some logit by a planted fault."""
+VISIBLE = 10 * ATOL  # minimum change of some logit by a planted fault
 
 _SMALLEST_SCALE = 0.01
 """Smallest unit of a gradient, as a share of the largest gradient. Gradients are compared in units of their own largest
@@ -68,20 +67,17 @@ def logits_and_gradients(
         RuntimeError: names the parameters that the model does not use.
     """
     model = load_model(Checkpoint(checkpoint), parallel, dtype=torch.float32)
-    vocab_size = model.config.vocab_size
     logits = model(input_ids).detach()  # with autograd: without it torch accepts plain tensors mixed with DTensors
     model(input_ids, targets=targets, token_weights=torch.ones_like(targets, dtype=torch.float32)).sum().backward()
     specs = parameter_specs(model)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    unused = [name for name, gradient in gradients.items() if gradient is None]
-    if unused:
-        raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
-    gathered = {
-        name: gather_tensor(gradient, specs[name], parallel)
-        for name, gradient in gradients.items()
-        if gradient is not None
+    gradients = {
+        name: gather_tensor(parameter.grad, specs[name], parallel)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
-    return gather_logits(logits, vocab_size, parallel), gathered
+    if unused := [name for name in specs if name not in gradients]:
+        raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
+    return gather_logits(logits, model.config.vocab_size, parallel), gradients
 
 
 def differing_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

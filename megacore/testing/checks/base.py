@@ -18,12 +18,7 @@ CPU = torch.device("cpu")
 
 
 class FamilyChecks:
-    """A test class for one family.
-
-    Attributes:
-        family: Name of the family.
-        sources: Formats to test, all that the family declares.
-    """
+    """A test class for one family; see :class:`~megacore.testing.ModelFamilyTests`."""
 
     family: ClassVar[str]
     sources: ClassVar[tuple[str, ...]] = ("hf",)
