@@ -20,14 +20,9 @@ if TYPE_CHECKING:
     from megacore.training import Evaluation, Step
 
 _BARS = "▁▂▃▄▅▆▇█"
-_NUM_LINES = 8
-"""Number of step lines above the panel."""
-
-_NUM_LOSSES = 400
-"""Number of recent losses in the sparkline."""
-
-_REDRAWS_PER_SECOND = 4.0
-"""Upper bound on the redraws of the panel, each of which takes a few milliseconds."""
+_NUM_LINES = 8  # step lines above the panel
+_NUM_LOSSES = 400  # recent losses in the sparkline
+_REDRAWS_PER_SECOND = 4.0  # at most; a redraw of the panel takes a few milliseconds
 
 
 class Console:
@@ -42,14 +37,15 @@ class Console:
     def __init__(self, *, log_interval: int = 1, plain: bool = False) -> None:
         self.log_interval = log_interval
         self.plain = plain
-        self._eta = TimeLeft()
+        # So many recent steps that evaluations and saving are averaged in.
+        self._completions: deque[tuple[int, float]] = deque(maxlen=10_000)
         self._losses: deque[float] = deque(maxlen=_NUM_LOSSES)
         self._lines: deque[str] = deque(maxlen=_NUM_LINES)
         self._last_step: Step | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> Console:
-        self._eta.reset()
+        self._completions.clear()
         if not self.plain and sys.stdout.isatty():
             from rich.live import Live
 
@@ -69,14 +65,14 @@ class Console:
 
     def __call__(self, step: Step) -> None:
         """Print a step and its notes, or update the panel."""
-        self._eta.record(step.iteration)
+        self._completions.append((step.iteration, time.monotonic()))
         is_first, self._last_step = self._last_step is None, step
         if is_first and self._live is None and step.peak_flops_per_second is not None:
             peak = format_si(step.peak_flops_per_second)
             print_note(f"matrix products were measured at {peak}FLOP/s, the reference for % of peak")
         self._losses.append(step.loss)
         if is_first or step.is_logged(self.log_interval):
-            line = format_step(step, seconds_left=self._eta.seconds_left(step))
+            line = format_step(step, seconds_left=self._seconds_left(step))
             if self._live is None:
                 self._print(line)
             else:
@@ -99,6 +95,13 @@ class Console:
             else:
                 self._live.console.print(line, markup=False, highlight=False)
 
+    def _seconds_left(self, step: Step) -> float | None:
+        """Return the estimated seconds until the last step is done, ``None`` after a single step or the last one."""
+        (first, started), (last, ended) = self._completions[0], self._completions[-1]
+        if first == last or step.iteration == step.train_iters:
+            return None
+        return (step.train_iters - step.iteration) * (ended - started) / (last - first)
+
     def _panel(self) -> RenderableType:
         """Render the last lines, the current values and a progress bar."""
         from rich.console import Group
@@ -116,50 +119,21 @@ class Console:
         peak = step.peak_flops_per_second
         measured = "" if peak is None else f" (measured: {format_si(peak)}FLOP/s)"
         values.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s", format_flops(step) + measured)
+        left = self._seconds_left(step)
+        remaining = "done" if step.iteration == step.train_iters else ""
         bar = Table.grid(padding=(0, 2))
-        left = self._eta.seconds_left(step)
         bar.add_row(
             f"iteration {step.iteration}/{step.train_iters}",
             ProgressBar(total=step.train_iters, completed=step.iteration, width=30),
-            "done"
-            if step.iteration == step.train_iters
-            else f"{format_duration(left)} left"
-            if left is not None
-            else "",
+            remaining if left is None else f"{format_duration(left)} left",
         )
         lines = Text("\n".join(self._lines), style="dim", no_wrap=True, overflow="ellipsis")
         return Group(lines, Panel(Group(bar, values), expand=False))
 
 
-class TimeLeft:
-    """An estimate of the remaining time, from so many recent steps that evaluations and saving are averaged in."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[int, float]] = deque(maxlen=10_000)
-
-    def reset(self) -> None:
-        """Forget all steps."""
-        self._marks.clear()
-
-    def record(self, iteration: int) -> None:
-        """Record the completion of a step."""
-        self._marks.append((iteration, time.monotonic()))
-
-    def seconds_left(self, step: Step) -> float | None:
-        """Return the estimated seconds until the last step is done, ``None`` after a single step."""
-        (first, started), (last, ended) = self._marks[0], self._marks[-1]
-        if first == last:
-            return None
-        return (step.train_iters - step.iteration) * (ended - started) / (last - first)
-
-
 def format_step(step: Step, *, seconds_left: float | None = None) -> str:
     """Return the line for a step."""
-    left = (
-        f" | {format_duration(seconds_left)} left"
-        if seconds_left is not None and step.iteration < step.train_iters
-        else ""
-    )
+    left = "" if seconds_left is None else f" | {format_duration(seconds_left)} left"
     return (
         f"iteration {step.iteration:>5}/{step.train_iters} | loss {step.loss:.6f} | lr {step.lr:.3e} | "
         f"grad norm {step.grad_norm:.4f} | {step.tokens_per_second:,.0f} tokens/s | {format_flops(step)}"

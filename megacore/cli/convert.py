@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,8 +21,6 @@ from megacore.cli.published_options import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from megacore.plugins import Family
 
 
@@ -50,11 +48,7 @@ def convert(
     revision: str | None,
     out: Path,
     source: str | None,
-    dtype: torch.dtype | None,
-    tp: int,
-    pp: int,
-    true_vocab_size: int | None,
-    add_tokens: Path | None,
+    **settings: Any,
 ) -> None:
     """Convert a published checkpoint to the native format.
 
@@ -82,14 +76,11 @@ def convert(
             out,
             source=source,
             size=size,
-            dtype=dtype,
-            tp=tp,
-            pp=pp,
-            true_vocab_size=true_vocab_size,
-            add_tokens=add_tokens,
             report=print_note,
             advance=advance,
+            **settings,
         )
-    if imbalance := describe_imbalance(manifest.specs, tp):
+    if imbalance := describe_imbalance(manifest.specs, settings["tp"]):
         print_note(imbalance)
-    click.echo(f"Converted {len(manifest.parameters)} parameters of {model.name} to {out} (tp {tp}, pp {pp}).")
+    layout = f"tp {settings['tp']}, pp {settings['pp']}"
+    click.echo(f"Converted {len(manifest.parameters)} parameters of {model.name} to {out} ({layout}).")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
     from megacore.generation import Generated
 
-_TURN_TIMEOUT = timedelta(days=7)
-"""Time that the other ranks wait for rank 0, which waits for a person."""
+_TURN_TIMEOUT = timedelta(days=7)  # the other ranks wait for rank 0, which waits for a person
 
 
 @click.command()
@@ -96,16 +96,13 @@ def generate(
     system: str | None,
     chat_template: Path | None,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int | None,
     stop: tuple[str, ...],
     add_bos: bool | None,
     dtype: torch.dtype | None,
     tp: int | None,
     batch_size: int,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Generate text with the model of CKPT.
 
@@ -120,22 +117,22 @@ def generate(
     from megacore.generation import Limits, Sampling, converse, generate, run_with_generator
     from megacore.parallel import is_first_process
 
-    settings: dict[str, Any] = {"dtype": dtype, "add_bos": add_bos, "chat_template": chat_template}
+    settings: dict[str, Any] = {"tp": tp, "dtype": dtype, "add_bos": add_bos, "chat_template": chat_template}
     is_interactive = not prompts and not files and sys.stdin.isatty()
     if is_interactive and (as_json or not chat):
         raise click.UsageError("Give --prompt, --prompt-file, or a prompt on standard input.")
     if is_interactive:
-        seeded = {} if seed is None else {"seed": seed}
+        if sampling["seed"] is None:
+            del sampling["seed"]
         run_with_generator(
             checkpoint,
             converse,
             Limits(max_new_tokens=max_new_tokens, stop=stop),
-            Sampling(temperature=temperature, top_k=top_k, top_p=top_p, **seeded),
+            Sampling(**sampling),
             system,
-            Terminal(os.ttyname(sys.stdin.fileno())),
+            partial(read_turn, os.ttyname(sys.stdin.fileno())),
             print_answer_text,
             print_turn_error,
-            tp=tp,
             timeout=_TURN_TIMEOUT,
             **settings,
         )
@@ -145,14 +142,10 @@ def generate(
         checkpoint,
         [as_messages(text, system) for text in texts] if chat else texts,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         stop=stop,
-        tp=tp,
         batch_size=batch_size,
         on_text=None if as_json else TextPrinter(texts),
+        **sampling,
         **settings,
     )
     if not is_first_process():
@@ -223,27 +216,23 @@ class TextPrinter:
             self.has_title = False
 
 
-class Terminal:
-    """Reads the user's turns from the terminal at ``path``, also in a rank process, whose standard input is closed."""
+def read_turn(terminal: str) -> str | None:
+    """Return the user's next line that is not empty, ``None`` at the end of the input (Ctrl-D).
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __call__(self) -> str | None:
-        """Return the next line that is not empty, ``None`` at the end of the input (Ctrl-D)."""
-        if not sys.stdin.isatty():
-            os.dup2(os.open(self.path, os.O_RDWR), 0)
-            sys.stdin = open(0, closefd=False)  # noqa: SIM115
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives input() line editing)
-        while True:
-            try:
-                line = input("> ")
-            except EOFError:
-                click.echo()
-                return None
-            if line.strip():
-                return line
+    A rank process, whose standard input is closed, reads from the ``terminal`` of this path.
+    """
+    if not sys.stdin.isatty():
+        os.dup2(os.open(terminal, os.O_RDWR), 0)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing)
+    try:
+        while not (line := input("> ")).strip():
+            pass
+        return line
+    except EOFError:
+        click.echo()
+        return None
 
 
 def print_answer_text(turn: int, text: str) -> None:

@@ -10,11 +10,7 @@ from pathlib import Path
 
 
 def published_bytes(directory: Path, source: str | None = None) -> int:
-    """Return the size of the weight files of the published checkpoint in ``directory``.
-
-    Args:
-        directory: The checkpoint.
-        source: Its format. By default it is detected.
+    """Return the size of the weight files of the published checkpoint in ``directory``, by default of any known format.
 
     Raises:
         CheckpointError: There is no checkpoint, or none in a known format.

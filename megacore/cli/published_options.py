@@ -51,15 +51,12 @@ true_vocab_size_option = click.option(
 def find_published(
     origin: str, *, out: Path, cache_dir: Path | None, revision: str | None, is_on_hub: bool = False
 ) -> Path:
-    """Return the directory of the checkpoint ``origin``, downloading it where necessary.
+    """Return the directory of the checkpoint ``origin``, a directory or a repository, which is downloaded if necessary.
 
-    Args:
-        origin: A directory or a repository of the hub.
-        out: The output of the command, which must not exist. This is checked before anything is downloaded.
-        is_on_hub: True if ``origin`` is a repository even where a directory of that name exists.
+    With ``is_on_hub`` it is a repository even where a directory of that name exists.
 
     Raises:
-        MegacoreError: The checkpoint is not available, or ``out`` exists.
+        MegacoreError: The checkpoint is not available, or ``out`` exists, which is checked before any download.
     """
     from megacore.atomic_output import output_errors, require_absent
     from megacore.weights.hub import fetch, locate, provenance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,13 +66,8 @@ def tokenize(
     tokenizer: Path,
     out: Path,
     json_keys: tuple[str, ...],
-    append_eod: bool,
-    prepend_bos: bool,
     no_new_tokens: bool,
-    vocab_extra_ids: int,
-    vocab_extra_ids_list: str,
-    on_error: Literal["stop", "skip"],
-    workers: int | None,
+    **settings: Any,
 ) -> None:
     """Tokenize text into an indexed dataset.
 
@@ -84,23 +79,17 @@ def tokenize(
     import megacore.data
     from megacore.data.preprocess.readers import expand, total_size
 
-    total = total_size(expand(inputs))
-    with documents_progress("tokenizing", total) as (advance, advance_documents):
+    with documents_progress("tokenizing", total_size(expand(inputs))) as (advance, advance_documents):
         summary = megacore.data.tokenize(
             inputs,
             tokenizer=tokenizer,
             out=out,
             json_key=json_keys,
-            append_eod=append_eod,
-            prepend_bos=prepend_bos,
             new_tokens=not no_new_tokens,
-            vocab_extra_ids=vocab_extra_ids,
-            vocab_extra_ids_list=vocab_extra_ids_list.split(",") if vocab_extra_ids_list else (),
-            on_error=on_error,
-            workers=workers,
             report=print_note,
             advance=advance,
             advance_documents=advance_documents,
+            **settings,
         )
     for error in summary.first_errors:
         print_note(f"skipped {error}")
@@ -109,14 +98,8 @@ def tokenize(
 
 
 def _format_summary(summary: TokenizeSummary) -> str:
-    skipped = [
-        counted(number, noun)
-        for number, noun in (
-            (summary.num_empty_documents, "empty document"),
-            (summary.num_erroneous_documents, "malformed document"),
-        )
-        if number
-    ]
+    numbers = {"empty": summary.num_empty_documents, "malformed": summary.num_erroneous_documents}
+    skipped = [counted(number, f"{kind} document") for kind, number in numbers.items() if number]
     return (
         f"{', '.join(map(str, summary.prefixes))}: {counted(summary.num_documents, 'document')}, "
         f"{counted(summary.num_tokens, 'token')}, {summary.num_text_bytes / summary.num_tokens:.2f} bytes a token"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -66,10 +66,7 @@ def tokenize_chat(
     question_key: str | None,
     answer_key: str | None,
     system_key: str | None,
-    markup: Literal["template", "megatron-llm"] | None,
-    chat_template: Path | None,
-    vocab_extra_ids_list: str,
-    on_error: Literal["stop", "skip"],
+    **settings: Any,
 ) -> None:
     """Tokenize conversations into instruction data.
 
@@ -103,19 +100,15 @@ def tokenize_chat(
         if num_skipped <= _MAX_SKIP_NOTES:
             print_note(f"skipped {error}")
 
-    total = total_size(expand(inputs))
-    with bytes_progress("tokenizing", total) as advance:
+    with bytes_progress("tokenizing", total_size(expand(inputs))) as advance:
         summary = megacore.data.tokenize_chat(
             inputs,
             tokenizer=tokenizer,
             out=out,
             keys=keys,
-            markup=markup,
-            chat_template=chat_template,
-            vocab_extra_ids_list=vocab_extra_ids_list.split(",") if vocab_extra_ids_list else (),
-            on_error=on_error,
             on_skip=note_skipped,
             advance=advance,
+            **settings,
         )
     if num_skipped > _MAX_SKIP_NOTES:
         print_note(f"skipped {num_skipped - _MAX_SKIP_NOTES:,} more")

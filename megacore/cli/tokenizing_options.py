@@ -15,10 +15,10 @@ class MultiInputCommand(click.Command):
     """A command whose ``--input`` takes several files, for ``--input data/*.jsonl``; an option of click takes one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(_repeat_option("--input", args)))
+        return super().parse_args(ctx, list(_repeat_input(args)))
 
 
-def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
+def _repeat_input(args: list[str]) -> Iterator[str]:
     """Rewrite ``--input a b`` as ``--input a --input b``, for a command without positional arguments."""
     current, num_values = "", 0
     for word in args:
@@ -27,8 +27,8 @@ def _repeat_option(option: str, args: list[str]) -> Iterator[str]:
             num_values = len(equals)
         else:
             num_values += 1
-            if current == option and num_values > 1:
-                yield option
+            if current == "--input" and num_values > 1:
+                yield current
         yield word
 
 
@@ -57,7 +57,10 @@ def prefix_option(help_: str) -> Callable[[Command], Command]:
 
 
 vocab_extra_ids_list_option = click.option(
-    "--vocab-extra-ids-list", default="", metavar="A,B", help="Add these tokens to the vocabulary."
+    "--vocab-extra-ids-list",
+    metavar="A,B",
+    help="Add these tokens to the vocabulary.",
+    callback=lambda ctx, param, value: value.split(",") if value else (),
 )
 
 on_error_option = click.option(

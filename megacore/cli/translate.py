@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,8 +22,6 @@ from megacore.cli.published_options import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from megacore.plugins import Family
 
 
@@ -47,10 +45,7 @@ def translate(
     out: Path,
     source: str | None,
     format: str,
-    dtype: torch.dtype | None,
-    tp: int,
-    pp: int,
-    true_vocab_size: int | None,
+    **settings: Any,
 ) -> None:
     """Convert a published checkpoint to another format.
 
@@ -69,11 +64,8 @@ def translate(
             out,
             source=source,
             format=format,
-            dtype=dtype,
-            tp=tp,
-            pp=pp,
-            true_vocab_size=true_vocab_size,
             report=print_note,
             advance=advance,
+            **settings,
         )
     click.echo(f"Translated {origin} to {out} ({format}).")

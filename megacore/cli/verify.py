@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,6 @@ from megacore.cli.options import DtypeType, checkpoint_argument, model_tp_option
 from megacore.cli.published_options import cache_dir_option, revision_option
 
 if TYPE_CHECKING:
-    import torch
-
     from megacore.verification import Iteration
 
 
@@ -63,10 +61,8 @@ def verify(
     random_ids: bool,
     iters: int,
     seq_length: int | None,
-    dtype: torch.dtype,
-    tp: int | None,
-    tolerance: float | None,
     json_file: Path | None,
+    **settings: Any,
 ) -> None:
     """Compare the logits of CKPT with a reference.
 
@@ -96,15 +92,13 @@ def verify(
         checkpoint,
         locate(reference, cache_dir=cache_dir, revision=revision),
         samples,
-        dtype=dtype,
-        tp=tp,
-        tolerance=tolerance,
         on_iteration=print_iteration,
+        **settings,
     )
     if is_first_process():
         click.echo(report.verdict)
-    if json_file is not None and is_first_process():
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     ctx.exit(0 if report.passed else 1)
 
 

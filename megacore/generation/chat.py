@@ -22,23 +22,15 @@ def converse(
 ) -> list[dict[str, Any]]:
     """Answer each message that ``read`` returns until it returns ``None``; return the messages of the conversation.
 
-    A message that cannot be answered, because the conversation would be longer than the model's context, is reported to
-    ``on_error`` and removed from the conversation.
-
-    Args:
-        generator: Generator of the answers.
-        limits: Limits of each answer.
-        sampling: Sampling of the answers; the seed is increased by one for each.
-        system: System message before the first turn.
-        read: Returns the user's next message.
-        on_text: Receives the text of an answer as it is generated, with the number of the turn.
-        on_error: Receives the reason why a message cannot be answered.
+    The seed of ``sampling`` is increased by one for each answer. ``on_text`` receives the text of an answer as it is
+    generated, with the number of the turn. A message that cannot be answered, because the conversation would be longer
+    than the model's context, is removed from the conversation, and ``on_error`` receives the reason.
 
     Raises:
         DataError: when the tokenizer has no chat template.
         GenerationError: when there is no tokenizer.
     """
-    generator.prompts.require_template()  # report a missing one before the user has typed anything
+    _ = generator.prompts.template  # report a missing one before the user has typed anything
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     turn = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -31,18 +32,16 @@ def decode(
     that the ranks cannot diverge.
 
     Args:
-        model: The whole model, or this rank's part of each layer.
-        prompts: Token ids, at least one for each prompt; the lengths may differ.
+        model: The model, of which each rank has its part of each layer.
+        prompts: Token ids, at least one for each prompt.
         max_length: Upper bound of the length of a sequence in tokens.
         choose_tokens: Chooses the next tokens, on the first rank; ``None`` on the others.
 
     Raises:
         PluginError: when the model's layers do not cache keys and values.
     """
-    embeddings = model.head.local("weight")
-    cache = KeyValueCache(
-        model.config, model.parallel, max_length=max_length, device=model.parallel.device, dtype=embeddings.dtype
-    )
+    device, dtype = model.parallel.device, model.head.local("weight").dtype
+    cache = KeyValueCache(model.config, model.parallel, max_length=max_length, device=device, dtype=dtype)
     logits = torch.cat([_prompt_logits(model, cache, group) for group in _grouped(prompts)])
     cache.check_used_by(model.decoder.layers)
     while True:
@@ -53,8 +52,7 @@ def decode(
         if len(active) < len(next_ids):
             cache.select(active)
             next_ids = next_ids[active]
-        positions = cache.add_tokens()
-        logits = _last_logits(model, next_ids.unsqueeze(-1), positions)[:, 0]
+        logits = _last_logits(model, next_ids.unsqueeze(-1), cache.add_tokens())[:, 0]
 
 
 def _grouped(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -70,17 +68,16 @@ def _grouped(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
 
 def _prompt_logits(model: DecoderModel, cache: KeyValueCache, prompts: list[Sequence[int]]) -> Tensor:
     """Return this rank's logits after the last token of each prompt, ``[prompts, local_vocab]``."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ids = torch.cat([torch.tensor(prompt) for prompt in prompts]).to(cache.device)
-    last = (lengths.cumsum(0) - 1).to(cache.device)
-    return _last_logits(model, ids.unsqueeze(0), cache.add_prompts(lengths.tolist()), last)[0]
+    lengths = [len(prompt) for prompt in prompts]
+    ids = torch.tensor([list(chain.from_iterable(prompts))], device=cache.device)
+    last = torch.tensor(lengths, device=cache.device).cumsum(0) - 1
+    return _last_logits(model, ids, cache.add_prompts(lengths), last)[0]
 
 
 def _last_logits(model: DecoderModel, input_ids: Tensor, positions: Positions, last: Tensor | None = None) -> Tensor:
     """Return this rank's logits after all tokens, or after the tokens ``last``, ``[batch, tokens, local_vocab]``."""
     hidden = model.decoder(model.embedding(input_ids, None), positions)
-    if last is not None:
-        hidden = hidden[:, last]
+    hidden = hidden if last is None else hidden[:, last]
     return vocab_parallel_logits(hidden, model.head.local("weight"), model.parallel)
 
 

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 
 from megacore.data import Tokenizer
 
-_REPLACEMENT = "�"
-"""Decoders return this character for bytes that are not a complete character."""
-
-_CONTEXT = 8
-"""Number of earlier tokens that are decoded together with a new one: the first word of a text may lose its space."""
+_REPLACEMENT = "�"  # decoders return this character for bytes that are not a complete character
+_CONTEXT = 8  # earlier tokens that are decoded together with a new one: the first word of a text may lose its space
 
 
 class Detokenizer:

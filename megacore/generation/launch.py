@@ -64,17 +64,16 @@ def generate(
         GenerationError: when a prompt or a setting is invalid.
         MegacoreError: when the checkpoint cannot be loaded, or not at this size.
     """
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
-    all_prompts: list[Any] = [prompts] if is_single else list(prompts)
     if batch_size < 1:
         raise GenerationError(f"the batch size must be at least 1, not {batch_size}")
-    if not all_prompts:
+    if not isinstance(prompts, str) and len(prompts) == 0:
         raise GenerationError("there is no prompt")
+    is_single = isinstance(prompts, str) or isinstance(prompts[0], int | Mapping)
     seeded = {} if seed is None else {"seed": seed}
     return run_with_generator(
         checkpoint,
         TextGenerator.generate,
-        all_prompts,
+        [prompts] if is_single else list(prompts),
         Limits(max_new_tokens=max_new_tokens, stop=stop, end_ids=end_ids),
         Sampling(temperature=temperature, top_k=top_k, top_p=top_p, **seeded),
         batch_size,
@@ -96,21 +95,15 @@ def run_with_generator(
 ) -> Result:
     """Load the model of ``checkpoint``; return ``function(generator, *arguments)``, called on the first rank.
 
-    Args:
-        checkpoint: Native checkpoint of any layout.
-        function: Function of a module, since another process calls it.
-        arguments: Further arguments of ``function``.
-        tp: Tensor-parallel size, by default the checkpoint's own; processes are started for it.
-        timeout: Time that the other ranks wait for ``function`` to generate something.
-        settings: Settings of :class:`TextGenerator`.
+    ``function`` is one of a module, since another process calls it, and the other ranks wait up to ``timeout`` for it
+    to generate something. ``settings`` are those of :class:`TextGenerator`; see :func:`generate` for the rest.
     """
     opened = Checkpoint(checkpoint)
     get_family(opened.manifest.family)  # a missing plugin is better reported before processes are started
     tp = tp or opened.manifest.layout.tp
     check_tensor_parallel(opened.manifest.specs, tp)
-    sizes = ParallelSizes(tp=tp)
     result: Result = run_on_ranks(
-        generate_on_rank, opened.path, settings, function, arguments, sizes=sizes, timeout=timeout
+        generate_on_rank, opened.path, settings, function, arguments, sizes=ParallelSizes(tp=tp), timeout=timeout
     )
     return result
 

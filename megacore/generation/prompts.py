@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 from megacore.checkpoint import Checkpoint
 from megacore.data import Tokenizer, load_tokenizer
@@ -22,12 +23,7 @@ def is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
 
 
 class PromptEncoder:
-    """Encodes prompts as token ids, with the tokenizer of a checkpoint.
-
-    Args:
-        checkpoint: Checkpoint with the tokenizer.
-        add_bos: True to prepend the BOS token to a text; by default as the tokenizer says.
-        chat_template: File with a chat template that replaces the tokenizer's.
+    """Encodes prompts as token ids, with the tokenizer of a checkpoint; the settings are those of ``generate``.
 
     Attributes:
         tokenizer: Tokenizer of the checkpoint; ``None`` for a checkpoint without one.
@@ -43,7 +39,6 @@ class PromptEncoder:
         self._vocab_size = int(checkpoint.manifest.config["vocab_size"])
         self._add_bos = add_bos
         self._template_file = chat_template
-        self._template: ChatTemplate | None = None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt.
@@ -56,8 +51,7 @@ class PromptEncoder:
         if isinstance(prompt, str):
             ids = self._encode_text(prompt)
         elif is_conversation(prompt):
-            template = self.require_template()
-            ids = self.require_tokenizer().encode(template.render(prompt, add_generation_prompt=True))
+            ids = self.require_tokenizer().encode(self.template.render(prompt, add_generation_prompt=True))
         else:
             ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
         excerpt = _abridged(prompt)
@@ -86,37 +80,34 @@ class PromptEncoder:
             )
         return self.tokenizer
 
-    def require_template(self) -> ChatTemplate:
-        """Return the chat template. Raise :class:`DataError` if there is none."""
-        if self._template is None:
-            self._template = open_chat_template(self.require_tokenizer(), self._template_file)
-        return self._template
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raise :class:`DataError` if there is none."""
+        return open_chat_template(self.require_tokenizer(), self._template_file)
 
     def _encode_text(self, text: str) -> list[int]:
         tokenizer = self.require_tokenizer()
         if not text:
             return []
-        add_bos = tokenizer.adds_bos if self._add_bos is None else self._add_bos
-        if add_bos and tokenizer.bos_id is None:
+        ids = tokenizer.encode(text)
+        if not (tokenizer.adds_bos if self._add_bos is None else self._add_bos):
+            return ids
+        if tokenizer.bos_id is None:
             raise GenerationError(f"{tokenizer.file} has no BOS token: leave out --bos")
-        prefix = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
-        return prefix + tokenizer.encode(text)
+        return [tokenizer.bos_id, *ids]
 
 
 def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:
     """Return the tokens that end a text: those that the published model names, and the end of a document."""
-    ids: set[int] = set() if tokenizer is None or tokenizer.eod_id is None else {tokenizer.eod_id}
-    published: dict[str, Any] = checkpoint.manifest.origin
-    for settings in (published.get("generation_config"), published.get("config")):
-        eos = (settings or {}).get("eos_token_id")
+    ids = [] if tokenizer is None or tokenizer.eod_id is None else [tokenizer.eod_id]
+    for file in ("generation_config", "config"):
+        eos = (checkpoint.manifest.origin.get(file) or {}).get("eos_token_id")
         if eos is not None:
-            ids |= {eos} if isinstance(eos, int) else set(eos)
-            break
+            return frozenset([*ids, eos] if isinstance(eos, int) else [*ids, *eos])
     return frozenset(ids)
 
 
 def _abridged(prompt: Prompt) -> str:
-    if not isinstance(prompt, str):
-        prompt = str(list(prompt))
-        return prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
-    return json.dumps(prompt if len(prompt) <= 40 else f"{prompt[:40]}…", ensure_ascii=False)
+    text = prompt if isinstance(prompt, str) else str(list(prompt))
+    text = text if len(text) <= 40 else f"{text[:40]}…"
+    return json.dumps(text, ensure_ascii=False) if isinstance(prompt, str) else text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,14 +80,8 @@ class Limits:
 class TextGenerator:
     """A model on the tensor-parallel ranks of ``parallel``, with its tokenizer.
 
-    Every rank creates one. Then :meth:`generate` may be called on the first rank while the others :meth:`follow`.
-
-    Args:
-        checkpoint: Checkpoint to load.
-        parallel: Place of this process among the tensor-parallel ranks.
-        dtype: Dtype that the model computes in; by default that of most stored weights.
-        add_bos: True to prepend the BOS token; see :class:`~megacore.generation.prompts.PromptEncoder`.
-        chat_template: File with a chat template; see :class:`~megacore.generation.prompts.PromptEncoder`.
+    Every rank creates one. Then :meth:`generate` may be called on the first rank while the others :meth:`follow`. The
+    settings are those of the function ``generate``; ``dtype`` is by default that of most stored weights.
     """
 
     def __init__(
@@ -102,7 +96,9 @@ class TextGenerator:
         self.parallel = parallel
         self.prompts = PromptEncoder(checkpoint, add_bos=add_bos, chat_template=chat_template)
         self.end_ids = end_ids(checkpoint, self.prompts.tokenizer)
-        self.model: DecoderModel = load_model(checkpoint, parallel, dtype=dtype or stored_dtype(checkpoint)).eval()
+        names = [entry.dtype for entry in checkpoint.manifest.parameters.values()]
+        dtype = dtype or DTYPES[max(names, key=names.count)]
+        self.model: DecoderModel = load_model(checkpoint, parallel, dtype=dtype).eval()
 
     def generate(
         self,
@@ -119,13 +115,12 @@ class TextGenerator:
         """
         if limits.stop:
             self.prompts.require_tokenizer()
-        encoded = [(self.prompts.encode(prompt), self._end_ids(prompt, limits)) for prompt in prompts]
         sequences = [
             _Sequence(
-                index, ids, ends, self.prompts.tokenizer, limits, self.model.config.max_position_embeddings,
-                sampling.generator(index), on_text,
+                index, self.prompts.encode(prompt), self._end_ids(prompt, limits), self.prompts.tokenizer, limits,
+                self.model.config.max_position_embeddings, sampling.generator(index), on_text,
             )
-            for index, (ids, ends) in enumerate(encoded)
+            for index, prompt in enumerate(prompts)
         ]  # fmt: skip
         for first in range(0, len(sequences), batch_size):
             batch = sequences[first : first + batch_size]
@@ -159,75 +154,61 @@ class TextGenerator:
         ids = self.end_ids if limits.end_ids is None else frozenset(limits.end_ids)
         if tokenizer is None or not is_conversation(prompt) or limits.end_ids is not None:
             return ids
-        end_of_turn = self.prompts.require_template().end_of_turn
+        end_of_turn = self.prompts.template.end_of_turn
         token_id = None if end_of_turn is None else tokenizer.token_id(end_of_turn)
         return ids if token_id is None else ids | {token_id}
 
 
+@dataclass
 class _Sequence:
     """A prompt and the tokens generated after it so far."""
 
-    def __init__(
-        self,
-        index: int,
-        prompt_ids: list[int],
-        ends: frozenset[int],
-        tokenizer: Tokenizer | None,
-        limits: Limits,
-        context: int,
-        generator: torch.Generator,
-        on_text: OnText | None,
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self.context = context
-        self.generator = generator
-        self.ended_by: EndReason | None = None
-        self._index = index
-        self._ids: list[int] = []
-        self._ends = ends
-        self._limits = limits
-        self._on_text = on_text
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt_ids, limits.stop)
+    index: int
+    prompt_ids: list[int]
+    ends: frozenset[int]
+    tokenizer: InitVar[Tokenizer | None]
+    limits: Limits
+    context: int
+    generator: torch.Generator
+    on_text: OnText | None
+    ids: list[int] = field(default_factory=list)
+    ended_by: EndReason | None = None
+
+    def __post_init__(self, tokenizer: Tokenizer | None) -> None:
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.prompt_ids, self.limits.stop)
         # A stop text may be a token that sentencepiece decodes to nothing.
-        stop_ids = [] if tokenizer is None else [tokenizer.token_id(stop) for stop in limits.stop]
-        self._stop_ids = frozenset(token_id for token_id in stop_ids if token_id is not None)
+        self.stop_ids = set() if tokenizer is None else {tokenizer.token_id(stop) for stop in self.limits.stop}
 
     def add(self, token_id: int) -> int:
         """Add a token; return it, or :data:`ENDED` if it is the last one."""
-        self._ids.append(token_id)
-        if token_id in self._ends:
+        self.ids.append(token_id)
+        if token_id in self.ends:
             self.ended_by = "end"
-        elif token_id in self._stop_ids:
+        elif token_id in self.stop_ids:
             self.ended_by = "stop"
         else:
-            self._emit(None if self._detokenizer is None else self._detokenizer.add(token_id))
-            if self._detokenizer is not None and self._detokenizer.is_stopped:
+            self._emit(None if self.detokenizer is None else self.detokenizer.add(token_id))
+            if self.detokenizer is not None and self.detokenizer.is_stopped:
                 self.ended_by = "stop"
-            elif len(self._ids) == self._limits.max_new_tokens:
+            elif len(self.ids) == self.limits.max_new_tokens:
                 self.ended_by = "max_new_tokens"
-            elif len(self.prompt_ids) + len(self._ids) == self.context:
+            elif len(self.prompt_ids) + len(self.ids) == self.context:
                 self.ended_by = "context"
         if self.ended_by is None:
             return token_id
-        if self._detokenizer is not None:
-            self._emit(self._detokenizer.finish())
-            if self._detokenizer.is_stopped and self.ended_by != "end":
+        if self.detokenizer is not None:
+            self._emit(self.detokenizer.finish())
+            if self.detokenizer.is_stopped and self.ended_by != "end":
                 self.ended_by = "stop"
-        if self._on_text is not None:
-            self._on_text(self._index, "")
+        if self.on_text is not None:
+            self.on_text(self.index, "")
         return ENDED
 
     def generated(self) -> Generated:
         assert self.ended_by is not None
-        text = None if self._detokenizer is None else self._detokenizer.text
-        return Generated(self.prompt_ids, self._ids, text, self.ended_by)
+        text = None if self.detokenizer is None else self.detokenizer.text
+        return Generated(self.prompt_ids, self.ids, text, self.ended_by)
 
     def _emit(self, text: str | None) -> None:
-        if text and self._on_text is not None:
-            self._on_text(self._index, text)
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype of most parameters of a checkpoint."""
-    names = [entry.dtype for entry in checkpoint.manifest.parameters.values()]
-    return DTYPES[max(names, key=names.count)]
+        if text and self.on_text is not None:
+            self.on_text(self.index, text)

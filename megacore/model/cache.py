@@ -17,8 +17,7 @@ from megacore.model.positions import Positions, local_heads
 from megacore.model.rotary import rotary_table
 from megacore.parallel import ParallelContext
 
-GROWTH = 256
-"""Minimum number of tokens of each sequence by which the buffers grow."""
+GROWTH = 256  # minimum number of tokens of each sequence by which the buffers grow
 
 
 class KeyValueCache:
@@ -29,14 +28,8 @@ class KeyValueCache:
     return the :class:`~megacore.model.Positions` for the layers, which carry the cache to every
     :class:`~megacore.model.SelfAttention` in them.
 
-    Args:
-        config: Configuration of the model.
-        parallel: Place of this process, whose heads are cached.
-        max_length: Upper bound of the length of a sequence in tokens.
-        device: Device of the model.
-        dtype: Dtype that the model computes in.
-
     Attributes:
+        max_length: Upper bound of the length of a sequence in tokens.
         lengths: Length of each sequence in tokens, including the tokens that pass the layers next.
     """
 
@@ -69,13 +62,9 @@ class KeyValueCache:
         self._rows = (numbers + len(self.lengths)).to(self.device)
         self._token_positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         self.lengths += lengths
+        segments = numbers.unsqueeze(0)
         positions = Positions.for_sequences(
-            self.config,
-            len(numbers),
-            self.parallel,
-            device=self.device,
-            dtype=self.dtype,
-            segment_numbers=numbers.unsqueeze(0),
+            self.config, len(numbers), self.parallel, device=self.device, dtype=self.dtype, segment_numbers=segments
         )
         return replace(positions, cache=self)
 
@@ -94,8 +83,7 @@ class KeyValueCache:
                 mask = torch.zeros(future.shape, device=self.device, dtype=self.dtype)
                 mask = mask.masked_fill(future, -torch.inf).unsqueeze(1)
             return Positions(cos=cos, sin=sin, mask=mask, cache=self)
-        first, last = local_heads(self.config, self.parallel)
-        slopes = alibi_slopes(self.config.num_attention_heads)[first:last]
+        slopes = alibi_slopes(self.config.num_attention_heads)[slice(*local_heads(self.config, self.parallel))]
         biases = alibi_biases(slopes, self._num_keys, self.config.head_dim**-0.5, device=self.device, dtype=self.dtype)
         return Positions(mask=biases.masked_fill(future.unsqueeze(1), -torch.inf), cache=self)
 
@@ -127,9 +115,7 @@ class KeyValueCache:
         """Keep only the sequences with these numbers, and renumber them."""
         chosen = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.lengths = [self.lengths[row] for row in rows]
-        self._buffers = {
-            attention: (keys[chosen], values[chosen]) for attention, (keys, values) in self._buffers.items()
-        }
+        self._buffers = {module: (keys[chosen], values[chosen]) for module, (keys, values) in self._buffers.items()}
 
     def check_used_by(self, layers: nn.ModuleDict) -> None:
         """Check that each of ``layers`` has cached the keys and values of the prompts.

@@ -156,18 +156,10 @@ class DecoderModel(nn.Module):
             return hidden
         if targets is None:
             return vocab_parallel_logits(hidden, self.head.local("weight"), parallel)
+        weight, vocab_size = self.head.local_uncast("weight"), self.config.vocab_size
         if token_weights is None:
-            return token_scores(
-                hidden, self.head.local_uncast("weight"), targets, vocab_size=self.config.vocab_size, parallel=parallel
-            )
-        return linear_cross_entropy(
-            hidden,
-            self.head.local_uncast("weight"),
-            targets,
-            token_weights,
-            vocab_size=self.config.vocab_size,
-            parallel=parallel,
-        )
+            return token_scores(hidden, weight, targets, vocab_size=vocab_size, parallel=parallel)
+        return linear_cross_entropy(hidden, weight, targets, token_weights, vocab_size=vocab_size, parallel=parallel)
 
     @property
     def head(self) -> ParallelModule:

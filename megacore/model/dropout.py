@@ -82,12 +82,8 @@ class HiddenDropout(nn.Module):
         _, length, size = hidden.shape
         parallel = self.parallel
         num_slices = parallel.tp_size if parallel.sequence_parallel else 1
-        keep = torch.stack(
-            [
-                dropout.keep_mask((num_slices * length, size), int(sample_id), device=hidden.device)
-                for sample_id in sample_ids
-            ]
-        )
+        shape = num_slices * length, size
+        keep = torch.stack([dropout.keep_mask(shape, int(number), device=hidden.device) for number in sample_ids])
         if num_slices > 1:
             keep = keep[:, parallel.tp_rank * length : (parallel.tp_rank + 1) * length]
         return torch.where(keep, hidden, 0.0) / (1 - dropout.probability)

@@ -83,11 +83,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         ),
         "efficient": Kernel("torch memory-efficient", {"cuda": ("fp32", *SIXTEEN_BIT)}),
         "flash-attn": Kernel(
-            "flash-attn",
-            {"cuda": SIXTEEN_BIT},
-            masks_on=(),
-            dropout_on=("cuda",),
-            package_problem=_flash_attn_problem,
+            "flash-attn", {"cuda": SIXTEEN_BIT}, masks_on=(), dropout_on=("cuda",), package_problem=_flash_attn_problem
         ),
     },
     "norm": {
@@ -101,9 +97,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "auto": Kernel("torch fused AdamW"),
         "torch": Kernel("torch fused AdamW"),
         "apex": Kernel(
-            "NVIDIA apex FusedAdam",
-            {"cuda": ("fp32", *SIXTEEN_BIT)},
-            package_problem=partial(apex_problem, "amp_C"),
+            "NVIDIA apex FusedAdam", {"cuda": ("fp32", *SIXTEEN_BIT)}, package_problem=partial(apex_problem, "amp_C")
         ),
     },
 }
@@ -154,13 +148,10 @@ def _problems(kernel: Kernel, device_type: str, dtype: str) -> Iterator[str]:
     dtypes = kernel.dtypes[device_type]
     if dtype not in dtypes:
         bits = "in 16 bit only" if dtypes == SIXTEEN_BIT else "in other dtypes"
-        yield f"it computes {bits} on {_DEVICES[device_type]}, and model.dtype is {dtype}: set it to {_or(dtypes)}"
+        supported = f"{', '.join(dtypes[:-1])} or {dtypes[-1]}"
+        yield f"it computes {bits} on {_DEVICES[device_type]}, and model.dtype is {dtype}: set it to {supported}"
     if problem := kernel.package_problem():
         yield problem
-
-
-def _or(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def describe_kernels(chosen: Mapping[str, str], *, is_compiled: bool) -> str:
@@ -239,14 +230,12 @@ def _each_segment(
 ) -> Tensor:
     # Split rather than sliced: the backward pass of a slice is a gradient of the whole row.
     lengths = list(segments.lengths)
-    parts = zip(*(torch.split(heads.flatten(0, 1), lengths) for heads in (query, key, value)), strict=True)
-    attended = []
-    for length, (segment_query, segment_key, segment_value) in zip(lengths, parts, strict=True):
-        segment_mask = None if mask is None else mask[:, :length, :length]
-        attended.append(
-            attend(segment_query[None], segment_key[None], segment_value[None], segment_mask, dropout).squeeze(0)
-        )
-    return torch.cat(attended).view_as(query)
+    parts = zip(*(heads.flatten(0, 1)[None].split(lengths, 1) for heads in (query, key, value)), strict=True)
+    attended = [
+        attend(*heads, None if mask is None else mask[:, :length, :length], dropout)
+        for length, heads in zip(lengths, parts, strict=True)
+    ]
+    return torch.cat(attended, 1).view_as(query)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

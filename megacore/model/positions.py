@@ -94,8 +94,7 @@ class Positions:
                 cos, sin = (table.view(-1, sequence_length, table.shape[-1]) for table in tables)
             return cls(cos=cos, sin=sin, segments=segments, sample_ids=sample_ids)
         longest = sequence_length if segments is None else max(segments.lengths)
-        first, last = local_heads(config, parallel)
-        slopes = alibi_slopes(config.num_attention_heads)[first:last]
+        slopes = alibi_slopes(config.num_attention_heads)[slice(*local_heads(config, parallel))]
         mask = alibi_mask(slopes, longest, config.head_dim**-0.5, device=device, dtype=dtype)
         return cls(mask=mask, segments=segments, sample_ids=sample_ids)
 

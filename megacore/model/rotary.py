@@ -12,13 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megacore.config import (
-    DynamicNtkScaling,
-    FrequencyBandScaling,
-    LinearScaling,
-    ModelConfig,
-    YarnScaling,
-)
+from megacore.config import DynamicNtkScaling, FrequencyBandScaling, LinearScaling, ModelConfig, YarnScaling
 
 
 def rotary_table(

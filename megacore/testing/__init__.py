@@ -15,5 +15,5 @@ import pytest
 # Before they are imported, so that pytest explains their failed assertions.
 pytest.register_assert_rewrite("megacore.testing.conformance", "megacore.testing.checks")
 
+from megacore.testing.checks.base import randomize as randomize  # noqa: E402
 from megacore.testing.conformance import ModelFamilyTests as ModelFamilyTests  # noqa: E402
-from megacore.testing.publishing import randomize as randomize  # noqa: E402

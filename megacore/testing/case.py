@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from megacore.checkpoint import Checkpoint
@@ -16,10 +15,11 @@ from megacore.checkpoint.matrix import as_matrix
 from megacore.config import ModelConfig
 from megacore.errors import LayoutError
 from megacore.hookspecs import ReferenceModel
-from megacore.model import load_model, read_config
-from megacore.parallel import ParallelContext, check_tensor_parallel
+from megacore.model import DecoderModel, load_model, read_config
+from megacore.parallel import ParallelContext, check_tensor_parallel, materialize
 from megacore.plugins import Family, get_family
-from megacore.testing.numerics import logits_and_gradients, logits_with
+from megacore.testing.checks.base import FamilyChecks
+from megacore.testing.numerics import logits_and_gradients
 from megacore.weights import convert, export
 from megacore.weights.binding import BoundMap, bind
 from megacore.weights.formats import PublishedCheckpoint, format_for
@@ -29,23 +29,10 @@ _BATCH = 2
 _MAX_LENGTH = 24
 
 
-class FamilyUnderTest(Protocol):
-    """The methods that the author of a plugin provides; see :class:`~megacore.testing.ModelFamilyTests`."""
-
-    @property
-    def family(self) -> str: ...
-
-    def publish(self, config: ModelConfig, directory: Path, source: str) -> None: ...
-
-    def reference(self, config: ModelConfig, directory: Path, source: str) -> ReferenceModel: ...
-
-    def reference_parameters(self, reference: ReferenceModel) -> Mapping[str, Tensor]: ...
-
-
 class Case:
     """The data that all checks of one configuration and one source share, computed on first use."""
 
-    def __init__(self, tests: FamilyUnderTest, config: ModelConfig, source: str, directory: Path) -> None:
+    def __init__(self, tests: FamilyChecks, config: ModelConfig, source: str, directory: Path) -> None:
         self.tests = tests
         self.config = config
         self.source = source
@@ -157,7 +144,25 @@ class Case:
     @cached_property
     def logits(self) -> Tensor:
         """The logits of our model in a single process."""
-        return logits_with(self.family, self.converted_config, self.parameters, self.input_ids)
+        with torch.no_grad():
+            logits: Tensor = self.model()(self.input_ids)
+        return logits
+
+    def model(
+        self,
+        changed: Mapping[str, Tensor] | None = None,
+        config: ModelConfig | None = None,
+        layer_config: ModelConfig | None = None,
+    ) -> DecoderModel:
+        """Return our model in a single process, with some parameters ``changed``, or other configurations."""
+
+        def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext) -> nn.Module:
+            return self.family.build_layer(layer_config or config, layer_index, parallel)
+
+        model = DecoderModel(config or self.converted_config, build_layer, ParallelContext.single())
+        parameters = {**self.parameters, **(changed or {})}
+        materialize(model, model.parallel, lambda name, spec: parameters[name])
+        return model
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
+
+from megacore.testing.case import Case
 from megacore.testing.checks.computation import ComputationChecks
 from megacore.testing.checks.configuration import ConfigurationChecks
 from megacore.testing.checks.planted_faults import PlantedFaultChecks
@@ -18,7 +21,6 @@ _OVERRIDABLE = (
     "publish",
     "reference",
     "reference_parameters",
-    "_cases",
 )
 """Attributes that a subclass of :class:`ModelFamilyTests` may override."""
 
@@ -58,10 +60,21 @@ class ModelFamilyTests(PlantedFaultChecks, ComputationChecks, WeightChecks, Conf
         sources: Formats to test, all that the family declares.
     """
 
+    _cases: ClassVar[dict[tuple[str, str], Case]]
+
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        cls._cases = {}
         if "test_the_kit_is_intact" in vars(cls):
             raise TypeError(f"{cls.__name__} replaces test_the_kit_is_intact, which checks the others")
+
+    @pytest.fixture
+    def case(self, style: str, source: str, tmp_path_factory: pytest.TempPathFactory) -> Case:
+        """Return the model of ``style`` in format ``source``, which the checks of one class share."""
+        if (style, source) not in self._cases:
+            directory = tmp_path_factory.mktemp(f"{self.family}-{source}")
+            self._cases[style, source] = Case(self, self.tiny_configs()[style], source, directory)
+        return self._cases[style, source]
 
     def test_the_kit_is_intact(self) -> None:
         """No check is deleted or overridden, except under ``@pytest.mark.xfail(reason="…")``.

@@ -12,7 +12,7 @@ from megacore.model import ACTIVATIONS
 from megacore.testing import faults
 from megacore.testing.case import Case
 from megacore.testing.faults import Fault
-from megacore.testing.numerics import ATOL, RTOL, VISIBLE, agree, largest_difference
+from megacore.testing.numerics import ATOL, RTOL, agree, largest_difference
 from megacore.weights import grouped_qkv_rows
 from megacore.weights.rules import QKVOrder
 
@@ -28,11 +28,9 @@ def explain(case: Case) -> str:
     )
     repairs = [repair.description for repair in _candidates(case) if _repairs(repair, case)]
     if repairs:
-        return f"{difference}. They agree once\n" + "\n".join(f"  - {repair}" for repair in repairs)
-    hints = [*_unused_parameters(case), _position_hint(ours, theirs)]
-    return f"{difference}. No single change to the weights or settings fixes that.\n" + "\n".join(
-        f"  - {hint}" for hint in hints
-    )
+        return f"{difference}. They agree once" + "".join(f"\n  - {repair}" for repair in repairs)
+    hints = "".join(f"\n  - {hint}" for hint in (*_unused_parameters(case), _position_hint(ours, theirs)))
+    return f"{difference}. No single change to the weights or settings fixes that.{hints}"
 
 
 def _candidates(case: Case) -> Iterator[Fault]:
@@ -55,15 +53,14 @@ def _exchanged_parameters(case: Case) -> Iterator[Fault]:
         if [case.parameters[name].shape for name in names] == [case.parameters[name].shape for name in partners]:
             pairs = [*zip(names, partners, strict=True), *zip(partners, names, strict=True)]
             exchanged = {name: case.parameters[partner] for name, partner in pairs}
-            yield Fault(f"{first} and {second} change places", {**case.parameters, **exchanged}, case.converted_config)
+            yield Fault(f"{first} and {second} change places", exchanged)
 
 
 def _other_orders(case: Case) -> Iterator[Fault]:
     grouped = grouped_qkv_rows(case.config)
     for returned, rows in (("grouped_qkv_rows(config)", grouped), (f"range({len(grouped)})", range(len(grouped)))):
         order = QKVOrder.from_permutation(case.config, rows)
-        natives = case.to_native(case.tensors, order=order)
-        yield Fault(f"qkv_permutation returns {returned}", natives, case.converted_config)
+        yield Fault(f"qkv_permutation returns {returned}", case.to_native(case.tensors, order=order))
 
 
 def _other_settings(case: Case) -> Iterator[Fault]:
@@ -80,7 +77,7 @@ def _other_settings(case: Case) -> Iterator[Fault]:
 def _setting(case: Case, name: str, value: object, *, layers_only: bool) -> Fault:
     changed = replace(case.converted_config, **{name: value})  # type: ignore[arg-type]
     where = f"build_layer is given the {name}" if layers_only else f"the whole model has the {name}"
-    return Fault(f"{where} {value}", case.parameters, case.converted_config if layers_only else changed, changed)
+    return Fault(f"{where} {value}", config=None if layers_only else changed, layer_config=changed)
 
 
 def _repairs(repair: Fault, case: Case) -> bool:
@@ -93,8 +90,7 @@ def _repairs(repair: Fault, case: Case) -> bool:
 def _unused_parameters(case: Case) -> Iterator[str]:
     for kind, names in faults.by_kind(case.parameters).items():
         doubled = {name: 2 * case.parameters[name] for name in names}
-        logits = Fault(kind, {**case.parameters, **doubled}, case.converted_config).logits(case)
-        if not largest_difference(logits, case.logits) > VISIBLE:
+        if not Fault(kind, doubled).is_visible(case):
             yield f"{kind} has no influence on our logits: does the layer's forward use it?"
 
 

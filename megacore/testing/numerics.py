@@ -11,25 +11,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megacore.checkpoint import Checkpoint
-from megacore.config import ModelConfig
 from megacore.model import DecoderModel, KeyValueCache, load_model
-from megacore.parallel import (
-    ParallelContext,
-    ParameterSpec,
-    join_parts,
-    materialize,
-    parameter_specs,
-    vocab_parallel_logits,
-)
-from megacore.plugins import Family
+from megacore.parallel import ParallelContext, ParameterSpec, join_parts, parameter_specs, vocab_parallel_logits
 from megacore.verification.comparison import gather_logits
 
 RTOL = 1.3e-6
 ATOL = 1e-5
 """Bounds of float32, for numbers of order 1."""
 
-VISIBLE = 10 * ATOL
-"""Minimum change of some logit by a planted fault."""
+VISIBLE = 10 * ATOL  # minimum change of some logit by a planted fault
 
 _SMALLEST_SCALE = 0.01
 """Smallest unit of a gradient, as a share of the largest gradient. Gradients are compared in units of their own largest
@@ -45,28 +35,7 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def logits_with(
-    family: Family,
-    config: ModelConfig,
-    parameters: Mapping[str, Tensor],
-    input_ids: Tensor,
-    *,
-    layer_config: ModelConfig | None = None,
-    segments: Tensor | None = None,
-) -> Tensor:
-    """Return the logits of our model with these ``parameters``; its layers are built from ``layer_config``, if given.
-
-    ``segments`` are those of :class:`~megacore.model.DecoderModel`.
-    """
-    model = _model_with(family, config, parameters, layer_config=layer_config)
-    with torch.no_grad():
-        logits: Tensor = model(input_ids, segments=segments)
-    return logits
-
-
-def logits_token_by_token(
-    family: Family, config: ModelConfig, parameters: Mapping[str, Tensor], input_ids: Tensor, starts: list[int]
-) -> list[Tensor]:
+def logits_token_by_token(model: DecoderModel, input_ids: Tensor, starts: list[int]) -> list[Tensor]:
     """Return the logits of each row of ``input_ids`` from its position in ``starts``, ``[tokens, vocabulary]``.
 
     The tokens before it pass the layers as a prompt, packed with those of the other rows; then one token of every row
@@ -75,9 +44,8 @@ def logits_token_by_token(
     Raises:
         PluginError: when a layer does not cache keys and values.
     """
-    model = _model_with(family, config, parameters)
     length = input_ids.shape[1]
-    cache = KeyValueCache(config, model.parallel, max_length=length, device=input_ids.device, dtype=torch.float32)
+    cache = KeyValueCache(model.config, model.parallel, max_length=length, device=input_ids.device, dtype=torch.float32)
     with torch.no_grad():
         packed = torch.cat([row[:start] for row, start in zip(input_ids, starts, strict=True)]).unsqueeze(0)
         model.decoder(model.embedding(packed, None), cache.add_prompts(starts))
@@ -90,22 +58,6 @@ def logits_token_by_token(
     return list(torch.cat(steps, dim=1))
 
 
-def _model_with(
-    family: Family,
-    config: ModelConfig,
-    parameters: Mapping[str, Tensor],
-    *,
-    layer_config: ModelConfig | None = None,
-) -> DecoderModel:
-    def build_layer(config: ModelConfig, layer_index: int, parallel: ParallelContext) -> torch.nn.Module:
-        return family.build_layer(layer_config or config, layer_index, parallel)
-
-    single = ParallelContext.single()
-    model = DecoderModel(config, build_layer, single)
-    materialize(model, single, lambda name, spec: parameters[name])
-    return model
-
-
 def logits_and_gradients(
     parallel: ParallelContext, checkpoint: Path, input_ids: Tensor, targets: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -115,20 +67,17 @@ def logits_and_gradients(
         RuntimeError: names the parameters that the model does not use.
     """
     model = load_model(Checkpoint(checkpoint), parallel, dtype=torch.float32)
-    vocab_size = model.config.vocab_size
     logits = model(input_ids).detach()  # with autograd: without it torch accepts plain tensors mixed with DTensors
     model(input_ids, targets=targets, token_weights=torch.ones_like(targets, dtype=torch.float32)).sum().backward()
     specs = parameter_specs(model)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    unused = [name for name, gradient in gradients.items() if gradient is None]
-    if unused:
-        raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
-    gathered = {
-        name: gather_tensor(gradient, specs[name], parallel)
-        for name, gradient in gradients.items()
-        if gradient is not None
+    gradients = {
+        name: gather_tensor(parameter.grad, specs[name], parallel)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
-    return gather_logits(logits, vocab_size, parallel), gathered
+    if unused := [name for name in specs if name not in gradients]:
+        raise RuntimeError(f"no gradient reaches {', '.join(unused)}: does the layer's forward use them?")
+    return gather_logits(logits, model.config.vocab_size, parallel), gradients
 
 
 def differing_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

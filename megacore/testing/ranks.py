@@ -31,12 +31,8 @@ import pytest
 
 from megacore.parallel.sizes import ParallelSizes
 
-TIMEOUT = 60.0
-"""Seconds that a function may take; a deadlock lasts that long."""
-
-GRACE = 2.0
-"""Seconds that the other ranks have to end once one has failed; after that they probably wait in a collective."""
-
+TIMEOUT = 60.0  # seconds that a function may take; a deadlock lasts that long
+GRACE = 2.0  # seconds that the other ranks have once one has failed; after that they probably wait in a collective
 TWO_RANKS = ParallelSizes(tp=2)
 
 
@@ -139,15 +135,14 @@ class RankPool:
         return file.read_text()
 
 
-_IMPORTED = ("torch", "torch.distributed.tensor", "megacore.parallel", "megacore.training.trainer")
-"""Modules that a process of the pool has imported before it is forked. Importing these starts no thread."""
-
-
 @cache
 def warm_processes() -> ForkServerContext:
     """Return the context of ``multiprocessing`` whose processes are forked with torch and megacore imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_IMPORTED])
+    # Importing these starts no thread.
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.tensor", "megacore.parallel", "megacore.training.trainer"]
+    )
     return context
 
 
@@ -159,7 +154,7 @@ def shared_pool() -> RankPool:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    """Yield the pool of ranks."""
+    """Yield the pool of this session."""
     yield shared_pool()
     shared_pool().close()
 

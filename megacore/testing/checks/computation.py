@@ -15,7 +15,6 @@ from megacore.testing.numerics import (
     largest_difference,
     logits_and_gradients,
     logits_token_by_token,
-    logits_with,
 )
 from megacore.testing.ranks import shared_pool
 
@@ -73,11 +72,10 @@ class ComputationChecks(FamilyChecks):
         """
         first = max(1, case.input_ids.shape[1] // 3)
         numbers = (torch.arange(case.input_ids.shape[1]) >= first).int().expand(case.input_ids.shape)
-        packed = logits_with(case.family, case.converted_config, case.parameters, case.input_ids, segments=numbers)
         with torch.no_grad():
-            alone = torch.cat(
-                [case.reference(case.input_ids[:, part]) for part in (slice(first), slice(first, None))], 1
-            )
+            packed = case.model()(case.input_ids, segments=numbers)
+            parts = (case.input_ids[:, :first], case.input_ids[:, first:])
+            alone = torch.cat([case.reference(part) for part in parts], dim=1)
         difference = largest_difference(packed, alone)
         assert agree(packed, alone), f"packed into one row, the logits differ by up to {difference:.2g}"
 
@@ -90,7 +88,7 @@ class ComputationChecks(FamilyChecks):
         """
         third = max(1, case.input_ids.shape[1] // 3)
         starts = [third + row for row in range(len(case.input_ids))]
-        stepwise = logits_token_by_token(case.family, case.converted_config, case.parameters, case.input_ids, starts)
+        stepwise = logits_token_by_token(case.model(), case.input_ids, starts)
         for ours, theirs, start in zip(stepwise, case.reference_logits, starts, strict=True):
             expected = theirs[start : start + len(ours)]
             difference = largest_difference(ours, expected)

@@ -48,19 +48,12 @@ class ConfigurationChecks(FamilyChecks):
 
         assert differing_fields(config, _round_trip(case, config)) == {}, "lost on the way to the format and back"
         read = family.config_from_source(case.published.config, case.source)
-        assert differing_fields(config, read) == {}, (
-            f"{case.published.config_file.name} of a real checkpoint reads differently"
-        )
+        file = case.published.config_file.name
+        assert differing_fields(config, read) == {}, f"{file} of a real checkpoint reads differently"
 
-        other_values: dict[str, Any] = {
-            "vocab_size": config.vocab_size + 1,
-            "num_layers": config.num_layers + 1,
-            "norm_eps": 2 * config.norm_eps,
-        }
-        if config.position_embedding == "rotary":
-            other_values["rope_theta"] = 2 * config.rope_theta
-        for name, value in other_values.items():
-            changed = dataclasses.replace(config, **{name: value})
+        names = ["vocab_size", "num_layers", "norm_eps", *["rope_theta"] * (config.position_embedding == "rotary")]
+        for name in names:
+            changed = dataclasses.replace(config, **{name: 2 * getattr(config, name)})
             try:
                 back = _round_trip(case, changed)
             except ConfigError:
