@@ -49,9 +49,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Also write the results to this JSON file.",
 )
-@click.pass_context
 def verify(
-    ctx: click.Context,
     checkpoint: Path,
     reference: str,
     cache_dir: Path | None,
@@ -99,7 +97,7 @@ def verify(
         click.echo(report.verdict)
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    ctx.exit(0 if report.passed else 1)
+    click.get_current_context().exit(0 if report.passed else 1)
 
 
 def print_iteration(iteration: Iteration) -> None:

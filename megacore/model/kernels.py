@@ -230,10 +230,10 @@ def _each_segment(
 ) -> Tensor:
     # Split rather than sliced: the backward pass of a slice is a gradient of the whole row.
     lengths = list(segments.lengths)
-    parts = zip(*(heads.flatten(0, 1)[None].split(lengths, 1) for heads in (query, key, value)), strict=True)
+    queries, keys, values = (torch.split(heads.flatten(0, 1)[None], lengths, 1) for heads in (query, key, value))
     attended = [
-        attend(*heads, None if mask is None else mask[:, :length, :length], dropout)
-        for length, heads in zip(lengths, parts, strict=True)
+        attend(segment_query, segment_key, segment_value, None if mask is None else mask[:, :length, :length], dropout)
+        for length, segment_query, segment_key, segment_value in zip(lengths, queries, keys, values, strict=True)
     ]
     return torch.cat(attended, 1).view_as(query)
 

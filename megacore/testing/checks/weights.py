@@ -85,7 +85,9 @@ class WeightChecks(FamilyChecks):
         assert differing_fields(case.config, config) == {}, f"{exported.config_file} is not the published one"
         with torch.no_grad():
             logits = self.reference(case.config, exported.directory, case.source)(case.input_ids)
-        assert torch.equal(logits, case.reference_logits), "the reference's logits from the exported files differ"
+        assert torch.equal(logits, case.reference_logits), (
+            "the reference computes different logits from the exported files"
+        )
 
 
 def _bits(tensor: Tensor) -> Tensor:
