@@ -1,14 +1,12 @@
 """Verification of a conversion: our model against an independent implementation.
 
-Start with ``comparison.py``, the public call ``verify``. The references are what plugins return from
-``load_reference``.
+Start with ``comparison.py``, the public call ``verify``. Plugins build their references with ``references.py``.
 """
 
 from megacore.verification.comparison import Iteration, Tolerance, VerificationReport, verify
 from megacore.verification.meta_reference import MetaReference
+from megacore.verification.references import TransformersReference, load_standard_reference
 from megacore.verification.samples import dataset_samples, random_samples, text_samples
-from megacore.verification.standard_reference import load_standard_reference
-from megacore.verification.transformers_reference import TransformersReference
 
 __all__ = [
     "Iteration",
