@@ -110,7 +110,7 @@ class CheckpointFormat(ABC):
 
     Attributes:
         name: The value of ``--source`` and ``--format``, and of ``source`` in a plugin's hooks.
-        marker_file: The file that a directory in this format always has, and in another format never.
+        marker_file: The name of the file by which a directory in this format is recognised.
     """
 
     name: ClassVar[str]
