@@ -42,7 +42,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Iteration:
-    """The comparison of one sequence of tokens. Errors are absolute differences of logits, losses nats per token."""
+    """The comparison of one sequence of tokens. Errors are absolute differences of logits; losses, nats per token."""
 
     index: int
     max_error: float
@@ -145,8 +145,8 @@ def verify(
     iterations = run_on_ranks(
         _compare_on_rank, opened.path, reference, samples, dtype, on_iteration, sizes=ParallelSizes(tp=tp)
     )
-    name = str(dtype).removeprefix("torch.")
-    return VerificationReport(tuple(iterations), Tolerance.for_dtype(dtype, tolerance), name, tp)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return VerificationReport(tuple(iterations), Tolerance.for_dtype(dtype, tolerance), dtype_name, tp)
 
 
 @torch.no_grad()

@@ -65,8 +65,8 @@ class MetaReference:
             device: Device of the weights.
 
         Raises:
-            PluginError: when the implementation is not installed.
-            CheckpointError: when ``path`` cannot be loaded into it.
+            PluginError: if the implementation is not installed.
+            CheckpointError: if ``path`` cannot be loaded into it.
         """
         try:
             arguments_class = import_module(f"{implementation}.args").ModelArgs

@@ -48,8 +48,7 @@ class TransformersReference:
             attention: Attention of transformers: ``"eager"``, plain matrix products, so that a fault in a fused kernel
                 cannot affect both sides, unless the eager one is known to be wrong.
 
-        Raises:
-            CheckpointError: when transformers cannot load ``path``, or would initialize missing weights.
+        Raises :class:`CheckpointError` if transformers cannot load ``path``, or would initialize missing weights.
         """
         # transformers draws its bar into files and logs too. It is imported already, as model_class is one of its own.
         import_module("transformers.utils.logging").disable_progress_bar()

@@ -89,7 +89,7 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """A published checkpoint in format ``source``, with its native parameters by name, which are read lazily."""
+    """A published checkpoint in format ``source``, and its native parameters by name, which are read lazily."""
 
     published: PublishedCheckpoint
     source: str
@@ -176,8 +176,9 @@ def _check_aliases(bound: BoundMap, published: PublishedCheckpoint, found: Mappi
         if alias not in found:
             continue
         shape = found[original]
-        first, second = published.matrix(alias, found[alias]), published.matrix(original, shape)
-        if found[alias] != shape or not equal_matrices(first, second):
+        if found[alias] != shape or not equal_matrices(
+            published.matrix(alias, shape), published.matrix(original, shape)
+        ):
             raise WeightMapError(
                 f"{published.directory}: {published.config_file.name} ties {alias} to {original}, but the two tensors "
                 'differ. If the head has weights of its own, set "tie_word_embeddings": false there'

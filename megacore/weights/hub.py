@@ -152,8 +152,7 @@ def _failure(error: Exception, repository: str, cache: Path, *, is_offline: bool
             f"{repository} is not completely in the cache, {cache}, and HF_HUB_OFFLINE forbids downloads: "
             f"unset that, {_INSTEAD}"
         )
-    responses = (getattr(cause, "response", None) for cause in (error, error.__cause__))
-    status = next((response.status_code for response in responses if response is not None), None)
+    status = _http_status(error) or _http_status(error.__cause__)
     if status in (401, 403):
         return FetchError(f"the hub refuses {repository} to your login: log in with `hf auth login`, {_INSTEAD}")
     reason = f"the hub answered with status {status}" if status else f"{type(error.__cause__ or error).__name__}"
@@ -161,3 +160,7 @@ def _failure(error: Exception, repository: str, cache: Path, *, is_offline: bool
         f"{repository} could not be fetched ({reason}). Check the network and run the command again: the files "
         f"fetched so far are kept in {cache}. {_INSTEAD.capitalize()}"
     )
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)

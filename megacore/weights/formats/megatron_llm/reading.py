@@ -165,10 +165,12 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
         return cut_of(name, is_gated=bool(self.config.get("glu_activation")))
 
     def _shape(self, name: str) -> Shape:
-        part, whole = self._parts[name][0], self._whole(name)
-        if name in (EMBEDDING, HEAD) and whole.rows == self._stored_rows:
-            return self.config["vocab_size"], whole.columns
-        return (whole.rows, whole.columns) if part.dim() == 2 else tuple(part.shape)
+        part, has_vocabulary = self._parts[name][0], name in (EMBEDDING, HEAD)
+        if part.dim() != 2 and not has_vocabulary:
+            return tuple(part.shape)
+        whole = self._whole(name)
+        is_padded = has_vocabulary and whole.rows == self._stored_rows
+        return self.config["vocab_size"] if is_padded else whole.rows, whole.columns
 
     def _drop_tied_head(self) -> None:
         """Check that the last stage's head is a copy of the embedding, and drop it."""
