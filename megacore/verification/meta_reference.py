@@ -56,13 +56,8 @@ class MetaReference:
     ) -> MetaReference:
         """Load the checkpoint in ``path``, of any number of model-parallel ranks, into one model.
 
-        Args:
-            path: Directory in Meta's format.
-            implementation: Package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``).
-            extra: Argument of ``pip install`` that installs the package.
-            max_seq_len: Maximum length of a compared sequence.
-            dtype: Dtype of the weights.
-            device: Device of the weights.
+        ``implementation`` is the package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``), and
+        ``extra`` the argument of ``pip install`` that installs it. No sequence may be longer than ``max_seq_len``.
 
         Raises:
             PluginError: if the implementation is not installed.
