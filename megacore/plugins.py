@@ -10,14 +10,14 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import Distribution, EntryPoint, entry_points, version
+from importlib.metadata import Distribution, entry_points, version
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DISABLE_VARIABLE = "MEGACORE_DISABLE_PLUGINS"
-"""The environment variable with the distributions whose plugins are not loaded, separated by commas."""
-
+DISABLE_VARIABLE = "MEGACORE_DISABLE_PLUGINS"  # distributions whose plugins are not loaded, separated by commas
 HOOKS = ("model_families", *FAMILY_HOOKS)
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(kw_only=True)
@@ -50,13 +50,11 @@ class LoadedPlugin:
     """A plugin that was found, usable or not.
 
     Attributes:
-        distribution: Name of the distribution that provides it.
-        version: Version of that distribution.
         entry_point: Name of its entry point, by convention the name of its family.
         plugin: Module or object with the hooks; ``None`` if the plugin is unusable.
         hooks: Names of the hooks that it implements or wraps.
         families: Declared families; empty if the plugin is unusable or only wraps the hooks of others.
-        error: Reason why it is unusable, the end of a sentence that begins with :attr:`label`; ``None`` if usable.
+        error: Reason why it is unusable, the end of a sentence that begins with :attr:`label`.
         disabled: True if the user disabled it.
     """
 
@@ -86,8 +84,7 @@ class LoadedPlugin:
 class Family:
     """A model family bound to the plugin that owns it: the hooks of :mod:`megacore.hookspecs`, called on it alone.
 
-    Each of the four raises :class:`~megacore.errors.PluginError` if the plugin returns ``None``. Exceptions of the
-    plugin pass through.
+    Each raises :class:`~megacore.errors.PluginError` if the plugin returns ``None``, and passes its exceptions through.
     """
 
     family: ModelFamily
@@ -105,25 +102,21 @@ class Family:
 
     def weight_map(self, config: ModelConfig, source: str) -> WeightMap:
         """Return the map of format ``source``; see :func:`megacore.hookspecs.weight_map`."""
-        result: WeightMap = self._call("weight_map", config=config, source=source)
-        return result
+        return self._call(hookspecs.weight_map, config=config, source=source)
 
     def qkv_permutation(self, config: ModelConfig, source: str) -> Sequence[int]:
         """Return the row order of the QKV projection; see :func:`megacore.hookspecs.qkv_permutation`."""
-        result: Sequence[int] = self._call("qkv_permutation", config=config, source=source)
-        return result
+        return self._call(hookspecs.qkv_permutation, config=config, source=source)
 
     def load_reference(
         self, config: ModelConfig, path: Path | None, dtype: torch.dtype, device: torch.device
     ) -> ReferenceModel:
         """Load an independent implementation; see :func:`megacore.hookspecs.load_reference`."""
-        result: ReferenceModel = self._call("load_reference", config=config, path=path, dtype=dtype, device=device)
-        return result
+        return self._call(hookspecs.load_reference, config=config, path=path, dtype=dtype, device=device)
 
     def build_layer(self, config: ModelConfig, layer_index: int, parallel: ParallelContext) -> nn.Module:
         """Build one layer; see :func:`megacore.hookspecs.build_layer`."""
-        result: nn.Module = self._call("build_layer", config=config, layer_index=layer_index, parallel=parallel)
-        return result
+        return self._call(hookspecs.build_layer, config=config, layer_index=layer_index, parallel=parallel)
 
     def preset(self, size: str) -> ModelConfig:
         """Return the configuration of a published ``size``. Raises :class:`ConfigError` with the known sizes."""
@@ -134,12 +127,13 @@ class Family:
             )
         return self.family.config_class(family=self.name, **presets[size])
 
-    def _call(self, hook: str, **arguments: Any) -> Any:
-        result = self.registry._call_owner(self.plugin, hook, arguments)
+    def _call(self, hook: Callable[..., _Result], **arguments: Any) -> _Result:
+        name = hook.__name__
+        result: _Result | None = self.registry._hook_caller(self.plugin.plugin, name)(**arguments)
         if result is None:
-            wrappers = self.registry._wrappers_of(hook)
+            wrappers = [other.label for other in self.registry.plugins if name in other.hooks and not other.families]
             hint = f" It is wrapped by {', '.join(wrappers)}: does each wrapper return its result?" if wrappers else ""
-            raise PluginError(f"{hook} of model family {self.name!r} returned None, from {self.label}.{hint}")
+            raise PluginError(f"{name} of model family {self.name!r} returned None, from {self.label}.{hint}")
         return result
 
 
@@ -157,15 +151,17 @@ class PluginRegistry:
 
     def load_entry_points(self) -> None:
         """Load every installed plugin. A failure is recorded in :attr:`LoadedPlugin.error` and stops no other."""
-        disabled = _disabled_distributions()
-        for entry_point, distribution in _sorted_entry_points():
+        disabled = {_normalized(name.strip()) for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
+        # An interrupted uninstallation can leave entry points of a distribution without a name; it is not installed.
+        found = [(point, point.dist) for point in entry_points(group=PROJECT) if point.dist and point.dist.name]
+        # Sorted, as their order is that of directories on the disk, which differs between machines.
+        for entry_point, distribution in sorted(found, key=lambda pair: (pair[0].name, pair[1].name)):
             record = LoadedPlugin(
                 distribution=distribution.name, version=distribution.version, entry_point=entry_point.name
             )
             self.plugins.append(record)
             if _normalized(record.distribution) in disabled:
-                record.disabled = True
-                record.error = PluginError(f"is disabled by {DISABLE_VARIABLE}")
+                record.disabled, record.error = True, PluginError(f"is disabled by {DISABLE_VARIABLE}")
                 continue
             try:
                 _check_pin(distribution)
@@ -179,11 +175,7 @@ class PluginRegistry:
     def register(
         self, plugin: object, *, distribution: str, version: str = "0", entry_point: str | None = None
     ) -> LoadedPlugin:
-        """Add a plugin that is in memory, under the name of a distribution.
-
-        Raises:
-            PluginError: if the plugin is unusable; the registry is then unchanged.
-        """
+        """Add a plugin that is in memory. Raises :class:`PluginError`, and changes nothing, if it is unusable."""
         record = LoadedPlugin(distribution=distribution, version=version, entry_point=entry_point or distribution)
         try:
             self._register(record, plugin)
@@ -198,14 +190,8 @@ class PluginRegistry:
 
     def families_for_architecture(self, architecture: str) -> list[str]:
         """Return the families that read ``architecture``, an entry in a Hugging Face ``config.json``, sorted."""
-        return sorted(
-            {
-                family.name
-                for record in self.plugins
-                for family in record.families
-                if architecture in family.architectures
-            }
-        )
+        families = (family for record in self.plugins for family in record.families)
+        return sorted({family.name for family in families if architecture in family.architectures})
 
     def get_family(self, name: str) -> Family:
         """Return the family called ``name``, bound to the one plugin that owns it.
@@ -215,7 +201,7 @@ class PluginRegistry:
         """
         owners = [(record, family) for record in self.plugins for family in record.families if family.name == name]
         if not owners:
-            raise PluginError(self._why_missing(name))
+            raise PluginError(self._missing_reason(name))
         if len(owners) > 1:
             lines = "".join(f"  - {record.label}\n" for record, _ in owners)
             raise PluginError(
@@ -225,7 +211,7 @@ class PluginRegistry:
         [(owner, family)] = owners
         return Family(family=family, plugin=owner, registry=self)
 
-    def _why_missing(self, name: str) -> str:
+    def _missing_reason(self, name: str) -> str:
         unusable = [record for record in self.plugins if record.error]
         # The families of a broken plugin are unknown; by convention its entry point has the family's name.
         if culprits := [record for record in unusable if record.entry_point == name]:
@@ -234,13 +220,11 @@ class PluginRegistry:
 
         families = self.list_families()
         nearest = _nearest(name, [*families, *(record.entry_point for record in unusable)])
-        could_be_one = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
-        message = f"no plugin for {name if could_be_one else repr(name)} is installed"
-        if nearest:
-            message += f". Did you mean {nearest!r}?"
-        elif could_be_one:
-            message += f"; pip install {PROJECT}-{_normalized(name)}"
-        message += f"{'' if nearest else '.'} Installed: {', '.join(families) or 'none'}."
+        is_plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
+        suggestion = f"; pip install {PROJECT}-{_normalized(name)}." if is_plain else "."
+        message = f"no plugin for {name if is_plain else repr(name)} is installed"
+        message += f". Did you mean {nearest!r}?" if nearest else suggestion
+        message += f" Installed: {', '.join(families) or 'none'}."
         if unusable:
             message += f"\nNot loaded: {', '.join(record.label for record in unusable)}; `megacore plugins` says why."
         return message
@@ -271,7 +255,7 @@ class PluginRegistry:
     def _declared_families(self, plugin: object) -> tuple[ModelFamily, ...]:
         with _attribute_errors("could not declare its families"):
             # A generator runs here, so that its exceptions are attributed to the plugin too.
-            results = self._subset_caller(plugin, "model_families")()
+            results = self._hook_caller(plugin, "model_families")()
             families = tuple(family for declared in results for family in declared)
         if not families:
             raise PluginError("returned no family from model_families")
@@ -282,17 +266,10 @@ class PluginRegistry:
             raise PluginError(f"declares more than once: {', '.join(repeated)}")
         return families
 
-    def _call_owner(self, owner: LoadedPlugin, hook: str, arguments: Mapping[str, Any]) -> Any:
-        assert owner.plugin is not None
-        return self._subset_caller(owner.plugin, hook)(**arguments)
-
-    def _subset_caller(self, plugin: object, hook: str) -> pluggy.HookCaller:
+    def _hook_caller(self, plugin: object, hook: str) -> pluggy.HookCaller:
         """Return the caller of ``hook`` without the plugins of other families; plugins that only wrap remain."""
         others = [record.plugin for record in self.plugins if record.families and record.plugin is not plugin]
         return self._manager.subset_hook_caller(hook, others)
-
-    def _wrappers_of(self, hook: str) -> list[str]:
-        return [record.label for record in self.plugins if hook in record.hooks and not record.families]
 
 
 class _PluginManager(pluggy.PluginManager):
@@ -326,18 +303,6 @@ def get_family(name: str) -> Family:
 def list_families() -> list[str]:
     """Return the names of the installed model families, sorted."""
     return default_registry().list_families()
-
-
-def _sorted_entry_points() -> list[tuple[EntryPoint, Distribution]]:
-    # An interrupted uninstallation can leave entry points of a distribution without a name; it is not installed.
-    found = [(point, point.dist) for point in entry_points(group=PROJECT) if point.dist and point.dist.name]
-    # The order is that of directories on the disk, which differs between machines.
-    return sorted(found, key=lambda pair: (pair[0].name, pair[1].name))
-
-
-def _disabled_distributions() -> set[str]:
-    names = os.environ.get(DISABLE_VARIABLE, "").split(",")
-    return {_normalized(name.strip()) for name in names if name.strip()}
 
 
 def _normalized(name: str) -> str:

@@ -42,16 +42,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Iteration:
-    """The comparison of one sequence of tokens.
-
-    Attributes:
-        index: Number of the sequence, from 0.
-        max_error: Maximum absolute difference of two logits.
-        mean_error: Mean absolute difference of the logits.
-        our_loss: Mean negative log-likelihood of the targets in nats per token.
-        their_loss: Mean negative log-likelihood of the same targets by the reference.
-        agreement: Share of positions at which both have the same most likely token.
-    """
+    """The comparison of one sequence of tokens. Errors are absolute differences of logits; losses, nats per token."""
 
     index: int
     max_error: float
@@ -59,6 +50,7 @@ class Iteration:
     our_loss: float
     their_loss: float
     agreement: float
+    """Share of positions at which both have the same most likely token."""
 
     @property
     def loss_error(self) -> float:
@@ -106,19 +98,16 @@ class VerificationReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain JSON values; infinities and NaN, which JSON lacks, become ``None``."""
-        figures = [asdict(iteration) | {"loss_error": iteration.loss_error} for iteration in self.iterations]
+
+        def finite(figures: dict[str, float]) -> dict[str, float | None]:
+            return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
         return {
             "passed": self.passed,
             "dtype": self.dtype,
             "tp": self.tp,
-            "tolerance": {
-                "max_error": None if math.isinf(self.tolerance.max_error) else self.tolerance.max_error,
-                "mean_error": self.tolerance.mean_error,
-            },
-            "iterations": [
-                {name: value if math.isfinite(value) else None for name, value in iteration.items()}
-                for iteration in figures
-            ],
+            "tolerance": finite(asdict(self.tolerance)),
+            "iterations": [finite({**asdict(each), "loss_error": each.loss_error}) for each in self.iterations],
         }
 
 
@@ -156,8 +145,8 @@ def verify(
     iterations = run_on_ranks(
         _compare_on_rank, opened.path, reference, samples, dtype, on_iteration, sizes=ParallelSizes(tp=tp)
     )
-    name = str(dtype).removeprefix("torch.")
-    return VerificationReport(tuple(iterations), Tolerance.for_dtype(dtype, tolerance), name, tp)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return VerificationReport(tuple(iterations), Tolerance.for_dtype(dtype, tolerance), dtype_name, tp)
 
 
 @torch.no_grad()

@@ -20,11 +20,9 @@ from torch._C._distributed_c10d import HashStore
 from megacore.checkpoint.input_files import read_json_object
 from megacore.errors import CheckpointError, PluginError
 
+# The dimension along which the ranks' parts of a weight are concatenated; every rank has the whole norms.
 _CONCATENATED_DIMS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
-"""Dimension along which the ranks' parts of a weight are concatenated; every rank has the whole norms."""
-
-_ROPE_THETA = 10000.0
-"""Value for files without it: the constant of the implementations that these files were written for."""
+_ROPE_THETA = 10000.0  # for files without it: the constant of the implementations that they were written for
 
 
 class MetaReference:
@@ -58,17 +56,12 @@ class MetaReference:
     ) -> MetaReference:
         """Load the checkpoint in ``path``, of any number of model-parallel ranks, into one model.
 
-        Args:
-            path: Directory in Meta's format.
-            implementation: Package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``).
-            extra: Argument of ``pip install`` that installs the package.
-            max_seq_len: Maximum length of a compared sequence.
-            dtype: Dtype of the weights.
-            device: Device of the weights.
+        ``implementation`` is the package with the modules ``args`` (``ModelArgs``) and ``model`` (``Transformer``), and
+        ``extra`` the argument of ``pip install`` that installs it. No sequence may be longer than ``max_seq_len``.
 
         Raises:
-            PluginError: when the implementation is not installed.
-            CheckpointError: when ``path`` cannot be loaded into it.
+            PluginError: if the implementation is not installed.
+            CheckpointError: if ``path`` cannot be loaded into it.
         """
         try:
             arguments_class = import_module(f"{implementation}.args").ModelArgs
@@ -101,7 +94,6 @@ class MetaReference:
 
 
 def _merged_state(path: Path, dim: int) -> dict[str, Tensor]:
-    """Return the merged tensors of all ranks' files."""
     files = sorted(path.glob("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"the reference {path} has no consolidated.*.pth")
@@ -113,12 +105,9 @@ def _merged_state(path: Path, dim: int) -> dict[str, Tensor]:
 
 
 def _merged(name: str, parts: list[Tensor], dim: int) -> Tensor:
+    dims = {**_CONCATENATED_DIMS, "tok_embeddings": 1 if parts[0].shape[-1] < dim else 0}
     module = name.removesuffix(".weight").rpartition(".")[2]
-    if len(parts) > 1 and module in _CONCATENATED_DIMS:
-        return torch.cat(parts, dim=_CONCATENATED_DIMS[module])
-    if len(parts) > 1 and module == "tok_embeddings":
-        return torch.cat(parts, dim=1 if parts[0].shape[1] < dim else 0)
-    return parts[0]
+    return torch.cat(parts, dim=dims[module]) if module in dims and len(parts) > 1 else parts[0]
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from megacore.errors import DataError
 def dataset_samples(prefix: Path, checkpoint: Checkpoint, *, iterations: int, seq_length: int) -> Tensor:
     """Return the first ``iterations`` samples of a dataset, ``[iterations, seq_length + 1]``.
 
-    Raises:
-        DataError: when the dataset is too short, or has ids beyond the checkpoint's vocabulary.
+    Raises :class:`DataError` if the dataset is too short, or has ids beyond the checkpoint's vocabulary.
     """
     windows = TokenWindows(IndexedDataset(prefix), seq_length)
     if len(windows) < iterations:
@@ -31,8 +30,7 @@ def dataset_samples(prefix: Path, checkpoint: Checkpoint, *, iterations: int, se
 def text_samples(file: Path, checkpoint: Checkpoint, *, iterations: int, seq_length: int) -> Tensor:
     """Return the first tokens of a text file by the checkpoint's tokenizer, ``[iterations, seq_length + 1]``.
 
-    Raises:
-        DataError: when the text is too short, or the checkpoint has no tokenizer.
+    Raises :class:`DataError` if the text is too short, or the checkpoint has no tokenizer.
     """
     if checkpoint.tokenizer_directory is None:
         raise DataError(f"{checkpoint.path} has no tokenizer: tokenize {file} yourself and give --data")

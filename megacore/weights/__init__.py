@@ -1,6 +1,6 @@
 """Weights: a table of rules connects a published checkpoint and the native parameters, in both directions.
 
-Start with ``rules``; ``conversion``, ``exporting`` and ``translation`` run a table, ``formats`` knows the files.
+Start with ``rules``; ``conversion`` and ``exporting`` run a table, ``formats`` knows the files.
 The names below are imported on first use, so that a plugin can import from here without torch.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megacore.weights.conversion import convert as convert
-    from megacore.weights.exporting import export as export
+    from megacore.weights.exporting import export as export, translate as translate
     from megacore.weights.formats import recognise as recognise
     from megacore.weights.rules import (
         Copy as Copy,
@@ -36,11 +36,10 @@ if TYPE_CHECKING:
         config_to_meta as config_to_meta,
         meta_map as meta_map,
     )
-    from megacore.weights.translation import translate as translate
 
 _NAMES = {
     "conversion": ("convert",),
-    "exporting": ("export",),
+    "exporting": ("export", "translate"),
     "formats": ("recognise",),
     "rules": ("Copy", "FusedQKV", "Rule", "Stacked", "SwappedHalves", "WeightMap", "grouped_qkv_rows"),
     "standard_decoder": ("StandardDecoder",),
@@ -53,7 +52,6 @@ _NAMES = {
         "standard_hf_map",
     ),
     "standard_decoder.meta": ("config_from_meta", "config_to_meta", "meta_map"),
-    "translation": ("translate",),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 

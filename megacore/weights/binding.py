@@ -21,11 +21,7 @@ _MAX_LISTED = 8
 class BoundMap:
     """A weight map whose rules cover the parameters of one model exactly.
 
-    Attributes:
-        rules: The rules by native name, in the order of the model's parameters.
-        specs: The specs of the native parameters, in the same order.
-        order: The order of the QKV rows.
-        weight_map: The weight map that the rules come from.
+    ``rules`` and ``specs`` are by native name, in the order of the model's parameters; ``order`` is that of QKV rows.
     """
 
     rules: dict[str, Rule]
@@ -43,18 +39,16 @@ class BoundMap:
         return shapes
 
     def check_sources(self, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Compare the tensors of a checkpoint, by name and shape, with those that this model needs.
+        """Raise :class:`WeightMapError`, listing the tensors that are missing, unknown or of another shape.
 
-        Raises:
-            WeightMapError: lists the tensors that are missing, unknown or of another shape.
+        ``found`` are the shapes of a checkpoint's tensors by name; ``where`` is the checkpoint, for the message.
         """
         needed = self.source_shapes()
+        known = needed.keys() | self.weight_map.aliases.keys()
         unknown = [
             name
             for name in found
-            if name not in needed
-            and name not in self.weight_map.aliases
-            and not any(fnmatchcase(name, pattern) for pattern in self.weight_map.ignored)
+            if name not in known and not any(fnmatchcase(name, pattern) for pattern in self.weight_map.ignored)
         ]
         problems = _listed("missing", (name for name in needed if name not in found))
         problems += _listed("unknown to the weight map", unknown)

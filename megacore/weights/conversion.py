@@ -20,8 +20,8 @@ from megacore.weights.binding import BoundMap, bind
 from megacore.weights.formats import PublishedCheckpoint, format_for, recognise
 from megacore.weights.hub import provenance
 
-SIZE_INDEPENDENT_FIELDS = frozenset(("vocab_size", "max_position_embeddings", "norm_eps", "rope_theta", "rope_scaling"))
-"""The fields of a configuration that differ within one published size, for example by added tokens or fine-tuning."""
+# The fields of a configuration that differ within one published size, for example by added tokens or fine-tuning.
+_SIZE_INDEPENDENT_FIELDS = {"vocab_size", "max_position_embeddings", "norm_eps", "rope_theta", "rope_scaling"}
 
 
 def convert(
@@ -55,8 +55,7 @@ def convert(
         true_vocab_size: Number of vocabulary rows that are tokens, in a format that pads without recording it.
         add_tokens: A dataset or a tokenizer's directory. Embedding and head get a row for each of its new tokens, the
             mean of the rows before the first of them; spare rows are used first.
-        report: Called with each note on assumptions and omissions, one sentence at a time. The history of the new
-            checkpoint has the same notes.
+        report: Called with each note on assumptions and omissions, which the checkpoint's history has too.
         advance: Called with the number of bytes written, after every few megabytes.
 
     Raises:
@@ -90,15 +89,7 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """A published checkpoint with its configuration and native parameters.
-
-    Attributes:
-        published: The opened checkpoint.
-        source: Name of its format.
-        config: The model configuration.
-        parameters: The native parameters by name, read lazily.
-        notes: Assumptions about the checkpoint and omissions from it, one sentence each.
-    """
+    """A published checkpoint in format ``source``, and its native parameters by name, which are read lazily."""
 
     published: PublishedCheckpoint
     source: str
@@ -117,31 +108,23 @@ def open_published(
     true_vocab_size: int | None,
     report: Callable[[str], None],
 ) -> PublishedModel:
-    """Open the checkpoint in ``directory`` and check that it is of ``family``. The arguments are those of ``convert``.
-
-    Raises:
-        MegacoreError: a subclass for each reason.
-    """
+    """Open the checkpoint in ``directory``, which must be of ``family``. The arguments are those of ``convert``."""
     source = source or recognise(directory)
     published = format_for(family.family, source).open(directory)
     if true_vocab_size is not None:
         published.drop_vocabulary_padding(true_vocab_size)
-    config = read_published_config(family, published, source)
+    config = _read_config(family, published, source)
     if size is not None:
-        check_size(family, size, config, published.config_file)
-    parameters = read_parameters(bind(family, config, source), published, dtype)
+        _check_size(family, size, config, published.config_file)
+    parameters = _read_parameters(bind(family, config, source), published, dtype)
     notes = published.notes()
     for note in notes:
         report(note)
     return PublishedModel(published=published, source=source, config=config, parameters=parameters, notes=notes)
 
 
-def read_published_config(family: Family, published: PublishedCheckpoint, source: str) -> ModelConfig:
-    """Return the model configuration of ``published``, a checkpoint of ``family`` in format ``source``.
-
-    Raises:
-        ConfigError: if the checkpoint is of another family or has a setting that the family does not implement.
-    """
+def _read_config(family: Family, published: PublishedCheckpoint, source: str) -> ModelConfig:
+    """Return the model configuration. Raises :class:`ConfigError` for another family, or what it does not implement."""
     published.check_family(family.family)
     try:
         return family.family.config_from_source(published.config, source)
@@ -151,32 +134,22 @@ def read_published_config(family: Family, published: PublishedCheckpoint, source
         raise ConfigError(f"{published.config_file} does not describe a model: {error}") from error
 
 
-def check_size(family: Family, size: str, config: ModelConfig, config_file: Path) -> None:
-    """Refuse a checkpoint that is not of the published ``size``: the preset is compared, never used.
-
-    The fields in :data:`SIZE_INDEPENDENT_FIELDS` are not compared.
-
-    Raises:
-        ConfigError: lists the fields that differ, or the sizes of the family.
-    """
+def _check_size(family: Family, size: str, config: ModelConfig, config_file: Path) -> None:
+    """Raise :class:`ConfigError` if ``config`` is not of the published ``size``: the preset is compared, never used."""
     preset = family.preset(size)
     differing = [
         f"{field.name} {getattr(config, field.name)!r} instead of {getattr(preset, field.name)!r}"
         for field in dataclasses.fields(preset)
-        if field.name not in SIZE_INDEPENDENT_FIELDS and getattr(config, field.name) != getattr(preset, field.name)
+        if field.name not in _SIZE_INDEPENDENT_FIELDS and getattr(config, field.name) != getattr(preset, field.name)
     ]
     if differing:
         raise ConfigError(f"{config_file} does not describe a {family.name} of size {size}: {', '.join(differing)}")
 
 
-def read_parameters(
+def _read_parameters(
     bound: BoundMap, published: PublishedCheckpoint, dtype: torch.dtype | None
-) -> Mapping[str, Parameter]:
-    """Return the native parameters of a model by name, made lazily of the tensors of ``published``.
-
-    Raises:
-        WeightMapError: if the tensors are not those that the model needs.
-    """
+) -> dict[str, Parameter]:
+    """Return the native parameters. Raises :class:`WeightMapError` if the tensors are not those of the model."""
     expected = bound.source_shapes()
     found = published.shapes(expected)
     bound.check_sources(found, str(published.directory))

@@ -18,17 +18,15 @@ from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from megacore.plugins import Family
 from megacore.weights.formats.hf import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, indexed_file_names
 
-DESCRIBING_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
-"""The files that are fetched first: they are small and name the weight files."""
-
+# These files are fetched first: they are small and name the weight files.
+_DESCRIBING_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
 _INSTEAD = "or pass a directory that holds the checkpoint (--from, --reference)"
 
 
 def locate(source: str, *, cache_dir: Path | None = None, revision: str | None = None) -> Path:
     """Return the directory of a checkpoint: ``source`` if it is a directory, else the fetched repository of that name.
 
-    Raises:
-        MegacoreError: as :func:`fetch` does, and if ``revision`` or ``cache_dir`` is given for a directory.
+    Raises what :func:`fetch` does, and :class:`ConfigError` if ``revision`` or ``cache_dir`` is given for a directory.
     """
     directory = Path(source)
     if directory.is_dir() or not is_repository(source):
@@ -44,11 +42,7 @@ def is_repository(name: str) -> bool:
 
 
 def repository_of_size(family: Family, size: str) -> str:
-    """Return the repository on the hub of the published ``size`` of ``family``.
-
-    Raises:
-        ConfigError: if the family has no such size, or names no repository for it.
-    """
+    """Return the repository of a published size. Raises :class:`ConfigError` if the family names none for it."""
     repositories = family.family.hub
     if size not in repositories:
         family.preset(size)  # raises, listing the known sizes, if there is no such size
@@ -74,7 +68,7 @@ def fetch(repository: str, *, cache_dir: Path | str | None = None, revision: str
         DiskFullError: if the cache has too little space for it.
     """
     download = _downloader(repository, cache_dir)
-    directory = download(DESCRIBING_FILES, revision)
+    directory = download(_DESCRIBING_FILES, revision)
     where = f"{repository} on the hub (revision {revision or 'main'})"
     if not (directory / CONFIG_FILE).is_file():
         raise CheckpointError(f"{where} has no {CONFIG_FILE}: it is not a checkpoint in the Hugging Face format")
@@ -115,9 +109,7 @@ def _downloader(repository: str, cache_dir: Path | str | None) -> Callable[[Sequ
         # The message of the library is not repeated: it may contain URLs that are signed for this user.
         try:
             with _progress_on_terminals_only():
-                return Path(
-                    snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=list(names))
-                )
+                return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=[*names]))
         except errors.GatedRepoError as error:
             raise FetchError(
                 f"{repository} is gated: accept its licence at {page} and log in with `hf auth login`, {_INSTEAD}"
@@ -151,7 +143,6 @@ def _progress_on_terminals_only() -> Iterator[None]:
 
 
 def _failure(error: Exception, repository: str, cache: Path, *, is_offline: bool) -> FetchError | DiskFullError:
-    """Return the error for a failed download."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"there is no room for {repository} in {cache}: choose another place with --cache-dir")
     if isinstance(error, PermissionError):

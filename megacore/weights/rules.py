@@ -8,7 +8,6 @@ number.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -30,11 +29,7 @@ class QKVOrder:
 
     @classmethod
     def from_permutation(cls, config: ModelConfig, permutation: Sequence[int]) -> QKVOrder:
-        """Check the result of the ``qkv_permutation`` hook and prepare it for both directions.
-
-        Raises:
-            PluginError: if it is not a permutation of the projection's rows.
-        """
+        """Prepare the result of the ``qkv_permutation`` hook. Raises :class:`PluginError` if it is no permutation."""
         query_rows = config.num_attention_heads * config.head_dim
         key_rows = config.num_kv_heads * config.head_dim
         expected = query_rows + 2 * key_rows
@@ -47,16 +42,16 @@ class QKVOrder:
         return cls(order, order.argsort(), (query_rows, key_rows, key_rows))
 
 
-class Rule(ABC):
-    """One native parameter and the source tensors it is made of."""
+class Rule:
+    """One native parameter and the source tensors it is made of: by default, equally many rows of each."""
 
     def __init__(self, native: str, sources: tuple[str, ...]) -> None:
         self.native = native
         self.sources = sources
 
-    @abstractmethod
     def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
         """Return the number of rows of each source tensor if the native matrix has ``native_rows``."""
+        return [native_rows // len(self.sources)] * len(self.sources)
 
     def to_native(self, parts: Sequence[LazyMatrix], order: QKVOrder) -> LazyMatrix:
         """Return the native matrix, made of the matrices of the sources."""
@@ -86,9 +81,6 @@ class Copy(Rule):
     def __init__(self, native: str, source: str) -> None:
         super().__init__(native, (source,))
 
-    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
-        return [native_rows]
-
 
 class Stacked(Rule):
     """Source tensors with equally many rows, concatenated in the order of the arguments: ``gate=…, up=…``."""
@@ -96,18 +88,12 @@ class Stacked(Rule):
     def __init__(self, native: str, **parts: str) -> None:
         super().__init__(native, tuple(parts.values()))
 
-    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
-        return [native_rows // len(self.sources)] * len(self.sources)
-
 
 class SwappedHalves(Rule):
     """One source tensor whose upper and lower halves are exchanged: ``[up; gate]`` in one tensor."""
 
     def __init__(self, native: str, source: str) -> None:
         super().__init__(native, (source,))
-
-    def source_rows(self, native_rows: int, order: QKVOrder) -> list[int]:
-        return [native_rows]
 
     def to_native(self, parts: Sequence[LazyMatrix], order: QKVOrder) -> LazyMatrix:
         return _swapped(parts[0])
@@ -170,12 +156,9 @@ def _swapped(matrix: LazyMatrix) -> LazyMatrix:
 def grouped_qkv_rows(config: ModelConfig, *, interleaved: bool = False) -> list[int]:
     """Return the ``qkv_permutation`` of a source with separate query, key and value projections.
 
-    It gathers, for each key-value head, the query heads that share it, the key and the value.
-
-    Args:
-        config: The model configuration.
-        interleaved: True if the source's rotary pairs are the components ``(2i, 2i + 1)`` of a head, as in the rotary
-            paper; otherwise they are ``(i, i + head_dim / 2)``, megacore's own layout.
+    It gathers, for each key-value head, the query heads that share it, the key and the value. The source's rotary pairs
+    are the components ``(2i, 2i + 1)`` of a head if ``interleaved``, as in the rotary paper; otherwise they are
+    ``(i, i + head_dim / 2)``, megacore's own layout.
     """
     head_dim, queries = config.head_dim, config.queries_per_kv
     first_key = config.num_attention_heads * head_dim
@@ -192,8 +175,8 @@ def grouped_qkv_rows(config: ModelConfig, *, interleaved: bool = False) -> list[
 def half_from_interleaved_rows(*, queries_per_kv: int, kv_heads: int, head_dim: int) -> list[int]:
     """Return the rows of a grouped QKV projection with interleaved rotary pairs in the order of rotary halves.
 
-    Both are grouped: for each key-value head its query heads, the key, the value. In a query or key head, the rows that
-    rotate together are ``(2i, 2i + 1)`` before and ``(i, i + head_dim / 2)`` after. Values are not rotated.
+    In a query or key head, the rows that rotate together are ``(2i, 2i + 1)`` before and ``(i, i + head_dim / 2)``
+    after. Values are not rotated.
     """
     rows: list[int] = []
     for block in range(kv_heads * (queries_per_kv + 2)):

@@ -35,14 +35,10 @@ def format_for(family: ModelFamily, name: str) -> CheckpointFormat:
 
 
 def recognise(directory: Path) -> str:
-    """Return the name of the format of the checkpoint in ``directory``.
-
-    Raises:
-        CheckpointError: if there is no checkpoint, or none in a known format.
-    """
+    """Return the name of the checkpoint's format. Raises :class:`CheckpointError` if there is none in a known one."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory with a checkpoint in it")
     for name, format in FORMATS.items():
-        if format.recognises(directory):
+        if (directory / format.marker_file).is_file():
             return name
     raise CheckpointError(f"{directory} holds no checkpoint in a known format ({', '.join(FORMATS)})")

@@ -24,14 +24,11 @@ GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+# A safetensors file in the same directory. A pattern is excluded too, as the hub's library expands it.
 _INDEXED_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-"""A safetensors file in the same directory. A pattern is excluded too, as the hub's library expands it."""
-
+# Keys of config.json that are not kept: they describe the original files, and auto_map makes readers run code.
 _DROPPED_KEYS = ("auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of config.json that are not kept: they describe the original files, and ``auto_map`` makes readers run code."""
-
-_LOADED_TOKENIZERS = frozenset(("tokenizer.json", "tokenizer_config.json"))
-"""The files by which transformers identifies the tokenizer."""
+_LOADED_TOKENIZERS = frozenset(("tokenizer.json", "tokenizer_config.json"))  # transformers looks for these
 
 
 class HuggingFaceCheckpoint(PublishedCheckpoint):
@@ -120,9 +117,7 @@ class HuggingFaceFormat(CheckpointFormat):
     """A directory with ``config.json``, one safetensors file or several with an index, and the tokenizer's files."""
 
     name = "hf"
-
-    def recognises(self, directory: Path) -> bool:
-        return (directory / CONFIG_FILE).is_file()
+    marker_file = CONFIG_FILE
 
     def weight_files(self, directory: Path) -> Iterable[Path]:
         return directory.glob("*.safetensors")
@@ -131,7 +126,8 @@ class HuggingFaceFormat(CheckpointFormat):
         return HuggingFaceCheckpoint(directory)
 
     def write(self, directory: Path, publication: Publication, *, advance: Callable[[int], None]) -> None:
-        publication.refuse_cuts(self.name)
+        if (publication.tp, publication.pp) != (1, 1):
+            raise ConfigError(f"the format {self.name} is not cut over ranks: leave out --tp and --pp")
         self._write_weights(directory, publication, advance)
         dtype = str(publication.dtype).removeprefix("torch.")
         kept = _kept_keys(publication.origin.get("config", {}))
@@ -157,8 +153,8 @@ class HuggingFaceFormat(CheckpointFormat):
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             write_safetensors(directory / name, file, advance=advance)
             weight_map |= {tensor.name: name for tensor in file}
-        index = {"metadata": {"total_size": publication.num_bytes}, "weight_map": weight_map}
-        _write_json(directory / INDEX_FILE, index)
+        metadata = {"total_size": publication.num_bytes}
+        _write_json(directory / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _kept_keys(config: Mapping[str, Any]) -> dict[str, Any]:

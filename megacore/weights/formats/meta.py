@@ -21,6 +21,7 @@ embedding on its columns, as the loaders of the first two generations expect.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from megacore.checkpoint.input_files import read_json_object
-from megacore.checkpoint.matrix import ConcatenatedColumns, ConcatenatedRows, LazyMatrix, as_matrix, block_of
+from megacore.checkpoint.matrix import ColumnsOf, ConcatenatedColumns, ConcatenatedRows, LazyMatrix, RowsOf, as_matrix
 from megacore.checkpoint.safetensors_file import OutputTensor
 from megacore.checkpoint.torch_file import check_dtypes, read_torch_file, write_torch_file
 from megacore.errors import CheckpointError, ConfigError, CorruptCheckpointError, LayoutError
@@ -56,7 +57,9 @@ class MetaCheckpoint(PublishedCheckpoint):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config_file = directory / PARAMS_FILE
-        self._params = self._read_params()
+        if not self.config_file.is_file():
+            raise CheckpointError(f"{directory} has no {PARAMS_FILE}: it is not a checkpoint in Meta's format")
+        self._params = read_json_object(self.config_file)
         self._paths = _shard_paths(directory)
         self._shards = [_read_shard(path) for path in self._paths]
         for path, shard in zip(self._paths, self._shards, strict=True):
@@ -116,11 +119,6 @@ class MetaCheckpoint(PublishedCheckpoint):
     def _tokenizer_beside(self) -> Path:
         return self.directory.absolute().parent / TOKENIZER_FILE
 
-    def _read_params(self) -> dict[str, Any]:
-        if not self.config_file.is_file():
-            raise CheckpointError(f"{self.directory} has no {PARAMS_FILE}: it is not a checkpoint in Meta's format")
-        return read_json_object(self.config_file)
-
     def _vocab_size(self) -> int:
         """Return ``vocab_size`` of ``params.json`` or, if that is absent or -1, the number of rows of the head."""
         vocab_size: int | None = self._params.get("vocab_size")
@@ -146,7 +144,7 @@ class MetaCheckpoint(PublishedCheckpoint):
     def _check_number_of_shards(self, expected: Mapping[str, Shape]) -> None:
         """Raise an error if the shapes of the layers' matrices show that files are missing."""
         ratios = {
-            _numel(shape) / max(1, self._shards[0][name].numel())
+            math.prod(shape) / max(1, self._shards[0][name].numel())
             for name, shape in expected.items()
             if name.startswith("layers.") and len(shape) == 2 and name in self._shards[0]
         }
@@ -169,9 +167,7 @@ class MetaFormat(CheckpointFormat):
     """A directory with ``params.json``, ``consolidated.NN.pth`` of any number of ranks, and the tokenizer's files."""
 
     name = "meta"
-
-    def recognises(self, directory: Path) -> bool:
-        return (directory / PARAMS_FILE).is_file()
+    marker_file = PARAMS_FILE
 
     def weight_files(self, directory: Path) -> Iterable[Path]:
         return directory.glob("consolidated.*.pth")
@@ -197,11 +193,7 @@ def _shard_name(rank: int) -> str:
 
 
 def _shard_paths(directory: Path) -> list[Path]:
-    """Return the files of all ranks, in order.
-
-    Raises:
-        CheckpointError: if the numbering has a gap or gives a rank two files.
-    """
+    """Return the files of all ranks, in order. Raises :class:`CheckpointError` for a gap or a second file of a rank."""
     found: dict[int, Path] = {}
     for path in sorted(directory.iterdir()):
         if (match := _SHARD.fullmatch(path.name)) is None:
@@ -249,12 +241,10 @@ def _cut_by_shape(shapes: Sequence[Shape], whole: Shape) -> int | None:
 
 def _merged(shapes: Sequence[Shape], dim: int) -> Shape | None:
     """Return the shape of parts concatenated along ``dim``; ``None`` if they cannot be concatenated."""
-    if any(len(shape) <= dim for shape in shapes):
+    rests = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+    if len(rests) > 1 or any(len(shape) <= dim for shape in shapes):
         return None
-    first, *others = ((*shape[:dim], *shape[dim + 1 :]) for shape in shapes)
-    if any(other != first for other in others):
-        return None
-    return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim:])
+    return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
 
 
 def _usual_cut(name: str) -> int | None:
@@ -269,30 +259,20 @@ def _part(tensor: OutputTensor, tp: int, rank: int) -> OutputTensor:
     if cut is None or tp == 1:
         return tensor
     size = tensor.shape[cut] // tp
-    part, all_rows = slice(rank * size, (rank + 1) * size), slice(0, tensor.matrix.rows)
-    rows, columns = (part, slice(0, tensor.matrix.columns)) if cut == 0 else (all_rows, part)
-    shape = (*tensor.shape[:cut], size, *tensor.shape[cut + 1 :])
-    return OutputTensor(tensor.name, shape, tensor.dtype, block_of(tensor.matrix, rows, columns))
+    part = slice(rank * size, (rank + 1) * size)
+    matrix = RowsOf(tensor.matrix, part) if cut == 0 else ColumnsOf(tensor.matrix, part)
+    return OutputTensor(tensor.name, (*tensor.shape[:cut], size, *tensor.shape[cut + 1 :]), tensor.dtype, matrix)
 
 
 def _check_cut(publication: Publication) -> None:
-    """Refuse a number of ranks that does not divide every dimension that is cut.
-
-    Raises:
-        LayoutError: lists the numbers that work.
-    """
+    """Raise :class:`LayoutError`, listing the numbers that work, if the ranks do not divide all that is cut."""
     sizes = {"n_heads": publication.config["n_heads"], "n_kv_heads": publication.config["n_kv_heads"]}
     for tensor in publication.tensors:
         if (cut := _usual_cut(tensor.name)) is not None:
             sizes[f"{'rows' if cut == 0 else 'columns'} of {tensor.name}"] = tensor.shape[cut]
-    uneven = [name for name, size in sizes.items() if size % publication.tp]
-    if uneven:
+    if uneven := [name for name, size in sizes.items() if size % publication.tp]:
         working = [n for n in range(1, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
         raise LayoutError(
             f"Meta's format is cut evenly, and {publication.tp} ranks do not divide the {sizes[uneven[0]]} of "
             f"{uneven[0]}. Numbers of ranks that work: {', '.join(map(str, working))}"
         )
-
-
-def _numel(shape: Shape) -> int:
-    return torch.Size(shape).numel()

@@ -40,8 +40,7 @@ class PublishedCheckpoint(ABC):
     def shapes(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
         """Return the full shape of every tensor in the checkpoint, by name.
 
-        ``expected`` are the shapes that the model needs. A format that cuts tensors without recording the axis infers
-        the axis from them.
+        A format that does not record the axis of its cuts infers it from ``expected``, the shapes that the model needs.
         """
 
     @abstractmethod
@@ -59,8 +58,7 @@ class PublishedCheckpoint(ABC):
     def drop_vocabulary_padding(self, true_vocab_size: int) -> None:
         """Drop the rows of the vocabulary from ``true_vocab_size`` on, in a format that pads it.
 
-        Raises:
-            ConfigError: if the format stores no padding, or the checkpoint has fewer rows.
+        Raises :class:`ConfigError` if the format stores no padding, or the checkpoint has fewer rows.
         """
         raise ConfigError("this format does not pad the vocabulary: leave out --true-vocab-size")
 
@@ -106,24 +104,17 @@ class Publication:
         """The dtype of the largest tensor, which stands for that of the model."""
         return max(self.tensors, key=lambda tensor: tensor.num_bytes).dtype
 
-    def refuse_cuts(self, format: str) -> None:
-        """Raise :class:`ConfigError` if ``tp`` or ``pp`` is not 1, for a format that is never cut."""
-        if (self.tp, self.pp) != (1, 1):
-            raise ConfigError(f"the format {format} is not cut over ranks: leave out --tp and --pp")
-
 
 class CheckpointFormat(ABC):
     """A published format, which can be recognised, read and written.
 
     Attributes:
         name: The value of ``--source`` and ``--format``, and of ``source`` in a plugin's hooks.
+        marker_file: The name of the file by which a directory in this format is recognised.
     """
 
     name: ClassVar[str]
-
-    @abstractmethod
-    def recognises(self, directory: Path) -> bool:
-        """Return whether the names of the files in ``directory`` are those of this format."""
+    marker_file: ClassVar[str]
 
     @abstractmethod
     def weight_files(self, directory: Path) -> Iterable[Path]:

@@ -29,7 +29,6 @@ class StandardDecoder:
         architecture: The family's entry in ``architectures`` of a Hugging Face ``config.json``.
         model_type: The ``model_type`` there.
         context_length: The longest sequence of pretraining, which Meta's ``params.json`` does not have.
-        sources: The published formats that the family is read and written in.
         rotary_methods: Scaling methods of this family alone, by their ``rope_type`` in ``config.json``.
     """
 

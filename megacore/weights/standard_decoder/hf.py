@@ -27,46 +27,25 @@ ROTARY_METHODS: Mapping[str, type[RotaryScaling]] = {
 
 def standard_hf_map(config: ModelConfig) -> WeightMap:
     """Return the weight map of layers with two norms, separate query, key and value, and a gated MLP."""
+    layer, source = "decoder.layers.*", "model.layers.*"
     rules: list[Rule] = [
         Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-        Copy("decoder.layers.*.input_layernorm.weight", "model.layers.*.input_layernorm.weight"),
-        FusedQKV(
-            "decoder.layers.*.self_attention.linear_qkv.weight",
-            q="model.layers.*.self_attn.q_proj.weight",
-            k="model.layers.*.self_attn.k_proj.weight",
-            v="model.layers.*.self_attn.v_proj.weight",
-        ),
-        Copy("decoder.layers.*.self_attention.linear_proj.weight", "model.layers.*.self_attn.o_proj.weight"),
-        Copy("decoder.layers.*.pre_mlp_layernorm.weight", "model.layers.*.post_attention_layernorm.weight"),
-        Stacked(
-            "decoder.layers.*.mlp.linear_fc1.weight",
-            gate="model.layers.*.mlp.gate_proj.weight",
-            up="model.layers.*.mlp.up_proj.weight",
-        ),
-        Copy("decoder.layers.*.mlp.linear_fc2.weight", "model.layers.*.mlp.down_proj.weight"),
+        Copy(f"{layer}.input_layernorm.weight", f"{source}.input_layernorm.weight"),
+        Copy(f"{layer}.pre_mlp_layernorm.weight", f"{source}.post_attention_layernorm.weight"),
         Copy("decoder.final_layernorm.weight", "model.norm.weight"),
     ]
     if not config.tie_embeddings:
         rules.append(Copy("output_layer.weight", "lm_head.weight"))
-    if config.qkv_bias:
-        rules.append(
-            FusedQKV(
-                "decoder.layers.*.self_attention.linear_qkv.bias",
-                q="model.layers.*.self_attn.q_proj.bias",
-                k="model.layers.*.self_attn.k_proj.bias",
-                v="model.layers.*.self_attn.v_proj.bias",
-            )
-        )
-    if config.attention_output_bias:
-        rules.append(Copy("decoder.layers.*.self_attention.linear_proj.bias", "model.layers.*.self_attn.o_proj.bias"))
-    if config.mlp_bias:
+    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+        query, key, value = (f"{source}.self_attn.{part}_proj.{kind}" for part in "qkv")
+        rules.append(FusedQKV(f"{layer}.self_attention.linear_qkv.{kind}", q=query, k=key, v=value))
+    for kind in ("weight", "bias") if config.attention_output_bias else ("weight",):
+        rules.append(Copy(f"{layer}.self_attention.linear_proj.{kind}", f"{source}.self_attn.o_proj.{kind}"))
+    for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
+        gate, up, down = (f"{source}.mlp.{part}_proj.{kind}" for part in ("gate", "up", "down"))
         rules += [
-            Stacked(
-                "decoder.layers.*.mlp.linear_fc1.bias",
-                gate="model.layers.*.mlp.gate_proj.bias",
-                up="model.layers.*.mlp.up_proj.bias",
-            ),
-            Copy("decoder.layers.*.mlp.linear_fc2.bias", "model.layers.*.mlp.down_proj.bias"),
+            Stacked(f"{layer}.mlp.linear_fc1.{kind}", gate=gate, up=up),
+            Copy(f"{layer}.mlp.linear_fc2.{kind}", down),
         ]
     return WeightMap(
         *rules,
@@ -78,15 +57,9 @@ def standard_hf_map(config: ModelConfig) -> WeightMap:
 def standard_config_from_hf(
     published: Mapping[str, Any], *, family: str, rotary_methods: Mapping[str, type[RotaryScaling]] = ROTARY_METHODS
 ) -> ModelConfig:
-    """Read a parsed ``config.json``.
+    """Read ``published``, a parsed ``config.json``, whose scaling is one of ``rotary_methods``.
 
-    Args:
-        published: The parsed file.
-        family: The name of the model family.
-        rotary_methods: The scaling methods that are read; see :func:`rotary_from_hf`.
-
-    Raises:
-        ConfigError: names a setting that is not implemented.
+    Raises :class:`ConfigError`, naming a setting that is not implemented.
     """
     activation = published.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
@@ -124,8 +97,7 @@ def standard_config_to_hf(
 ) -> dict[str, Any]:
     """Return the ``config.json`` of ``config``, the inverse of :func:`standard_config_from_hf`.
 
-    Raises:
-        ConfigError: if the keys cannot describe the model.
+    Raises :class:`ConfigError` if the keys cannot describe the model.
     """
     if config.qkv_bias != config.attention_output_bias:
         raise ConfigError("the format has one attention_bias for both projections, and this model has a bias on one")
@@ -153,14 +125,10 @@ def standard_config_to_hf(
 def rotary_from_hf(
     published: Mapping[str, Any], methods: Mapping[str, type[RotaryScaling]] = ROTARY_METHODS
 ) -> tuple[float, RotaryScaling | None]:
-    """Read the rotary base and its scaling from a ``config.json`` of transformers 4 or 5.
+    """Read the rotary base and its scaling from ``published``, a parsed ``config.json`` of transformers 4 or 5.
 
-    Args:
-        published: The parsed ``config.json``.
-        methods: The scaling class of each ``rope_type``; a family adds its own to :data:`ROTARY_METHODS`.
-
-    Raises:
-        ConfigError: names the ``rope_type`` or the setting that is not implemented.
+    ``methods`` has the scaling class of each ``rope_type``; a family adds its own to :data:`ROTARY_METHODS`.
+    Raises :class:`ConfigError`, naming the ``rope_type`` or the setting that is not implemented.
     """
     parameters = dict(published.get("rope_scaling") or published.get("rope_parameters") or {})
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
@@ -178,13 +146,10 @@ def rotary_from_hf(
     method = methods[rope_type]
     fields = {field.name for field in dataclasses.fields(method)}
     if "original_max_position_embeddings" in fields:
-        longest = published.get("max_position_embeddings", 2048)
-        original = published.get("original_max_position_embeddings")
-        parameters["original_max_position_embeddings"] = (
-            original or parameters.get("original_max_position_embeddings") or longest
-        )
+        key, longest = "original_max_position_embeddings", published.get("max_position_embeddings", 2048)
+        parameters[key] = published.get(key) or parameters.get(key) or longest
         if parameters.get("factor") is None:
-            parameters["factor"] = longest / parameters["original_max_position_embeddings"]
+            parameters["factor"] = longest / parameters[key]
     parameters = {key: value for key, value in parameters.items() if value is not None}
     if unknown := sorted(set(parameters) - fields):
         raise ConfigError(f"rope_type {rope_type!r} with {', '.join(unknown)} is not implemented")
@@ -196,13 +161,13 @@ def rotary_from_hf(
 
 def rotary_to_hf(config: ModelConfig, methods: Mapping[str, type[RotaryScaling]] = ROTARY_METHODS) -> dict[str, Any]:
     """Return the rotary settings in the spelling of transformers 4 and of 5, the inverse of :func:`rotary_from_hf`."""
-    scaling: dict[str, Any] = {"rope_type": "default"}
+    scaling: dict[str, Any] | None = None
     if config.rope_scaling is not None:
         name = next(name for name, method in methods.items() if isinstance(config.rope_scaling, method))
         settings = dataclasses.asdict(config.rope_scaling)
         scaling = {"rope_type": name, **{key: value for key, value in settings.items() if value is not None}}
     return {
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling if config.rope_scaling is not None else None,
-        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
     }

@@ -25,11 +25,7 @@ def interleaved_qkv_rows(config: ModelConfig) -> list[int]:
 
 
 def common_rules(config: ModelConfig) -> list[Rule]:
-    """Return the rules that do not depend on the kind of norm and MLP.
-
-    Raises:
-        ConfigError: if the format cannot describe the model.
-    """
+    """Return the rules for any norm and MLP. Raises :class:`ConfigError` if the format cannot describe the model."""
     _check_expressible(config)
     layer, source = "decoder.layers.*", "encoder.layers.*"
     return [
@@ -58,8 +54,7 @@ def megatron_llm_map(config: ModelConfig) -> WeightMap:
 def common_config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of :class:`ModelConfig` that every family reads alike from the saved arguments.
 
-    Raises:
-        ConfigError: names an argument that no family of this format implements.
+    Raises :class:`ConfigError`, naming an argument that no family of this format implements.
     """
     require_arg(args, "position_embedding_type", "rotary", default="absolute")
     require_arg(args, "use_bias", False)
@@ -88,8 +83,7 @@ def common_config_fields(args: Mapping[str, Any]) -> dict[str, Any]:
 def common_args(config: ModelConfig) -> dict[str, Any]:
     """Return the saved arguments of every family, the inverse of :func:`common_config_fields`.
 
-    Raises:
-        ConfigError: if the format cannot describe the model.
+    Raises :class:`ConfigError` if the format cannot describe the model.
     """
     _check_expressible(config)
     scaling = config.rope_scaling
@@ -115,7 +109,6 @@ def common_args(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_expressible(config: ModelConfig) -> None:
-    """Refuse a model that the format cannot describe."""
     problems = []
     if config.position_embedding != "rotary":
         problems.append(f"{config.position_embedding} positions")
@@ -132,11 +125,7 @@ def _check_expressible(config: ModelConfig) -> None:
 
 
 def config_from_megatron_llm(args: Mapping[str, Any], *, family: str) -> ModelConfig:
-    """Return the configuration of a decoder with RMSNorm and a gated MLP, from the saved arguments.
-
-    Raises:
-        ConfigError: if they describe another kind of model.
-    """
+    """Return the configuration of a decoder with RMSNorm and a gated MLP. Raises :class:`ConfigError` for any other."""
     activation = args.get("glu_activation")
     if activation not in GATED_ACTIVATIONS:
         raise ConfigError(
@@ -165,8 +154,6 @@ def config_to_megatron_llm(config: ModelConfig) -> dict[str, Any]:
 
 def require_arg(args: Mapping[str, Any], name: str, needed: Any, *, default: Any = None) -> None:
     """Refuse a saved argument unless it is ``needed``; a missing or ``None`` one has the value ``default``."""
-    value = args.get(name)
-    if value is None:
-        value = default
+    value = default if args.get(name) is None else args[name]
     if value != needed and (value or needed):  # None and False mean the same
         raise ConfigError(f"{name} is {value!r}, which is not implemented; implemented: {needed!r}")

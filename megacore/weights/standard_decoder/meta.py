@@ -21,36 +21,24 @@ _CONFIG_KEYS = frozenset(
     ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
      "rope_theta")
 )  # fmt: skip
-_LOADER_KEYS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))
-"""Keys that configure the loader and do not describe the model."""
-
+_LOADER_KEYS = frozenset(("max_batch_size", "max_seq_len", "model_parallel_size"))  # they do not describe the model
 _FFN_KEYS = ("multiple_of", "ffn_dim_multiplier")
 
 
 def meta_map(config: ModelConfig) -> WeightMap:
-    """Return the weight map. Rotary pairs are interleaved (see :func:`megacore.weights.grouped_qkv_rows`).
-
-    Raises:
-        ConfigError: if the format cannot describe the model.
-    """
+    """Return the weight map. Raises :class:`ConfigError` if the format cannot describe the model."""
     _check_expressible(config)
+    layer, source = "decoder.layers.*", "layers.*"
+    query, key, value = (f"{source}.attention.w{part}.weight" for part in "qkv")
+    gate, down, up = (f"{source}.feed_forward.w{number}.weight" for number in (1, 2, 3))
     return WeightMap(
         Copy("embedding.word_embeddings.weight", "tok_embeddings.weight"),
-        Copy("decoder.layers.*.input_layernorm.weight", "layers.*.attention_norm.weight"),
-        FusedQKV(
-            "decoder.layers.*.self_attention.linear_qkv.weight",
-            q="layers.*.attention.wq.weight",
-            k="layers.*.attention.wk.weight",
-            v="layers.*.attention.wv.weight",
-        ),
-        Copy("decoder.layers.*.self_attention.linear_proj.weight", "layers.*.attention.wo.weight"),
-        Copy("decoder.layers.*.pre_mlp_layernorm.weight", "layers.*.ffn_norm.weight"),
-        Stacked(
-            "decoder.layers.*.mlp.linear_fc1.weight",
-            gate="layers.*.feed_forward.w1.weight",
-            up="layers.*.feed_forward.w3.weight",
-        ),
-        Copy("decoder.layers.*.mlp.linear_fc2.weight", "layers.*.feed_forward.w2.weight"),
+        Copy(f"{layer}.input_layernorm.weight", f"{source}.attention_norm.weight"),
+        FusedQKV(f"{layer}.self_attention.linear_qkv.weight", q=query, k=key, v=value),
+        Copy(f"{layer}.self_attention.linear_proj.weight", f"{source}.attention.wo.weight"),
+        Copy(f"{layer}.pre_mlp_layernorm.weight", f"{source}.ffn_norm.weight"),
+        Stacked(f"{layer}.mlp.linear_fc1.weight", gate=gate, up=up),
+        Copy(f"{layer}.mlp.linear_fc2.weight", down),
         Copy("decoder.final_layernorm.weight", "norm.weight"),
         Copy("output_layer.weight", "output.weight"),
         ignored=("rope.freqs", "layers.*.attention.inner_attention.rope.freqs"),  # tables in older files
@@ -70,18 +58,11 @@ def ffn_width(dim: int, *, multiple_of: int, ffn_dim_multiplier: float | None) -
 
 
 def config_from_meta(published: Mapping[str, Any], *, family: str, max_position_embeddings: int) -> ModelConfig:
-    """Read a parsed ``params.json`` whose ``vocab_size`` is the true one.
+    """Read ``published``, a parsed ``params.json`` whose ``vocab_size`` is the true one.
 
-    Args:
-        published: The parsed file.
-        family: The name of the model family.
-        max_position_embeddings: The family's context length, which the file does not have.
-
-    Raises:
-        ConfigError: names a key that is not implemented.
+    Raises :class:`ConfigError`, naming a key that is not implemented.
     """
-    unknown = [key for key, value in published.items() if key not in _CONFIG_KEYS | _LOADER_KEYS and value]
-    if unknown:
+    if unknown := [key for key, value in published.items() if key not in _CONFIG_KEYS | _LOADER_KEYS and value]:
         raise ConfigError(
             f"params.json asks for {', '.join(sorted(unknown))}, which {family} in Meta's format does not implement"
         )
@@ -106,8 +87,7 @@ def config_from_meta(published: Mapping[str, Any], *, family: str, max_position_
 def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     """Return the ``params.json`` of ``config``, the inverse of :func:`config_from_meta`.
 
-    Raises:
-        ConfigError: if the format cannot describe the model.
+    Raises :class:`ConfigError` if the format cannot describe the model.
     """
     _check_expressible(config)
     return {
@@ -123,11 +103,7 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_expressible(config: ModelConfig) -> None:
-    """Refuse a model that Meta's format cannot describe.
-
-    Raises:
-        ConfigError: lists every property that the format has no key or tensor for.
-    """
+    """Raise :class:`ConfigError`, listing every property that the format has no key or tensor for."""
     obstacles = {
         f"norm {config.norm}": config.norm != "rmsnorm",
         f"activation {config.activation}": config.activation != "silu",
@@ -144,13 +120,10 @@ def _check_expressible(config: ModelConfig) -> None:
 
 
 def merged_params(original: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``params`` with the spelling and the further keys of ``original``, where the two agree.
+    """Return ``params`` of :func:`config_to_meta` with the spelling and further keys of ``original``, if they agree.
 
-    A key that the first loaders do not know is left out while it has the value that they assume.
-
-    Args:
-        original: The ``params.json`` of the checkpoint that was converted; may be empty.
-        params: The ``params.json`` of the model that is written, as :func:`config_to_meta` returns it.
+    ``original`` is the file of the checkpoint that was converted, or empty. A key that the first loaders do not know is
+    left out while it has the value that they assume.
     """
     merged = {**original, **params}
     if original and _ffn_width({**original, "dim": params["dim"]}) == _ffn_width(params):

@@ -17,8 +17,8 @@ from megacore.checkpoint.torch_file import Foreign, foreign, read_torch_file
 from megacore.errors import CheckpointError, CorruptCheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-WEIGHTS = ("model_optim_rng.pt", "model_rng.pt")
-"""The possible names of a rank's file; the second is that of runs with a distributed optimizer."""
+WEIGHTS = ("model_optim_rng.pt", "model_rng.pt")  # a rank's file; the second with a distributed optimizer
+TRAINING_STATE = ("optimizer", "opt_param_scheduler", "rng_state")  # only the run that saved them can use these keys
 
 RECORD = "megacore"
 """A key that megacore adds to each file for facts that the format does not record; its own system ignores the key."""
@@ -26,13 +26,9 @@ RECORD = "megacore"
 INTERLEAVED, HALVES = "interleaved", "halves"
 """The rotary pairs in a head: (2i, 2i + 1), or (i, i + head_dim / 2) as until the system's commit 332cf3c."""
 
-TRAINING_STATE = ("optimizer", "opt_param_scheduler", "rng_state")
-"""Keys that only the training run that saved them can use."""
-
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "lm_head"
-TIED_HEAD = "word_embeddings_for_head.weight"
-"""The last stage's copy of the embedding, in a model with a tied head."""
+TIED_HEAD = "word_embeddings_for_head.weight"  # the last stage's copy of the embedding
 
 _MAX_RANKS = 100_000
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -46,8 +42,7 @@ _ALLOWED = (
         for name in ("AttnMaskType", "AttnType", "LayerType", "ModelType", "PositionEmbeddingType")
     ),
     # The state of numpy's random numbers, and numpy scalars among the arguments, which are not used here.
-    *(foreign(f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *(foreign(f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(foreign(f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     foreign("numpy.ndarray"),
     foreign("numpy.dtype"),
 )
@@ -197,12 +192,11 @@ def _read_rank(path: Path) -> dict[str, Any]:
 
 
 def _difference(expected: set[tuple[int, int]], found: set[tuple[int, int]]) -> str:
-    names = [
+    return " and ".join(
         f"{verb} {', '.join(f'(tp {rank}, pp {stage})' for rank, stage in sorted(places))}"
         for verb, places in (("lacks", expected - found), ("also has", found - expected))
         if places
-    ]
-    return " and ".join(names)
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ from megacore.weights.formats.megatron_llm.rank_files import (
     RECORD,
     TIED_HEAD,
     TRAINING_STATE,
+    Cut,
     RankFiles,
     cut_of,
     flattened,
@@ -125,17 +126,16 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
 
     def _drifted(self) -> list[str]:
         """Return the tensors that every rank has whole but that differ between ranks."""
-        is_gated = bool(self.config.get("glu_activation"))
         return [
             name
             for name, parts in self._parts.items()
-            if cut_of(name, is_gated=is_gated) is None and not all(torch.equal(parts[0], part) for part in parts[1:])
+            if self._cut(name) is None and not all(torch.equal(parts[0], part) for part in parts[1:])
         ]
 
     def _named_parts(self) -> dict[str, list[Tensor]]:
         """Return the parts of every tensor, one for each tensor-parallel rank."""
         stages = [
-            [dict(_named_tensors(document, path)) for document, path in zip(documents, paths, strict=True)]
+            [_named_tensors(document, path) for document, path in zip(documents, paths, strict=True)]
             for documents, paths in zip(self._files.documents, self._files.paths, strict=True)
         ]
         num_layers = [
@@ -143,9 +143,8 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
             for ranks in stages
         ]
         parts: dict[str, list[Tensor]] = {}
-        for first_layer, ranks, paths in zip(
-            list(accumulate(num_layers, initial=0))[:-1], stages, self._files.paths, strict=True
-        ):
+        first_layers = list(accumulate(num_layers, initial=0))[:-1]
+        for first_layer, ranks, paths in zip(first_layers, stages, self._files.paths, strict=True):
             for name, tensor in ranks[0].items():
                 for rank, path in zip(ranks, paths, strict=True):
                     other = rank.get(name)
@@ -159,23 +158,19 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
 
     def _whole(self, name: str) -> LazyMatrix:
         parts = [as_matrix(part) for part in self._parts[name]]
-        cut = cut_of(name, is_gated=bool(self.config.get("glu_activation")))
-        if len(parts) == 1:
-            return parts[0]
-        if cut is not None:
-            return cut.merge(parts)
-        return parts[0]
+        cut = self._cut(name)
+        return parts[0] if cut is None or len(parts) == 1 else cut.merge(parts)
+
+    def _cut(self, name: str) -> Cut | None:
+        return cut_of(name, is_gated=bool(self.config.get("glu_activation")))
 
     def _shape(self, name: str) -> Shape:
-        if name in (EMBEDDING, HEAD):
-            whole = self._whole(name)
-            rows = self.config["vocab_size"] if whole.rows == self._stored_rows else whole.rows
-            return rows, whole.columns
-        part = self._parts[name][0]
-        if part.dim() != 2:
+        part, has_vocabulary = self._parts[name][0], name in (EMBEDDING, HEAD)
+        if part.dim() != 2 and not has_vocabulary:
             return tuple(part.shape)
         whole = self._whole(name)
-        return whole.rows, whole.columns
+        is_padded = has_vocabulary and whole.rows == self._stored_rows
+        return self.config["vocab_size"] if is_padded else whole.rows, whole.columns
 
     def _drop_tied_head(self) -> None:
         """Check that the last stage's head is a copy of the embedding, and drop it."""
@@ -234,23 +229,17 @@ class MegatronLlmCheckpoint(PublishedCheckpoint):
             raise CorruptCheckpointError(f"{path} is damaged, or no SentencePiece model") from error
 
 
-def _named_tensors(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(document: dict[str, Any], path: Path) -> dict[str, Tensor]:
     tensors = {trained_spelling(name): tensor for name, tensor in flattened(document["model"])}
     check_dtypes(tensors, path)
-    yield from tensors.items()
+    return tensors
 
 
 def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str, file: Path) -> Tensor:
-    """Return the row order that turns rotary halves into interleaved pairs.
-
-    Args:
-        args: The saved arguments of ``file``.
-        rows: Number of rows of the QKV projection, or of some whole groups of it.
-        name: The name of the tensor, for messages.
-        file: The path of the file, for messages.
+    """Return the order of ``rows`` rows of QKV projection ``name`` that turns rotary halves into interleaved pairs.
 
     Raises:
-        ConfigError: if ``args`` do not describe the heads.
+        ConfigError: if ``args``, the saved arguments of ``file``, do not describe the heads.
         CorruptCheckpointError: if the rows are not whole groups.
     """
     queries, head_dim = _heads(args, file)
@@ -267,7 +256,7 @@ def interleaved_from_halves(args: Mapping[str, Any], rows: int, name: str, file:
 def _heads(args: Mapping[str, Any], file: Path) -> tuple[int, int]:
     """Return the number of query heads of each key-value head, and the number of rows of a head."""
     heads = _positive(args, "num_attention_heads", file)
-    kv_heads = _positive({"num_attention_heads_kv": heads, **_given(args)}, "num_attention_heads_kv", file)
+    kv_heads = heads if args.get("num_attention_heads_kv") is None else _positive(args, "num_attention_heads_kv", file)
     if heads % kv_heads:
         raise ConfigError(f"{file}: num_attention_heads {heads} is no multiple of num_attention_heads_kv {kv_heads}")
     if args.get("kv_channels") is not None:
@@ -279,14 +268,9 @@ def _heads(args: Mapping[str, Any], file: Path) -> tuple[int, int]:
     return heads // kv_heads, head_dim
 
 
-def _given(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in args.items() if value is not None}
-
-
 def _positive(args: Mapping[str, Any], name: str, file: Path) -> int:
-    if args.get(name) is None:
+    if (value := args.get(name)) is None:
         raise ConfigError(f"{file} lacks {name!r} among its args")
-    value = args[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{file}: {name} is {value!r} instead of a positive number")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,20 @@ def permute_qkv(
     files = RankFiles.open(source)
     _require_halves(files, layout)
     args = files.args
-    dropped = sorted(
-        {key for stage in files.documents for document in stage for key in TRAINING_STATE if key in document}
-    )
+    documents = list(chain(*files.documents))
+    dropped = [key for key in sorted(TRAINING_STATE) if any(key in document for document in documents)]
+    num_bytes = sum(tensor.nbytes for document in documents for _, tensor in flattened(document["model"]))
     num_permuted = 0
     with staged_directory(out) as staging:
-        require_space(staging, sum(_num_bytes(document) for stage in files.documents for document in stage), out)
-        for paths, documents in zip(files.paths, files.documents, strict=True):
-            for rank, (path, document) in enumerate(zip(paths, documents, strict=True)):
-                model, permuted = _updated(document["model"], args, path)
-                num_permuted += permuted if rank == 0 else 0
-                record = {**document.get(RECORD, {}), "rotary_layout": INTERLEAVED}
-                kept = {key: value for key, value in document.items() if key not in TRAINING_STATE}
-                updated = staging / path.relative_to(source)
-                updated.parent.mkdir(parents=True)
-                write_torch_file(updated, {**kept, "model": model, RECORD: record}, advance=advance)
+        require_space(staging, num_bytes, out)
+        for path, document in zip(chain(*files.paths), documents, strict=True):
+            model, permuted = _updated(document["model"], args, path)
+            num_permuted += permuted
+            record = {**document.get(RECORD, {}), "rotary_layout": INTERLEAVED}
+            kept = {key: value for key, value in document.items() if key not in TRAINING_STATE}
+            updated = staging / path.relative_to(source)
+            updated.parent.mkdir(parents=True)
+            write_torch_file(updated, {**kept, "model": model, RECORD: record}, advance=advance)
         for name in (TRACKER, *TOKENIZER_FILES):
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
@@ -86,7 +86,7 @@ def permute_qkv(
             f"{', '.join(dropped)} were omitted, as they have the old layout: resume training from the weights "
             "(--finetune), not from the optimizer's state"
         )
-    return num_permuted
+    return num_permuted // len(files.paths[0])  # each rank has a part of every projection of its stage
 
 
 def _require_halves(files: RankFiles, layout: str | None) -> None:
@@ -125,7 +125,3 @@ def _updated(
         else:
             updated[key] = output_tensor(name, value)
     return updated, permuted
-
-
-def _num_bytes(document: Mapping[str, Any]) -> int:
-    return sum(tensor.nbytes for _, tensor in flattened(document["model"]))

@@ -29,17 +29,14 @@ from megacore.weights.formats.megatron_llm.rank_files import (
 from megacore.weights.formats.megatron_llm.reading import MegatronLlmCheckpoint
 from megacore.weights.formats.published import CheckpointFormat, Publication
 
-_DIVISIBLE_BY = 128
-"""The vocabulary is padded to a multiple of this times the tensor-parallel size, unless the arguments say otherwise."""
+_DIVISIBLE_BY = 128  # the vocabulary is padded to a multiple of this times tp, unless the arguments say otherwise
 
 
 class MegatronLlmFormat(CheckpointFormat):
     """A tracker file, one file of ``torch.save`` for each (tensor, pipeline) parallel rank, ``tokenizer.model``."""
 
     name = "megatron-llm"
-
-    def recognises(self, directory: Path) -> bool:
-        return (directory / TRACKER).is_file()
+    marker_file = TRACKER
 
     def weight_files(self, directory: Path) -> Iterable[Path]:
         return tracked_directory(directory).glob("mp_rank_*/*.pt")
@@ -49,7 +46,7 @@ class MegatronLlmFormat(CheckpointFormat):
 
     def write(self, directory: Path, publication: Publication, *, advance: Callable[[int], None]) -> None:
         args = {**publication.config, **publication.origin.get("config", {})}
-        check_divisible(args, publication.tp, publication.pp)
+        _check_divisible(args, publication.tp, publication.pp)
         true_vocab_size = args.pop("vocab_size")
         multiple = args.setdefault("make_vocab_size_divisible_by", _DIVISIBLE_BY) * publication.tp
         padded = -(-true_vocab_size // multiple) * multiple
@@ -82,7 +79,8 @@ class MegatronLlmFormat(CheckpointFormat):
                     "model": _rank_model(on_stage, rank, publication.tp, is_gated=bool(args.get("glu_activation"))),
                     RECORD: {"rotary_layout": INTERLEAVED, "true_vocab_size": true_vocab_size},
                 }
-                path = directory / "release" / rank_directory(rank, stage, publication.pp) / WEIGHTS[0]
+                stage_suffix = f"_{stage:03d}" if publication.pp > 1 else ""
+                path = directory / "release" / f"mp_rank_{rank:02d}{stage_suffix}" / WEIGHTS[0]
                 path.parent.mkdir(parents=True)
                 write_torch_file(path, document, advance=advance)
         (directory / TRACKER).write_text("release", encoding="utf-8")
@@ -90,16 +88,8 @@ class MegatronLlmFormat(CheckpointFormat):
             shutil.copyfile(tokenizer, directory / "tokenizer.model")
 
 
-def rank_directory(rank: int, stage: int, pp: int) -> str:
-    return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
-
-
-def check_divisible(args: Mapping[str, Any], tp: int, pp: int) -> None:
-    """Refuse sizes that the format cannot be cut for.
-
-    Raises:
-        LayoutError: lists the sizes that work.
-    """
+def _check_divisible(args: Mapping[str, Any], tp: int, pp: int) -> None:
+    """Raise :class:`LayoutError`, listing the sizes that work, for sizes that the format cannot be cut for."""
     cut = {name: args[name] for name in ("num_attention_heads", "num_attention_heads_kv", "ffn_hidden_size")}
     failing = [f"{name} {size} by tp {tp}" for name, size in cut.items() if size % tp]
     if args["num_layers"] % pp:
@@ -116,10 +106,8 @@ def check_divisible(args: Mapping[str, Any], tp: int, pp: int) -> None:
 def _with_rows(tensor: OutputTensor, rows: int) -> OutputTensor:
     """Return the tensor with its last row repeated up to ``rows`` rows."""
     matrix = tensor.matrix
-    missing = rows - matrix.rows
-    if missing:
-        last = torch.full((missing,), matrix.rows - 1)
-        matrix = ConcatenatedRows([matrix, RowsOf(matrix, last)])
+    if missing := rows - matrix.rows:
+        matrix = ConcatenatedRows([matrix, RowsOf(matrix, torch.full((missing,), matrix.rows - 1))])
     return OutputTensor(tensor.name, (rows, *tensor.shape[1:]), tensor.dtype, matrix)
 
 
@@ -151,7 +139,7 @@ def _rank_model(tensors: Mapping[str, OutputTensor], rank: int, tp: int, *, is_g
         elif name == TIED_HEAD:
             model["word_embeddings_for_head"] = {"weight": part}
         elif name == HEAD:
-            language_model["lm_head"] = part
+            language_model[HEAD] = part
         else:
             language_model.setdefault("encoder", {})[name.removeprefix("encoder.")] = part
     return model

@@ -1,4 +1,4 @@
-"""The reference of families that transformers implements; the plugin provides the model class."""
+"""The references of families that transformers implements, for a plugin's ``load_reference``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megacore.errors import CheckpointError
+from megacore.hookspecs import ReferenceModel
+from megacore.verification.meta_reference import MetaReference
+from megacore.weights.formats import recognise
 
 
 class TransformersReference:
@@ -42,11 +45,10 @@ class TransformersReference:
             path: Local directory in the Hugging Face format.
             dtype: Dtype of the weights.
             device: Device of the weights.
-            attention: Attention implementation of transformers: ``"eager"``, plain matrix products, so that a fault in
-                a fused kernel cannot affect both sides; another one only if the eager one is known to be wrong.
+            attention: Attention of transformers: ``"eager"``, plain matrix products, so that a fault in a fused kernel
+                cannot affect both sides, unless the eager one is known to be wrong.
 
-        Raises:
-            CheckpointError: when transformers cannot load ``path``, or would initialize missing weights.
+        Raises :class:`CheckpointError` if transformers cannot load ``path``, or would initialize missing weights.
         """
         # transformers draws its bar into files and logs too. It is imported already, as model_class is one of its own.
         import_module("transformers.utils.logging").disable_progress_bar()
@@ -68,3 +70,33 @@ class TransformersReference:
         if loading["missing_keys"]:  # transformers has filled them with random numbers
             raise CheckpointError(f"the reference {path} lacks {', '.join(sorted(loading['missing_keys'])[:8])}")
         return cls(model.to(device).eval())
+
+
+def load_standard_reference(
+    model_class: Any,
+    published_config: dict[str, Any],
+    path: Path | None,
+    *,
+    meta_implementation: str,
+    meta_extra: str,
+    max_seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ReferenceModel:
+    """Load the reference of a standard decoder by the format of ``path``.
+
+    A checkpoint in Meta's format is loaded by :meth:`MetaReference.load`, with ``meta_implementation``, ``meta_extra``
+    and ``max_seq_len``; any other, or ``None``, by :meth:`TransformersReference.load`. Their errors pass through.
+    """
+    if path is not None and recognise(path) == "meta":
+        return MetaReference.load(
+            path,
+            implementation=meta_implementation,
+            extra=meta_extra,
+            max_seq_len=max_seq_len,
+            dtype=dtype,
+            device=device,
+        )
+    return TransformersReference.load(
+        model_class, published_config, path, dtype=dtype, device=device, attention="eager"
+    )
