@@ -192,8 +192,8 @@ def _resolve_model(
     specs = model_specs(config, family.build_layer)
     check_tensor_parallel(specs, run.parallel.tensor_parallel)
     sizes = parallel_sizes(run.parallel, nodes)
-    stages = pipeline_stages(run.parallel, config, specs)
     check_compute(run, config, specs, dp_size=sizes.dp)
+    stages = pipeline_stages(run.parallel, config, specs)
     return config, specs, sizes, stages
 
 

@@ -42,7 +42,7 @@ def inspect_dataset(prefix: Path) -> dict[str, Any]:
             "tokens": conversations.text.num_tokens,
             "assistant_tokens": description.num_assistant_tokens
             if isinstance(description, InstructionDescription)
-            else sum(np.count_nonzero(conversations[i][1] == Role.ASSISTANT) for i in range(len(conversations))),
+            else sum(int(np.count_nonzero(conversations[i][1] == Role.ASSISTANT)) for i in range(len(conversations))),
             "dtype": conversations.text.dtype.name,
             "lengths": _quantiles(conversations.lengths),
             **described,
