@@ -1,4 +1,4 @@
-"""What the processes of one restart round of torchrun agree on before they form a group.
+"""Restart rounds of torchrun: the processes of one round find each other before they form a group.
 
 torchrun restarts all processes, in a new round, when one has failed or a node has joined or left. torch has no means to
 tell rounds apart: the agent's store outlives a round with all its keys, the number of the round is not passed on, and
