@@ -28,6 +28,7 @@ from megacore.parallel import ParallelContext
 from megacore.training import Engine, RunConfig, batches, read_run_config, train
 from megacore.training.batches import open_samples
 from megacore.training.resolved import parallel_sizes, resolve_run
+from recorded_steps import train_steps
 from tiny_chat import write_tokenizer
 from tiny_llama import VOCAB, published_model
 from tiny_models import tied_multi_query_falcon
@@ -298,7 +299,7 @@ def test_with_pipeline_parallelism_all_micro_batches_of_a_step_are_of_one_length
 def test_a_run_says_what_it_trains_on_and_saves_a_checkpoint(place, tmp_path):
     run = run_of(place, tmp_path / "out", "data.variable_seq_lengths=true")
     notes: list[str] = []
-    steps = train(run, on_note=notes.append)
+    steps = train_steps(run, on_note=notes.append)
     assert steps[-1].loss < steps[0].loss and (tmp_path / "out/megacore.json").is_file()
     assert any("13 conversations in 13 samples, " in note and "of their 40 tokens filled" in note for note in notes)
     assert f"{place}/chats: 1 conversations of more than 41 tokens are truncated" in notes
@@ -343,7 +344,7 @@ def test_conversations_of_several_datasets_are_mixed(place, ranks, tmp_path):
     mixture = f'data.prefix=[{{prefix="{place}/chats",weight=1}},{{prefix="{place}/chats",weight=3}}]'
     run = run_of(place, tmp_path / "out", mixture, "data.variable_seq_lengths=true", family="falcon")
     notes: list[str] = []
-    steps = train(run, on_note=notes.append)
+    steps = train_steps(run, on_note=notes.append)
     assert steps[-1].loss < steps[0].loss
     assert any(note.startswith("to train on: ") and "75.00% of the samples" in note for note in notes)
 
