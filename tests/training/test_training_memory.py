@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "memory.py"))
 
-measured = BENCHMARK["in_a_process_of_its_own"]
+measured = BENCHMARK["measure_in_new_process"]
 
 
 def test_the_loss_needs_less_than_half_of_the_logits_beyond_hidden_states_and_gradients():
