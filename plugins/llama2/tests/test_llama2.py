@@ -187,7 +187,7 @@ def test_without_metas_implementation_it_is_said_how_to_get_it(meta_files, monke
         family.load_reference(config, files.directory, torch.float32, torch.device("cpu"))
 
     assert re.search(
-        r"pip install 'megacore-llama2\[meta\]'\. Or name the same model in the Hugging Face", str(caught.value)
+        r"pip install 'megacore-llama2\[meta\]'\. Or give the same model in the Hugging Face", str(caught.value)
     )
 
 
